@@ -20,6 +20,7 @@ from checkpoint_cases import make, same, silent
 from safetensors.torch import load_file
 
 from truestep.checkpoint import store
+from truestep.checkpoint.manifest import MANIFEST_LIMIT
 from truestep.checkpoint.store import Checkpoint, OutOfSpace, list_checkpoints, load_latest, save_checkpoint
 
 torch.set_num_threads(1)
@@ -89,7 +90,7 @@ def test_only_the_newest_are_kept_and_strangers_are_left_alone(tmp_path: Path) -
         ({"a": {"w": torch.zeros(2, device="meta")}}, {}, "cannot be stored"),
         ({"a": {"w": torch.zeros(2).to_sparse()}}, {}, "cannot be stored"),
         ({}, {"best": float("nan")}, "JSON"),
-        ({}, {"big": "x" * (store._MANIFEST_LIMIT // 4)}, "tensor group"),
+        ({}, {"big": "x" * (MANIFEST_LIMIT // 4)}, "tensor group"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_before_the_disk_is_touched(

@@ -14,6 +14,7 @@ from truestep.errors import UserError
 from truestep.evaluate import external_logs
 from truestep.evaluate.external_logs import read_evaluations
 from truestep.evaluate.import_compare import compare_evaluations, import_evaluations
+from truestep.rundir import read_json
 
 
 def lm_eval(path: Path, scores: list[Any], filters: tuple[str, ...] = ("none",)) -> Path:
@@ -367,7 +368,7 @@ def test_an_imported_run_has_exactly_the_fields_of_a_run(tmp_path: Path) -> None
         "engine": "imported", "seeds": {}, "spread": [], "averages": [],
         "notes": ["imported: the verdicts are those of the other harness; nothing was graded again"],
     }  # fmt: skip
-    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
+    assert read_json(tmp_path / "out/summary.json") == summary
     (results,) = (
         r for p in (tmp_path / "out").rglob("*.json") if "whole" in (r := json.loads(p.read_text()))
     )

@@ -21,6 +21,7 @@ from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.benchmarks import Benchmark
 from truestep.evaluate.external_logs import read_evaluations
+from truestep.evaluate.files import sealed
 from truestep.evaluate.import_compare import compare_evaluations
 from truestep.evaluate.jobs import changed, evaluation_settings
 from truestep.evaluate.model_adapters import TokenAdapter
@@ -83,6 +84,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return json.loads(result.stdout)
 
     return call
+
+
+def rewritten(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Change the samples in a file and write them as truestep would."""
+    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k != "checksum"} for row in rows]
+    change(rows)
+    written = [header, *(sealed(row, header["identity"]) for row in rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -187,6 +197,7 @@ def test_a_private_benchmark_is_written_nowhere(run: Callable[..., Any], tmp_pat
                 "extracted",
                 "stop",
                 "num_tokens",
+                "checksum",
             }
         )
     }
@@ -210,9 +221,7 @@ def test_several_samples_come_back_from_lm_evals_layout(run: Callable[..., Any],
     out, exported = tmp_path / "out", tmp_path / "exported"
     run("--benchmarks", "sums", "--out", str(out))
     path = out / "evaluations" / "plain" / "sums.samples.jsonl"
-    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0]["verdict"] = "correct"  # a third of the first problem
-    path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    rewritten(path, lambda rows: rows[0].update(verdict="correct"))  # a third of the first problem
     CliRunner().invoke(_app(), ["eval", "export", str(out), "--out", str(exported)], catch_exceptions=False)
     (found,) = compare_evaluations(out, exported)["comparisons"]
     assert found["difference"] == 0.0
@@ -244,17 +253,16 @@ def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path:
         assert files(out) | {"resolved": (out / "resolved.toml").read_bytes()} == before
 
 
-def test_a_samples_file_with_a_foreign_line_is_refused_and_kept(
+def test_a_foreign_line_in_a_samples_file_does_not_change_the_samples(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     run("--benchmarks", "sums", "--out", str(out))
     path = out / "evaluations" / "plain" / "sums.samples.jsonl"
-    path.write_text(path.read_text() + "[1]\n")
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"sums.samples.jsonl contains a line"):
-        run("--benchmarks", "sums", "--out", str(out), "--resume")
-    assert path.read_bytes() == before
+    before = path.read_text()
+    path.write_text(before + "[1]\n")
+    run("--benchmarks", "sums", "--out", str(out), "--resume")
+    assert path.read_text() == before
 
 
 def test_a_password_in_the_endpoints_url_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -361,11 +369,9 @@ def test_hostile_text_is_text_on_the_page(run: Callable[..., Any], tmp_path: Pat
     out = tmp_path / "out"
     run("--benchmarks", "sums", "--samples", "1", "--out", str(out))
     path = out / "evaluations" / "plain" / "sums.samples.jsonl"
-    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
     hostile = "<script>document.title='owned'</script></pre><img src=x onerror=1>\x1b[2J\u202e{{ 7*7 }}"
-    for row in rows:
-        row |= dict.fromkeys(("prompt", "completion", "extracted", "gold", "reason", "problem_id"), hostile)
-    path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    fields = ("prompt", "completion", "extracted", "gold", "reason", "problem_id")
+    rewritten(path, lambda rows: [row.update(dict.fromkeys(fields, hostile)) for row in rows])
     CliRunner().invoke(_app(), ["report", str(out)], catch_exceptions=False)
     page = (out / "report.html").read_text()
     assert "&lt;script&gt;" in page
