@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from truestep.grade import normal
 from truestep.grade.equivalent import decide
 from truestep.grade.extract import choice_letter, extract_answer, gold_answer
 from truestep.grade.normal import normalise
@@ -388,3 +389,18 @@ def test_the_table_of_rules_is_symmetric_where_it_claims_nothing_else() -> None:
     ]
     check: Callable[[str, str], bool | None] = equal
     assert all(check(a, b) and check(b, a) for a, b in pairs)
+
+
+TOKENS = ("1", "2", "3.5", "x", "1i", "inf", "infinity", "<=", ">=", "!=", "**", "~", "{", "}", "(", ")", "√", "{,}", "'",
+          "^", "_", "%", "$", "sqrt", "or", "12", ",000", "U", "|", " ")  # fmt: skip
+
+
+@quick
+@given(st.lists(st.sampled_from(TOKENS), max_size=8))
+def test_the_short_list_of_rewrites_is_enough_without_a_backslash(tokens: list[str]) -> None:
+    whole = short = "".join(tokens)
+    for pattern, new in normal._REWRITES:
+        whole = pattern.sub(new, whole)
+    for pattern, new in normal._WITHOUT_BACKSLASH:
+        short = pattern.sub(new, short)
+    assert short == whole

@@ -22,7 +22,7 @@ MAX_LENGTH = 2_000  # characters; longer answers are compared only as text
 MAX_ELEMENTS = 60  # elements of a list, including nested lists; a longer list is left to algebra
 MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
 _LEFT_SIDE = re.compile(
-    r"(?:\\angle )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
+    r"(?:\\(?:angle|Delta) )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
 )
 _POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}
     r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z](?:_(?:\w|\{\w{1,20}\}))?'?|[|{}:/\s])+$"

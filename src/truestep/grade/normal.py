@@ -88,6 +88,13 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 
+_WITHOUT_BACKSLASH = [  # those that can change a text without a backslash
+    (pattern, new)
+    for pattern, new in _REWRITES
+    if not all(r"\\" in part for part in pattern.pattern.split("|"))
+]
+_NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.ASCII)
+
 
 def typographic(text: str) -> str:
     """Replace Unicode look-alikes of minus signs, digits and spaces with ASCII; drop invisible characters."""
@@ -97,7 +104,10 @@ def typographic(text: str) -> str:
 def normalise(text: str) -> str:
     r"""Return an answer in a uniform spelling (Unicode look-alikes, LaTeX spacing, fractions), with any
     surrounding ``$…$`` and any final period removed. ``\text{…}`` is kept, to tell units from variables."""
-    text = _THEREFORE.sub("", typographic(text).strip())
+    text = typographic(text).strip()
+    if _NUMBER.fullmatch(text):
+        return text
+    text = _THEREFORE.sub("", text)
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)
     for sign, small in _SMALL.items():  # adjacent digits are one exponent: x²³ is x^{23}
@@ -107,7 +117,7 @@ def normalise(text: str) -> str:
     for symbol, command in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, command)
-    for pattern, replacement in _REWRITES:
+    for pattern, replacement in _REWRITES if "\\" in text else _WITHOUT_BACKSLASH:
         text = pattern.sub(replacement, text)
     return _MINUS.sub("-", _listed(_HEDGE.sub("", strip_wrappers(text))))
 

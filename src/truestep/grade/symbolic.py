@@ -129,6 +129,8 @@ def _comparison() -> Compare:
             return equal, "compared by value"
         if _clearly_different(left, right):
             return False, "compared by value"
+        if getattr(left, "is_Symbol", False) and getattr(right, "is_Symbol", False):
+            return left == right, "compared by algebra"
         if isinstance(left, Expr) and isinstance(right, Expr) and (left.is_Symbol or right.is_Symbol):
             return bool(simplify(left - right) == 0), "compared by algebra"
         equal = bool(verify(left, right, timeout_seconds=None)) or _same_where_real(left, right)
