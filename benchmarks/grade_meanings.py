@@ -1,6 +1,6 @@
 """Grade pairs of answers that mean different things, and pairs that mean the same, of 40 families.
 
-    python benchmarks/grade_meanings.py [--each 1050] [--seed 0] [--workers 2] [--json FILE]
+    python benchmarks/grade_meanings.py [--each 1400] [--seed 0] [--workers 2] [--json FILE]
 
 The pairs are made by tests/grade/meanings.py. No different pair may be accepted by ``strict``, and at most one
 in 2,000 by the default verdict; otherwise the exit code is 1. Every accepted different pair and the refused equal
@@ -26,7 +26,7 @@ SHARE = 1 / 2000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--each", type=int, default=1050, help="pairs of different meanings per family (default: 1050)"
+        "--each", type=int, default=1400, help="pairs of different meanings per family (default: 1400)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the answers (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes that do algebra (default: 2)")

@@ -677,7 +677,7 @@ def logarithms(rng: random.Random) -> Iterator[Meaning]:
 
 
 def sides(rng: random.Random) -> Iterator[Meaning]:
-    formulas = ("x^2-1", r"\sin x", "a+b", "2^x", "3x", r"\frac{x}{2}")
+    formulas = ("x^2-1", r"\sin x", "a+b", "2^x", "3x", r"\frac{x+5}{11}")
     for n, formula in product((0, 1, 5, 6), formulas):
         yield Meaning((n, formula), exact(f"{n} = {formula}", f"{formula} = {n}"))
     for formula in formulas:
