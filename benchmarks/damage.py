@@ -70,6 +70,26 @@ class Command:
     prepare: Callable[[Path], None] = field(default=lambda trial: None)
 
 
+EVALUATION = """
+name = "tiny"
+
+[model]
+path = "../model"
+
+[compute]
+threads = 1
+
+[data.test]
+source = "procedural:addition"
+split = "test"
+limit = 6
+options = { digits = 1 }
+
+[evaluate]
+data = ["test"]
+samples_per_problem = 2
+sampling = { max_new_tokens = 2, temperature = 0.6 }
+"""
 RUN = ("run/stages/*/metrics.jsonl", "run/stages/*/rollouts.jsonl", "run/stages/*/export/*", "run/stages/*/done.json",
        "run/evaluations/**/*.json*", "run/summary.json", "run/resolved.toml")  # fmt: skip
 READ = (
@@ -94,10 +114,10 @@ COMMANDS = (
     Command(name="resume of a finished run", folder="whole", files=READ, outputs=RUN, flips=1.0,
             words=["run", "recipe/run.toml", "--out", "run", "--resume"], kills=0.5),
     Command(name="eval", folder="evaluate", files=("model/*",), outputs=EVAL,
-            words=["eval", "model", "--benchmarks", "mmlu_pro", "--data", "data", "--samples", "2", "--out", "eval", "--resume"]),
+            words=["eval", "recipe/eval.toml", "--out", "eval", "--resume"]),
     Command(name="resume of an evaluation", folder="evaluated", outputs=EVAL,
             files=("eval/*.*", "eval/evaluations/**/*", "cache/*"),
-            words=["eval", "model", "--benchmarks", "mmlu_pro", "--data", "data", "--samples", "2", "--out", "eval", "--resume"]),
+            words=["eval", "recipe/eval.toml", "--out", "eval", "--resume"]),
     Command(name="report", folder="whole", files=READ, outputs=("run/report.html",), words=["report", "run"]),
     Command(name="report of an evaluation", folder="evaluated", outputs=("eval/report.html",), words=["report", "eval"],
             files=("eval/resolved.toml", "eval/summary.json", "eval/provenance.json", "eval/evaluations/**/*")),
@@ -195,8 +215,10 @@ def prepare(work: Path) -> None:
     new = work / "new"
     write_recipe(new / "recipe")
     text = (new / "recipe/run.toml").read_text()
-    dev = 'dev = { data = "test", every_steps = 2, select_best = true }\noptimizer = { lr = 5e-3 }'
-    (new / "recipe/run.toml").write_text(text.replace("optimizer = { lr = 5e-3 }", dev))
+    dev = 'dev = { data = "dev", every_steps = 2, select_best = true }\noptimizer = { lr = 5e-3 }'
+    text = text.replace("optimizer = { lr = 5e-3 }", dev)
+    (new / "recipe/run.toml").write_text(text + '\n[data.dev]\nsource = "dev.jsonl"\n')
+    shutil.copy(new / "recipe/train.jsonl", new / "recipe/dev.jsonl")
     write_study(new / "recipe", small(STUDY))
     words = COMMANDS[0].words
     trial = fresh(work, "new")
@@ -205,12 +227,7 @@ def prepare(work: Path) -> None:
     _interrupted(words, fresh(work, "new"), work / "half")
     trial = fresh(work, "new")
     shutil.copytree(work / "whole/run/stages/02-rl/export", trial / "model")
-    (trial / "data").mkdir()
-    rows = [
-        {"question": f"{i}+1?", "choices": ["1", "2", "3", str(i)], "answer": "B", "id": f"q{i}"}
-        for i in range(6)
-    ]
-    (trial / "data/mmlu_pro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (trial / "recipe/eval.toml").write_text(EVALUATION)
     shutil.copytree(trial, work / "evaluate")
     evaluation = next(c for c in COMMANDS if c.name == "eval")
     check(fork(evaluation.words, trial), "eval")
@@ -325,15 +342,14 @@ def main() -> None:
                 continue
             expected, seconds = reference(work, command, kind == "kill")
             for number in wanted:
-                draw = random.Random(f"{given.seed}/{kind}/{command.name}/{number}")
+                draw, began = random.Random(f"{given.seed}/{kind}/{command.name}/{number}"), time.monotonic()
                 one = (
                     flipped(work, command, expected, draw)
                     if kind == "flip"
                     else killed(work, command, expected, seconds, draw)
                 )
-                rows.append(
-                    {"command": command.name, "kind": kind, "number": number, "seed": given.seed, **one}
-                )
+                row = {"command": command.name, "kind": kind, "number": number, "seed": given.seed, **one}
+                rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
                 with log.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 if one["result"] in ("silent", "crash", "different"):

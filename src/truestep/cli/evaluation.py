@@ -14,7 +14,7 @@ from truestep.cli.output import echo
 from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
 
-DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not a command
+DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not another command; WORD may be a folder "model"
 HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
 
 
@@ -206,6 +206,6 @@ def app() -> typer.Typer:
 
 def with_default(words: Sequence[str]) -> list[str]:
     """Return the command line with ``eval MODEL`` changed to ``eval model MODEL``."""
-    if len(words) > 1 and words[0] == "eval" and words[1] not in (*COMMANDS, "--help"):
+    if len(words) > 1 and words[0] == "eval" and words[1] not in {*COMMANDS, "--help"} - {DEFAULT}:
         return ["eval", DEFAULT, *words[1:]]
     return list(words)
