@@ -83,7 +83,7 @@ def pytest_in(folder: Path, files: list[str], seconds: float, *, trace: str = ""
         "pytest",
         "-x",
         "-q",
-        "--timeout=150",
+        "--timeout=600",  # of one test, beside other work
         "-m",
         "not slow and not gpu",
         *files,
