@@ -109,10 +109,7 @@ def test_through_the_grader() -> None:
     row = problem(numbers=[3, 4, 5], target=35)
     with Grader() as grader:
         for text in (r"\boxed{5*(4+3)}", "<answer>(3+4)*5</answer>", "#### (3+4)*5 = 35", "so\n(3+4)*5"):
-            expected = (
-                Verdict.INCORRECT if text.startswith("so") else Verdict.CORRECT
-            )  # a last number is no expression
-            assert grader.score(row, text).verdict is expected, text
+            assert grader.score(row, text).verdict is Verdict.CORRECT, text
         assert grader.score(row, r"\boxed{35}").verdict is Verdict.INCORRECT
         assert grader.check_gold(row).verdict is Verdict.CORRECT
         assert grader.check_gold(problem(numbers=[3, 4, 5], target=36)).verdict is Verdict.INCORRECT

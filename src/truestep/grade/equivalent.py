@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from truestep.grade import structure
 from truestep.grade.extract import choice_letter, num_words
@@ -22,7 +23,12 @@ MAX_LENGTH = 2_000  # characters; longer answers are compared only as text
 MAX_ELEMENTS = 60  # elements of a list, including nested lists; a longer list is left to algebra
 MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
 _LEFT_SIDE = re.compile(
-    r"(?:\\(?:angle|Delta) )?(?:\\?[A-Za-z]+)?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
+    r"(?:m\s?)?(?:\\(?:angle|Delta) )?"
+    r"(?:\\?[A-Za-z]+|\\text\s*\{[A-Za-z ]{1,40}\}|\[[A-Z]{2,6}\])?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
+)
+_MEASURED = re.compile(  # the left side of a probability, an expectation or a variance
+    r"(?:\\mathbb\{[PE]\}|\\Pr|[PE]|(?:\\(?:text|operatorname|mathrm)\s*\{)?(?:Pr|Var|Cov)\}?)\s*[(\[][^()\[\]]{1,60}[)\]]\s*"
+    r"=\s*(?=[^=]+$)"
 )
 _POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}
     r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z](?:_(?:\w|\{\w{1,20}\}))?'?|[|{}:/\s])+$"
@@ -40,6 +46,11 @@ _NOTHING = [  # phrases that are one answer
 ]
 # A formula that may stand for several values.
 _EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")
+_DOTS = re.compile(r"\\[lcd]?dots(?:[bcmio])?(?![a-z])|\.{3}")
+_LOGIC = re.compile(r"\\(?:land|lor|wedge|vee|lnot|neg|implies|iff)(?![A-Za-z])")
+_CONNECTIVES = {"and": "and", "or": "or", r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or",
+                r"\cap": "and", r"\cup": "or"}  # fmt: skip
+_CONNECTIVE = r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\[a-z]+"
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
 _PREFIXED = re.compile(
     r"^(?:0([bBoOxX])([0-9A-Fa-f]+)$|\((\w{1,200})\)_(?=\d|\{))", re.ASCII
@@ -103,7 +114,15 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
         left, right = parse_number(gold, letters=True), parse_number(found, letters=True)
     if left is not None and right is not None:
         return same_number(left, right) or _same_european(gold, found, left, right)
-    for rule in (_same_base, _same_time, _same_words, _same_spelled, same_quantity, _same_ratio):
+    for rule in (
+        _different_signs,
+        _same_base,
+        _same_time,
+        _same_words,
+        _same_spelled,
+        same_quantity,
+        _same_ratio,
+    ):
         if (equal := rule(gold, found)) is not None:
             return equal
     if left is not None and _WORDS_ONLY.match(plain(found)):
@@ -114,6 +133,30 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
     if stripped := _without_left_side(gold, found) or _without_units(gold, found):
         return _same(*stripped, depth + 1)
     return _same_european(gold, found, left, right) or _same_lists(gold, found, depth)
+
+
+def _different_signs(gold: str, found: str) -> bool | None:
+    """Return False for two texts of which only one has dots (1, 2, ..., 10), or that connect statements differently
+    (x < 2 or x > 5; p and q). "x = 2 and x = 3" is a list of roots, and so the same with "or"."""
+    dots = [len(_DOTS.findall(text)) for text in (gold, found)]
+    if dots[0] != dots[1]:
+        return False
+    logic = (
+        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(gold)],
+        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(found)],
+    )
+    if any(logic) and not any(
+        re.search(r"[=<>]|\\[lg]eq|\\neq|\\in(?![a-z])", text) for text in (gold, found)
+    ):
+        return None if logic[0] == logic[1] else False
+    words = [
+        {_CONNECTIVES[m] for m in re.findall(_CONNECTIVE, plain(text)) if m in _CONNECTIVES}
+        for text in (gold, found)
+    ]
+    if len(words[0]) != 1 or len(words[1]) != 1 or words[0] == words[1]:
+        return None
+    names = {match for text in (gold, found) for match in re.findall(r"([A-Za-z])(?:_\w)?\s*=", text)}
+    return False if re.search(r"[<>]|\\[lg]eq|\\neq", gold + found) or len(names) > 1 else None
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
@@ -142,7 +185,7 @@ def questions(gold: str, found: str, depth: int = 0) -> list[tuple[str, str]]:
     if stripped and depth < MAX_DEPTH:
         return questions(*stripped, depth + 1)
     left, right = brackets(gold), brackets(found)
-    ours, theirs = elements(left[1]), elements(right[1])
+    ours, theirs = (elements(side[1], inside=bool(side[0])) for side in (left, right))
     rows = matrix(gold), matrix(found)
     if rows[0] is not None and rows[1] is not None:
         ours, theirs = ([entry for row in side for entry in row] for side in rows if side is not None)
@@ -161,7 +204,17 @@ def _same_assignments(gold: str, found: str, depth: int) -> bool | None:
         return _same(roots[0], roots[1], depth + 1)
     sides = [structure.without_names(text) or text for text in (gold, found)]
     if ("=" in sides[0]) != ("=" in sides[1]):
-        sides = [structure.as_tuples(side) or side for side in sides]
+        tuples = [structure.as_tuples(side) for side in sides]
+        if any(tuples):  # the values of names are ordered, also if a list has no brackets
+            sides = [
+                made
+                or (
+                    f"({side})"
+                    if brackets(side)[0] == "" and len(elements(side)) > 1 and "(" not in side
+                    else side
+                )
+                for made, side in zip(tuples, sides, strict=True)
+            ]
     has_tuple = all("(" in side for side in sides)
     return _same(sides[0], sides[1], depth + 1) if sides != [gold, found] and has_tuple else None
 
@@ -208,9 +261,11 @@ def _same_ratio(gold: str, found: str) -> bool | None:
     """Compare ratios such as 3:4, 3 to 4 and 6 : 8; None for other texts."""
     ratios = [re.split(r"\s*:\s*|\s+to\s+|\\colon\s*", plain(text)) for text in (gold, found)]
     left, right = ([parse_number(part) for part in parts] for parts in ratios)
-    are_times = all(re.fullmatch(r"\d{1,2}:\d\d", plain(text)) for text in (gold, found))
-    if are_times or len(left) < 2 or len(left) != len(right):
+    if len(left) < 2 or len(left) != len(right):
         return None
+    are_times = all(re.fullmatch(r"\d{1,2}:\d\d", plain(text)) for text in (gold, found))
+    if are_times or all(" to " in plain(text) for text in (gold, found)):  # a time of day, a range
+        return all(a and b and a.value == b.value for a, b in zip(left, right, strict=True))
     ours, theirs = ([n.value for n in numbers if n is not None and n.value] for numbers in (left, right))
     if len(ours) < len(left) or len(theirs) < len(right):
         return None
@@ -232,7 +287,7 @@ def _same_european(gold: str, found: str, left: Number | None, right: Number | N
     """Return whether one answer is the other's number with a decimal comma. The comma counts as decimal if
     the gold answer has the same digits with a point. Any other comma counts only if a list is unlikely."""
     if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", found):
-        return gold == found.replace(",", ".")
+        return gold == found.replace(",", ".") and not re.fullmatch(r"-?[1-9]\d{0,2},\d{3}", found)
     ours, theirs = european(gold) or left, european(found) or right
     is_new = european(gold) is not None or european(found) is not None
     return is_new and ours is not None and theirs is not None and same_number(ours, theirs)
@@ -246,10 +301,19 @@ def _same_base(gold: str, found: str) -> bool | None:
     )
     if left is None or right is None or not (left[2] or right[2]):
         return None
+    if any(match[2] and not _is_numeral(match) for match in (left, right)):
+        return False if left[1][0].isdigit() and right[1][0].isdigit() else None
     if not right[2] or left[2] == right[2]:
         return left[1].lstrip("0").lower() == right[1].lstrip("0").lower()
     values = [_value_in_base(match[1], int(match[2] or 10)) for match in (left, right)]
     return not left[2] and values[0] is not None and values[0] == values[1]
+
+
+def _is_numeral(match: re.Match[str]) -> bool:
+    """Return whether a text with an index is a number in that base, and not a variable with an index: 204_5, FF_16,
+    but not 25_3, x_1 or A_16."""
+    is_known = bool(match[2]) and _value_in_base(match[1], int(match[2])) is not None
+    return is_known and (match[1][0].isdigit() or len(match[1]) > 1)
 
 
 def _index_of(prefixed: re.Match[str]) -> str:
@@ -283,6 +347,9 @@ def _same_words(gold_raw: str, found_raw: str) -> bool | None:
     if not (_WORDS_ONLY.match(gold) and _WORDS_ONLY.match(found)):
         return None
     is_text = any(re.match(TEXT_COMMAND, raw) for raw in (gold_raw, found_raw))
+    is_text = is_text or all(
+        re.fullmatch("[A-Z]{2,}", text) for text in (gold, found)
+    )  # an order, names of points
     longest = max(len(word) for word in f"{gold} {found}".split())
     if is_text or longest > 3 or (_is_word(gold) and _is_word(found)):
         return forms[0] == forms[1]
@@ -299,6 +366,7 @@ def _is_word(text: str) -> bool:
 def _word_form(text: str) -> str:
     """Return words in lower case, with one form for all texts that say that there is no solution, or no limit."""
     text = re.sub(r"\s+", " ", text.casefold()).strip(" .!")
+    text = re.sub(r"^(?:an?|the) (?=\w)", "", text)
     return next((name for name, spelling in _NOTHING if spelling.fullmatch(text)), text)
 
 
@@ -334,19 +402,33 @@ def _split_left(text: str) -> tuple[str, str]:
     opening, inside, _ = brackets(text)
     if opening == "(" and "=" in inside and len(elements(inside)) == 1:
         text = inside
+    if measured := _MEASURED.match(text):
+        return measured[0], text[measured.end() :]
     for relation in (r"\in ", "=", r"\approx "):
         left, _, right = text.partition(relation)
+        if relation == "=" and _is_false(text):
+            return "", text
         left, right = left.strip(), _right_side(right)
         if not left or not right or len(elements(text)) > 1 or left.count("{") != left.count("}"):
             continue
         middle = text.split("=")[-2:-1]  # 9 + 5 = 14, m + n = 9 + 5 = 14
         is_step = middle and (_ARITHMETIC.match(middle[0]) or _LEFT_SIDE.match(middle[0].strip()))
         is_sum = is_step and parse_number(right) is not None
+        if re.fullmatch(r"\\?[A-Za-z]+", left) and re.search(
+            rf"(?<![A-Za-z\\]){re.escape(left)}(?![A-Za-z])", right
+        ):
+            continue  # x = 2x says what x is, not 2x
         if is_sum or _LEFT_SIDE.match(left) or _POINTS.match(left):
             return left, right
         if relation == "=" and _LEFT_SIDE.match(right):
             return right, left
     return "", text
+
+
+def _is_false(text: str) -> bool:
+    """Return whether a chain of equalities has two different numbers, such as 4 = 5."""
+    numbers = [None if "$" in side else parse_number(side) for side in re.split(r"(?<![<>!\\])=", text)]
+    return any(one and other and not same_number(one, other) for one, other in pairwise(numbers))
 
 
 def _right_side(text: str) -> str:
@@ -357,12 +439,13 @@ def _right_side(text: str) -> str:
 
 def _same_lists(gold: str, found: str, depth: int) -> bool | None:
     left, right = brackets(gold), brackets(found)
-    ours, theirs = elements(left[1]), elements(right[1])
+    ours, theirs = (elements(side[1], inside=bool(side[0])) for side in (left, right))
     if left[0] and len(ours) == 1 and right[0] and len(theirs) == 1:
         return _same(ours[0], theirs[0], depth + 1) if depth < MAX_DEPTH and left[::2] == right[::2] else None
     kinds = {left[0] + left[2], right[0] + right[2]}
     ordered = bool(kinds & {"()", "[)", "(]"}) or left[0] == "["
-    if not ordered:  # a repeated element does not change a set
+    is_set = len({canonical(part) for part in ours}) == len(ours)
+    if not ordered and (kinds == {"{}"} or is_set):  # a repeated element does not change a set
         ours, theirs = (list({canonical(part): part for part in parts}.values()) for parts in (ours, theirs))
     if len(ours) != len(theirs):
         return None if _EXPANDING.search(gold + found) else False

@@ -9,6 +9,7 @@ from typing import Literal
 
 from truestep.grade.normal import normalise, plain, typographic
 from truestep.grade.units import FUNCTIONS, WORDS
+from truestep.grade.words import VALUES
 
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
@@ -23,15 +24,15 @@ MAX_WORDS = 2  # text with more words next to an answer is prose
 _BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
     r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:(?!(?:and|or|but|so|thus)\b)[a-z]{1,15} )?(?:\\text\{\s*)?"
-    r"(?:and|or|,|;|&)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
+    r"(?:and|or|or else|or,? alternatively,?|otherwise,?|,|;|&|/|\\lor|\\land)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
     r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
 )
 _GAP = re.compile(r"[ $]*(?:\\q?quad|\n)?[ $]*")  # two boxes in one formula, or on adjacent lines
 _END_TOKENS = re.compile(r"(?:\s{0,9}(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>))+\s*$")
-_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|(?<![\d.,]\d{4}) )(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|(?<!\d{4}) )(?=\d{3}(?!\d))")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _ANSWER_IS = re.compile(
-    r"\banswer\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}is\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])"
+    r"\banswers?\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}(?:is|are)\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])"
     r"\s{0,3}[*_]{0,3}:?|"
     r"\b(?:réponse|reponse|respuesta|resposta|risposta|antwort|lösung|ответ|odpowiedź|cevap|svar|antwoord|đáp án)\b[*_]{0,3}"
     r"(?:(?:\s{1,3}\w{1,15}){0,4}?\s{1,3}(?:est|es|é|è|ist|lautet|jest|är|is|là)\b|\s{0,3}[:：=])\s{0,3}[*_]{0,3}[:：]?|"
@@ -39,21 +40,25 @@ _ANSWER_IS = re.compile(
     re.IGNORECASE,
 )
 _FINAL_ANSWER = re.compile(r"\bfinal answer\b", re.IGNORECASE)
-_NEGATION = re.compile(r"(?:\b(?:not|non|nicht|isn't)|, no|不是)\s{0,3}[$(]?$", re.IGNORECASE)
 _LETTER = re.compile(
-    r"\W{0,3}([A-J])(?:\)|(?=[.,:;*。、，]|$|\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
-    r"(?!,?\s*(?:and|or|,)?\s*\(?[A-J]\b)(?!\s*[=+*/^-])"  # one choice, not two of them, and no variable
+    r"\W{0,3}(?:(?:[Cc]hoice|[Oo]ption|[Ll]etter)\s\W{0,2})?([A-J])(?:\)|(?=[.,:;*'\"。、，]|$|\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
+    r"(?!\W{0,3}\s*(?:and|or|,)?\s*(?:possibly |maybe |perhaps |also |even )?\W{0,3}[A-J]\b)(?!\s*[=+*/^-])"
+    r"(?![^.\n]*\b[A-J]\b\)? is (?:also|possible|another))"  # one choice, not two of them, and no variable
 )
 _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A word**, the choice I made
     r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
     r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))|"
-    r"\b(?:pick|choose|select|is|so|thus|therefore|hence)\s{1,3}([B-HJ](?![\w'(])|[AI](?![\w'(]|\s[a-z]))|"
+    r"\b(?:pick|choose|select|is|be|leaving|leaves|so|thus|therefore|hence)\s{1,3}([B-HJ](?![\w'(])|[AI](?![\w'(]|\s[a-z]))|"
     r"(?<![\w'])([A-J]) (?:is (?:the )?(?:correct|right|best|better|true)|remains)\b|は([A-J])(?=です|。|$)"
 )
 _NEGATED = re.compile(
-    r"(?:\b(?:[Nn]ot|non|nicht|no|pas|nor|isn't)\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])|"
-    r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:is|was|seems|looks|(?:must|would|could|can|may) be) (?:[a-z]{2,9} )?"
-    r"(?:incorrect|wrong|false|not)\b"
+    r"(?:\b(?:[Nn]ot|[Nn]either|non|nicht|no|pas|nor|isn't|[Cc]an't be|cannot be|[Ee]xcept|(?:anything|everything|all|any) but|"
+    r"[Rr]ul(?:e|es|ed|ing) out|[Ee]xclud(?:e|es|ed|ing)|[Ee]liminat(?:e|es|ed|ing)|[Rr]eject(?:s|ed|ing)?|[Dd]oubt|"
+    r"[Ii]gnor(?:e|ed|ing))\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])(?:,?\s(?:and|or|nor)\s\(?[A-J]\b\)?|"
+    r",\s\(?[A-J]\)?(?=,|\s(?:and|or|nor)))*|"
+    r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:(?:is|was|seems|looks|(?:must|would|could|can|may|has to) be) (?:[a-z]{2,9} )?"
+    r"(?:incorrect|wrong|false|not|impossible|excluded|eliminated|rejected|ruled out|unlikely|out)\b|"
+    r"(?:contradicts|fails|cannot|can't|doesn't|does not|isn't)\b)"
 )
 _CHOICE = re.compile(
     r"(?<![A-Za-z0-9\\'=+*/^_|-])(?<![=+*/^-] )(?<![A-Za-z]\()\(?([A-J])\)?(?![A-Za-z0-9'_^(|]|\s*[=+*/^<>]|\s*-\s*\d)"
@@ -62,30 +67,71 @@ _SPEAKER = re.compile(r"\bI(?= (?:choose|pick|select|think|believe|guess|say|wou
 _ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
 _TRUTH = re.compile(
     r"\W{0,4}(?:(?:so|thus|therefore|hence)\b,?\s{0,3}|answer:\s{0,3}){0,2}\W{0,4}(yes|no|true|false)\b"
-    r"(?=[*\"')]{0,3}\s{0,3}(?:$|[.,;:!—–\n-]|(?:because|since|as|it|this|that)\b))(?!,?\s{0,3}(?:or|and)\b)",
+    r"(?=[*\"')]{0,3}\s{0,3}(?:$|[.,;:!—–\n-]|(?:because|since|as|it|this|that)\b))(?!,?\s{0,3}(?:or|and)\b)"
+    r"(?!\W{1,8}(?:yes|no|true|false)\b\W{0,4}$)(?!\W{1,8}(?:yes|no|true|false)\b[.,;*])",
     re.IGNORECASE,
 )
 _IS_TRUTH = re.compile(r"\bis (?:therefore |thus |indeed )?(true|false)\W{0,4}$", re.IGNORECASE)
 _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
-# What gives a number before or after it a different value, in prose: not "18 because it is more than 5".
 _REASON = re.compile(
-    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|for|when|where|if|given|thus|in base (?:10|ten))\b|"
-    r"\s*(?:\(mod \d+\)|\[\^\w{1,9}\])"
+    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|who|whose|when|where|if(?!.*\b(?:otherwise|else)\b)|given|"
+    r"thus|in base (?:10|ten)|for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])"
 )
-_BEFORE = (
-    r"(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger) than|up to|no (?:more|less|"
-    r"fewer)|above|below|under|over|beyond|between|within|exceeds?|exceeding|almost|nearly|hardly|half of|quarter of|"
-    r"third of|twice|thrice|double|triple|(?:square|cube)s? (?:root )?of|factorial of|minus|negative)"
+# A word in front of a number that makes another number of it (the sum of, greater than, never), unless it only says
+# what the number is (equal to, a total of). English has few words of these classes, so that the list is whole.
+_BEFORE_END = re.compile(
+    r"(?:\b(?:of|than|to|from|except|but|or|and|nor|not|never|no|without|until|till|through|least|most|up|above|below|"
+    r"under|over|beyond|between|within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|"
+    r"minus|negative|plus|times|base|log|ln|mod|modulo|factorial|versus|vs|against|(?:divided|multiplied) by|"
+    r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than or equal to)|n't|[<>≤≥≠^_√∛∜*/×·⋅÷+±~]|"
+    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:to|and|or))\s*[$(]{0,2}$",
+    re.IGNORECASE,
 )
-_AFTER = (
-    r"(?:\s*(?:[kKMB]|(?:dozen|hundred|thousand|million|billion|trillion)s?)|\s+(?:or (?:more|less|fewer|greater|"
-    r"higher|lower|above|below|over|under|so)|at (?:least|most)|squared|cubed|factorial|to the power|(?:over|to|by|out "
-    r"of) \d+|(?:times|plus|minus|divided by|multiplied by|modulo) \S+))\b"
+_SAYS = re.compile(
+    r"(?:(?<!\bor )\b(?:equals?|equal|equivalent|comes?|adds? up|sums?|amounts?|evaluates?|reduces?|"
+    r"simplif(?:y|ies)|rounds?|rounded|"
+    r"converges?|leads?|boils? down|works? out|close) to|"
+    r"\b(?:total|sum|average|mean|median|mode|value|amount|area|volume|length|distance|perimeter|probability|chance|cost|"
+    r"price|profit|speed|rate|height|width|weight|mass|radius|age|score|maximum|minimum|count|time|ratio) of|"
+    r"\bfrom \S{1,12} to)\s*[$(]{0,2}$",
+    re.IGNORECASE,
 )
-_CHANGED = re.compile(rf"\b{_BEFORE} (?=[\d$-]|zero)|\d{_AFTER}", re.IGNORECASE)
-_BEFORE_END, _AFTER_START = re.compile(rf"\b{_BEFORE} $", re.IGNORECASE), re.compile(_AFTER, re.IGNORECASE)
+_CLAUSE = re.compile(r"[,;:]\s|=|\b(?:which|that|but|so)\b")
+_NOT = re.compile(
+    r"\b(?:not|never|cannot|nor|neither|except|unless|anything but|other than|different from|rather than|instead of|"
+    r"(?:wrong|incorrect|false) (?:answer|value|result)|multiples?|powers?|factors?|"
+    r"divisors?|reciprocal|opposite|inverse|remainder|non|nicht|pas)\b|n't\b|不是",
+    re.IGNORECASE,
+)
+# What follows a number and makes another number of it; a reason, a time, a place or a noun does not.
+_OPERATION = re.compile(
+    r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|recurring|point|or|"
+    r"mod|modulo|power|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|crores?|"
+    r"gross|googol|halves|half|thirds|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|"
+    r"thousandths?|than)$",
+    re.IGNORECASE,
+)
+_HARMLESS = re.compile(
+    r"(?:because|since|as|so|which|who|that|when|where|while|after|before|for|with|in|on|at|given|thus|if|assuming|and|of|"
+    r"to|the|by|but|not|is|are|was|were|will|would|can|has|have)$",
+    re.IGNORECASE,
+)
+_CONTINUES = re.compile(  # a harmless word with these words behind it is not harmless
+    r"\s*(?:in base (?!10\b|ten\b)|if .*\b(?:otherwise|else|if)\b|and (?:(?:an?|one|two|three|four|five|seven|nine) [a-z]+|"
+    r"[$*\\(]{0,3}[\d$]|[a-z]\s?=)|"
+    r"of \S*\d|for (?:every|each)\b|"
+    r"to (?:the|\S*\d)|by \S*\d|at (?:least|most)\b|with (?:a )?remainder|(?:is|was|are) (?:[a-z]+ )?(?:not|wrong|incorrect|"
+    r"false)\b|isn't|but not)",
+    re.IGNORECASE,
+)
+_STUCK = re.compile(
+    r"(?!\s?[ck]?m[²³])(?:[\^!_²³¹⁰-⁹π√∛(]|\\(?!%|\)|\]|,|;|text|mathrm|\s)|[A-Za-z]{1,20}(?=[^A-Za-z]|$))"
+)
+_OPERATOR = re.compile(
+    r"\s*(?:[+*/×·⋅÷<>≤≥≠±^]|\\(?:times|cdot|div|pm|neq?|[lg]eq?)(?![a-z])|[-−–]\s?\d|:\s?\d)"
+)
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
 _MATH = re.compile(  # a lone dollar is money: a formula after it has no space at either end, or one at both
     r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
@@ -93,13 +139,40 @@ _MATH = re.compile(  # a lone dollar is money: a formula after it has no space a
     re.DOTALL,
 )
 _NUMBER = re.compile(
-    r"(?<![A-Za-z_.\d])(?:(?<![\w)\]}])-)?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+(?:,\d{1,2}(?![\d,]))?)?"
+    r"(?<![A-Za-z_.\d^])(?:(?<![\w)\]}])-)?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+(?:,\d{1,2}(?![\d,]))?)?"
     r"(?:(?<=\d)|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3}\b|\s?/\s?\d+(?:\.\d+)?)?\s?%?",
     re.ASCII,
 )
 _WORDS = re.compile(
-    r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff]|^[A-Z]:\s"
+    r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff\u2070-\u209f]|^[A-Z]:\s"
 )
+_SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|!(?=\s|$)")
+# Signs and words outside of a box that change what is in it.
+_BOX_BEFORE = re.compile(
+    r"(?:(?<=[=$(\[{])\s*-|[\d)}]\s*(?:[-+*/^]|\\(?:times|cdot))|\\(?:neq?|[lg]eq?|sqrt|not\s*=|frac\{[^{}]{0,9}\}\{)|"
+    r"(?<=[\w\s)}$])[<>≠]|"
+    r"\b(?:not|never)(?: equal to)?|n't be)\s*$"
+)
+_BOX_AFTER = re.compile(
+    r"\s?(?:[\^!](?=[\d{$ ])\S{0,8}|\$?\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b|\$?\s?\\?%|"
+    r"\$?\s(?:or|and) (?:more|less|fewer)\b)"
+)
+_SCALED = re.compile(r"\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b")
+_BOLD_MARKS = re.compile(r"(?<!\d)\*\*|\*\*(?!\d)")
+_WRONG = re.compile(r"\b(?:wrong|incorrect|false|bad)\s+$", re.IGNORECASE)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|non|nicht|never|cannot|isn't)|n't|, no|不是)\s{0,3}(?:(?:be|equal|exactly|equal to)\s)?[$(]?$",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[*_$]{0,3}\s(?:is|was|are|would be|seems) (?:[a-z]+ )?(?:not|wrong|incorrect|false)\b|\sisn't\b"
+)
+_GROUP = re.compile(r"[(\[][^()\[\]A-Za-z\n]{1,40},[^()\[\]A-Za-z\n]{1,60}[)\]]")
+# The pieces of a formula without delimiters.
+_PIECE = re.compile(r"\d[\d.,]*\d|\d|\\[A-Za-z]+|[A-Za-z]+|\s|.", re.ASCII)
+_SIGN = re.compile(r"[+*/×·⋅÷<>≤≥≠^±√∛∜π(){}⁰¹²³⁴-⁹₀-₉-]|\\(?:times|cdot|div|pm|neq?|[lg]eq?|sqrt|pi)")
+_INFIX = re.compile(r"[+*/×·⋅÷<>≤≥≠±-]|\\(?:times|cdot|div|pm|neq?|[lg]eq?)")
+_OPERAND = re.compile(r"\d[\d.,]*|[B-HJ-Zb-z]|log|ln|sin|cos|tan|sqrt|\\(?:log|ln|sin|cos|tan|frac)")
 _NO_WORDS = WORDS | FUNCTIONS | {"and"}
 
 
@@ -151,7 +224,11 @@ def extract_choice(text: str, choices: Sequence[str] = (), *, strict: bool = Fal
         named = {
             c for c in choices[:26] if c and re.search(rf"(?<!\w){re.escape(c)}(?!\w)", last, re.IGNORECASE)
         }
-    if len(named) != 1 or _DENIAL.search(last):
+    if (
+        len(named) != 1
+        or _DENIAL.search(last)
+        or re.search(r"(?:\b[A-J]\)? is (?:also|possible)|\bor (?:possibly|maybe)\b)", last)
+    ):
         return found
     return Extraction(answer=named.pop(), how="last_choice")
 
@@ -219,7 +296,10 @@ def _boxed(text: str) -> tuple[str, How] | None:
             break
         parts.insert(0, box)
     contents = [re.sub(r"\\{1,4}(?:boxed|fbox)\s*(?=\{)", "", content) for _, _, content in parts]
-    return ", ".join(dict.fromkeys(contents)), "boxed"
+    before, after = text[max(0, parts[0][0] - 30) : parts[0][0]], text[parts[-1][1] : parts[-1][1] + 30]
+    left, right = None if "box" in before else _BOX_BEFORE.search(before), _BOX_AFTER.match(after)
+    joined = ", ".join(dict.fromkeys(contents))
+    return (left[0].lstrip("$=( ") if left else "") + joined + (right[0] if right else ""), "boxed"
 
 
 def gold_answer(text: str) -> str:
@@ -247,27 +327,73 @@ def _marker(text: str) -> tuple[str, How] | None:
 
 def _answer_is(text: str) -> tuple[str, How] | None:
     """Return what follows the last "answer is" or "answer:", up to the end of its formula, bold span or
-    sentence."""
-    ends = [match.end() for match in _ANSWER_IS.finditer(text)]
+    sentence. If other words in the sentence change it, return the sentence."""
+    ends = [
+        match.end() for match in _ANSWER_IS.finditer(text) if not _WRONG.search(text[: match.start()][-20:])
+    ]
     if not ends:
         return None
-    tail = text[ends[-1] : ends[-1] + MAX_FORMULA].lstrip(" \t\r\n*_:")
+    tail = text[ends[-1] : ends[-1] + MAX_FORMULA]
+    bare = tail.lstrip(" \t\r\n*_:")
+    opening = re.search(r"[*_]*$", text[max(0, ends[-1] - 3) : ends[-1]] + tail[: len(tail) - len(bare)])
+    marks = opening[0] if opening else ""
+    tail = bare
     if formula := _MATH.match(tail):
-        return _content(formula), "answer_is"
-    sentence = re.split(r"\n|\.(?=\s|$)|\*\*", tail, maxsplit=1)[0].strip()
+        rest = _SENTENCE_END.split(tail[formula.end() :], maxsplit=1)[0]
+        return (
+            formula[0] + _without_bold(rest) if is_changed("", rest, is_marked=True) else _content(formula)
+        ), "answer_is"
+    sentence = _SENTENCE_END.split(tail, maxsplit=1)[0].strip()
     if letter := _LETTER.match(sentence):
         return letter[1], "answer_is"
+    if marks[:2] == "**" and "**" in sentence:
+        inside, _, rest = sentence.partition("**")
+        sentence, marks = (
+            (inside if not is_changed("", rest, is_marked=True) else sentence.replace("**", "")),
+            "",
+        )
+    sentence = _without_bold(marks + sentence)
     head = _REASON.split(typographic(sentence), maxsplit=1)[0]
-    if re.search(r"\d", head):
-        if _CHANGED.search(head):
-            return head, "answer_is"  # as a whole: the number in it is not the answer
+    if re.search(r"\d", head) or (head and num_words(head) <= MAX_WORDS and re.search(r"\d", sentence)):
         sentence = head
     if (leading := _LEADING.match(typographic(sentence))) and num_words(leading[2]):
-        return leading[1], "answer_is"
+        return (sentence if is_changed("", sentence[leading.end(1) :]) else leading[1]), "answer_is"
     if num_words(sentence) == 0 or (num_words(sentence) <= MAX_WORDS and not re.search(r"\d", sentence)):
         return sentence, "answer_is"
-    inside = _last(sentence)
-    return (inside[0], "answer_is") if inside else None
+    inside_sentence = _last(sentence)
+    return (inside_sentence[0], "answer_is") if inside_sentence else None
+
+
+def _without_bold(text: str) -> str:
+    """Remove the marks of bold and italic text."""
+    return re.sub(r"(\*{1,2}|__?)(?=\S)([^*_]+)(?<=\S)\1", r"\2", text)
+
+
+def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
+    """Return whether the words around a number make another number of it: half of 18, 18 million, not 18, 18 or 20.
+    ``before`` and ``after`` are the other parts of its sentence. A number ``is_marked`` as a formula or in bold is
+    the answer even if it is a share or a rate: **18** out of 20."""
+    if _NOT.search(_CLAUSE.split(before)[-1]) or (_BEFORE_END.search(before) and not _SAYS.search(before)):
+        return True
+    after = after.lstrip("*_$`\"'")
+    if is_marked and re.match(r"(?:\s[a-z]{1,20})?\s(?:out of|per) \d", after):
+        return False
+    stuck = _STUCK.match(after)
+    if stuck and stuck[0].lower() not in WORDS and stuck[0] not in ("st", "nd", "rd", "th"):
+        return True
+    after = re.sub(r"^\s?(?:\\?%|percent\b)", "", after[stuck.end() if stuck else 0 :])
+    if _OPERATOR.match(after) or re.match(r"\s*\((?:mod|base|not)\b", after):
+        return True
+    for word in re.finditer(r"\s*(?:([A-Za-z][A-Za-z'-]*)|(\$?\d)|(.))", after[:200]):
+        if word[2] or (word[1] and (_OPERATION.match(word[1]) or word[1].lower() in VALUES)):
+            return True
+        if _CONTINUES.match(after, word.start()):
+            return True
+        if word[3] == "," and re.match(r"\s*[*(]*\$?-?\d", after[word.end() :]):
+            return True  # a list
+        if not word[1] or _HARMLESS.match(word[1]):
+            return False
+    return False
 
 
 def _content(formula: re.Match[str]) -> str:
@@ -295,20 +421,60 @@ def num_words(text: str) -> int:
 
 
 def _last(text: str) -> tuple[str, How] | None:
-    """Return the last number, or the formula that contains it."""
-    text = _THOUSANDS.sub(",", typographic(text[-MAX_TAIL:]))
-    numbers = reversed(list(_NUMBER.finditer(text)))
-    number = next((m for m in numbers if not _NEGATION.search(text, max(0, m.start() - 12), m.start())), None)
-    *_, formula = None, *_MATH.finditer(text)
-    if formula and (number is None or formula.start() < number.start() < formula.end()):
-        return _content(formula), "last_formula"
-    if number is None:
-        return None
-    before = _BEFORE_END.search(text, max(0, number.start() - 30), number.start())
-    end = number.start() + len(number[0].rstrip())
-    after = _AFTER_START.match(text, end)  # 18 million is not 18
-    phrase = text[before.start() if before else number.start() : after.end() if after else end]
-    return phrase, "last_number"
+    """Return the last number that is not denied, with the operators and brackets that it stands between, or the
+    formula that contains it; the whole sentence if its words make another number of it."""
+    text = _BOLD_MARKS.sub(" ", _THOUSANDS.sub(",", typographic(text[-MAX_TAIL:])))
+    formulas = list(_MATH.finditer(text))
+    numbers = list(_NUMBER.finditer(text))
+    if formulas and not numbers:
+        return _content(formulas[-1]), "last_formula"
+    for number in reversed(numbers[-50:]):
+        formula = next((f for f in reversed(formulas) if f.start() <= number.start() < f.end()), None)
+        start, end = formula.span() if formula else _run(text, number)
+        before = _SENTENCE_END.split(text[max(0, start - 80) : start])[-1]
+        after = _SENTENCE_END.split(text[end : end + 200], maxsplit=1)[0]
+        if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
+            continue
+        if scaled := _SCALED.match(after):  # 18 million
+            end, after = end + scaled.end(), after[scaled.end() :]
+        if is_changed(before, after):
+            return (before + text[start:end] + after).strip(), "last_number"
+        return (_content(formula), "last_formula") if formula else (text[start:end], "last_number")
+    return None
+
+
+def _run(text: str, number: re.Match[str]) -> tuple[int, int]:
+    """Return the start and end of the pair, interval or formula without delimiters that contains a number:
+    (3, 18), 2^18, 3 × 10⁸, x < 18. A formula starts after its last "="."""
+    start, end = number.start(), number.start() + len(number[0].rstrip())
+    for group in _GROUP.finditer(text, max(0, start - 60), end + 60):
+        if group.start() < start < group.end():
+            return group.span()
+    first = start - _reach(_PIECE.findall(text[max(0, start - 60) : start])[::-1])
+    last = end + _reach(_PIECE.findall(re.split(r"\b(?:st|nd|rd|th)\b|[ck]?m[²³]", text[end : end + 60])[0]))
+    run = text[first:last]
+    is_whole = all(run.count(a) == run.count(b) for a, b in ("()", "{}")) and not num_words(run)
+    return (first, last) if is_whole else (start, end)
+
+
+def _reach(pieces: Sequence[str]) -> int:
+    """Return how many characters next to a number belong to its formula: operands that a sign joins to it."""
+    length = taken = 0
+    is_joined = True  # a letter directly next to the number is a factor
+    for place, piece in enumerate(pieces):
+        length += len(piece)
+        spaced = (
+            piece == "-" and pieces[place - 1 : place] == [" "] and pieces[place + 1 : place + 2] == [" "]
+        )
+        if piece == " ":
+            is_joined = is_joined and place > 0
+        elif _SIGN.fullmatch(piece) and not spaced:
+            taken, is_joined = (taken if _INFIX.fullmatch(piece) else length), True
+        elif is_joined and _OPERAND.fullmatch(piece):
+            taken, is_joined = length, False
+        else:
+            break
+    return taken
 
 
 def choice_letters(text: str) -> str:
@@ -324,8 +490,9 @@ def choice_letter(text: str) -> str:
     """Return the letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" if it names none or
     several."""
     text = plain(text[:MAX_CHOICE])
-    if "\\" in text:
-        return ""  # in a formula, a letter is a variable
+    if "\\" in text:  # in a formula, a letter is a variable; a label may stand in front of it
+        label = re.match(r"\(([A-J])\)(?!.*\([A-J]\))", text)
+        return label[1] if label else ""
     text = _NEGATED.sub(" ", _SPEAKER.sub(" ", text))
     letters = set(_CHOICE.findall(text))
     if len(letters) > 1:

@@ -46,6 +46,7 @@ def symbolic_form(text: str) -> str:
     # An angle in degrees becomes radians inside a function.
     in_degrees = r"\\(sin|cos|tan|cot|sec|csc)\s*([({])?\s*([\d.]{1,8})\s*\^\{\\circ\}(?(2)\s*[)}])"
     text = re.sub(in_degrees, r"\\\1(\\frac{\3 \\pi}{180})", text)
+    text = re.sub(r"\\sqrt\s*\[\s*(\d*[13579])\s*\]\s*\{\s*-", r"-\\sqrt[\1]{", text)  # the real root
     text = re.sub(r"\\sqrt \(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"\^\s*\\infty", r"^{\\infty}", re.sub(r"\\exp\s*[({]([^(){}]*)[)}]", r"e^{\1}", text))

@@ -30,6 +30,8 @@ _SYMBOLS = {
 } | {c: r"\frac{" + unicodedata.normalize("NFKC", c).replace("⁄", "}{") + "}" for c in "⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}  # fmt: skip
 
 _SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "_": "₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ"}
+_SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "01234567890123456789")
+_SMALL_FRACTION = re.compile("([⁰¹²³⁴-⁹]+)⁄([₀-₉]+)")
 _WRAPPERS = ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
 TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm)\s*"
 _TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
@@ -46,10 +48,32 @@ _SYSTEM = re.compile(
     re.DOTALL,
 )
 _EQUATION = re.compile(r"[^=<>,]+=[^=<>,]+")
+_TAGS = re.compile(r"</?(?:b|strong|i|em|u|span|p|br|sub)\s?/?>")
+_LABEL_WORDS = r"(?:the\s+)?(?:final\s+)?(?:answer|result|solution)\s*(?::|=|is\b:?)\s*"
+_LABEL = re.compile(  # "Answer: 18" in a box or after a marker
+    rf"^(?:\\text(?:bf|rm|it)?\s*\{{\s*{_LABEL_WORDS}\}}|\*\*{_LABEL_WORDS}\*\*|{_LABEL_WORDS})\s*(?=\S)",
+    re.IGNORECASE,
+)
+_EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=[^\s*_])([^*_]*[^\s*_])\1([.!]?)")
+_FINISHED = re.compile(  # signs for "done" after an answer
+    "(?:[\\s\u220e\u25a0-\u25ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f300-\U0001faff]|"
+    r"\\(?:blacksquare|square|Box|qed|checkmark|hfill)(?![a-zA-Z]))+$"
+)
+_IN_DOLLARS = re.compile(r"\$([^$]*[^$\s])\$(\s?(?:\\?%|[A-Za-z][^$\d]*)?)")
+_STYLES = "boldsymbol|bm|underline|mathtt|ensuremath|framebox|emph|textsc|mathsf|pmb"
+_SWITCHES = "bf|it|sf|tt|tiny|small|large|Large|LARGE|huge|Huge|textstyle|scriptstyle|therefore|hfill|checkmark|noindent"
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:[dtc]|nice|s)frac(?![a-zA-Z])", r"\\frac"),
+        (rf"\\(?:{_STYLES})\s*\{{([^{{}}]*)\}}", r"\1"),
+        (rf"\\(?:{_SWITCHES})(?![a-zA-Z])\s*|\\tag\*?\s*\{{[^{{}}]*\}}", ""),
+        (r"\\begin\{array\}\{[lcr|]\}([^&\\]*)\\end\{array\}", r"\1"),
+        (
+            r"\\(?:text(?:bf|rm|it)?|mathrm)\s*\{\s*([-$]{0,2}\d[\d,./]*)(?:\\ |\s)+([A-Za-z][^{}]*)\}",
+            r"\1 \\text{\2}",
+        ),
+        (r"\\var(epsilon|phi|theta|rho|sigma|kappa)(?![a-zA-Z])", r"\\\1"),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|nolimits)(?![a-zA-Z])", ""),
         (r"\{,\}|,\\!\s*(?=\d{3})", ","),  # the separators of thousands
         (r"(?<=\d)(?:\{\s*\\[,;: ]\s*\}|\\thinspace(?![a-zA-Z]))\s*(?=\d{3})", " "),
@@ -61,6 +85,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"\\infty ",
         ),
         (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"∛\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt[3]{\1}"),
+        (r"∜\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt[4]{\1}"),
         (r"√\s*\(([^()]*)\)|\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1\2}"),
         (r"(?<!\\)\\!|\\hspace\{[^{}]*\}", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
@@ -68,6 +94,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:le|leqslant)(?![a-zA-Z])|<=", r"\\leq "),
         (r"\\(?:ge|geqslant)(?![a-zA-Z])|>=", r"\\geq "),
         (r"\\ne(?![a-zA-Z])|!=", r"\\neq "),
+        (r"\\(?:dots[bcmio]?|hdots)(?![a-zA-Z])", r"\\ldots"),
         (r"\\(?:gt)(?![a-zA-Z])", ">"),
         (r"\\(?:lt)(?![a-zA-Z])", "<"),
         (r"\\degree(?![a-zA-Z])|\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"^{\\circ}"),
@@ -107,7 +134,12 @@ def normalise(text: str) -> str:
     text = typographic(text).strip()
     if _NUMBER.fullmatch(text):
         return text
-    text = _THEREFORE.sub("", text)
+    text = _FINISHED.sub("", _LABEL.sub("", _THEREFORE.sub("", _TAGS.sub("", text)))) or text
+    if emphasis := _EMPHASIS.fullmatch(text):
+        text = emphasis[2] + emphasis[3]
+    if text.count("$") == 2 and (formula := _IN_DOLLARS.fullmatch(text)):
+        text = formula[1] + formula[2]
+    text = _SMALL_FRACTION.sub(_small_fraction, text).replace("⁄", "/")
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)
     for sign, small in _SMALL.items():  # adjacent digits are one exponent: x²³ is x^{23}
@@ -120,6 +152,11 @@ def normalise(text: str) -> str:
     for pattern, replacement in _REWRITES if "\\" in text else _WITHOUT_BACKSLASH:
         text = pattern.sub(replacement, text)
     return _MINUS.sub("-", _listed(_HEDGE.sub("", strip_wrappers(text))))
+
+
+def _small_fraction(match: re.Match[str]) -> str:
+    above, below = (part.translate(_SMALL_DIGITS) for part in match.groups())
+    return rf"\frac{{{above}}}{{{below}}}"
 
 
 def _listed(text: str) -> str:

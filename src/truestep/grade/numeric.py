@@ -13,6 +13,7 @@ from truestep.grade.units import (
     CURRENCIES,
     NOT_COUNTERS,
     PERCENT,
+    WORDS,
     conversion,
     is_unit,
     same_unit,
@@ -24,7 +25,7 @@ MAX_DIGITS = 1_000  # longer numbers are compared as text
 MAX_POWER_DIGITS = 20_000  # digits of the value of a power such as 2024^{4046}
 ROUNDED_DIGITS = 6  # a decimal with at least this many digits may be the rounded value of a fraction
 
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?: \d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _SIGNED = rf"\s*[-+]?\s*{_DECIMAL}\s*"
 _EXPONENT = r"(?:\{\s*([-+]?\d{1,5})\s*\}|([-+]?\d{1,5}))"
 _UNIT = re.compile(
@@ -32,6 +33,12 @@ _UNIT = re.compile(
 )
 _COUNTER = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{1,4}")
 _TEXT_UNIT = re.compile(rf"([^,;=<>]+?)\s*({TEXT_COMMAND}\{{[^{{}}]*\}}(?:\^\{{?[0-9]\}}?)?)\s*", re.ASCII)
+
+
+_BARE_UNIT = re.compile(
+    r"((?=.*(?:\\pi|\\sqrt|\\frac))[^,;=<>]*[\w})])\s((?:(?:square|cubic|sq) )?[A-Za-z]{2,})(?:\^\{?([23])\}?)?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +122,16 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
         elif text[:1] in tuple(CURRENCIES):
             unit, text = text[0], text[1:].strip()
         elif text[:1] + text[-1:] in ("()", "{}") and text[0] not in text[1:] and text[-1] not in text[:-1]:
+            if "," in text and re.fullmatch(r"\(\s*-?\d{1,3},\d{3}\s*\)", text):
+                return None  # a pair
             text = text[1:-1].strip()
         else:
             break
     for pattern, read in _FORMS:
         if match := pattern.match(text):
             factor, rest = scale(text[match.end() :])
+            if unit and factor == 1 and (short := re.match(r"([kKMBT])(?![A-Za-z])", rest)):  # $1.2M
+                factor, rest = Fraction(1000 ** ("kMBT".index(short[1].replace("K", "k")) + 1)), rest[1:]
             after = _unit(rest, letters=letters)
             number = read(match) if after is not None else None
             if number is not None:
@@ -145,7 +156,10 @@ def _unit(rest: str, *, letters: bool) -> str | None:
     if match is None:
         is_counter = _COUNTER.fullmatch(rest) and not NOT_COUNTERS.intersection(rest)
         return unit_name(rest) if is_counter else None
-    words = (match[1] if match[1] is not None else match[2]).strip()
+    words = match[1] if match[1] is not None else match[2]
+    is_spaced, words = is_spaced or words[:1].isspace(), words.strip()
+    if (power := re.fullmatch(r"(\S+) (squared|cubed)", words)) and conversion(power[1], "m") is not None:
+        words = {"squared": "square ", "cubed": "cubic "}[power[2]] + power[1]
     if not is_unit(words, is_text=match[1] is not None, is_spaced=is_spaced, letters=letters and is_spaced):
         return None
     if words.lower() in ("percent", "pct", "percentage", "%"):
@@ -156,6 +170,9 @@ def _unit(rest: str, *, letters: bool) -> str | None:
 def split_unit(text: str) -> tuple[str, str]:
     r"""Return a formula and the unit in ``\text{…}`` after it ("" if there is none): 2\sqrt{3} and cm."""
     match = _TEXT_UNIT.fullmatch(text)
+    if match is None and (bare := _BARE_UNIT.fullmatch(text)):  # 2√3 cm
+        names = bare[2].lower().split()
+        return (bare[1], unit_name(bare[2], bare[3] or "")) if all(n in WORDS for n in names) else (text, "")
     unit = _unit(match[2], letters=False) if match and re.search(r"[\w})]$", match[1].strip()) else None
     return (match[1].strip(), unit) if match and unit else (text, "")
 
@@ -184,7 +201,7 @@ def european(text: str) -> Number | None:
     digits = re.sub(r"(?<=\d) (?=\d{3}(?:[ ,]|$))", ".", digits)
     if re.fullmatch(r"\d{1,3}(?:\.\d{3}){2,}", digits, re.ASCII):
         digits = digits.replace(".", "")
-    elif re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+|0,\d+|\d+,(?:\d\d|\d{4,})", digits, re.ASCII):
+    elif re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+|0,\d+|\d+,(?:\d\d|\d{4,})(?<!000)", digits, re.ASCII):
         digits = digits.replace(".", "").replace(",", ".")
     else:
         return None

@@ -92,6 +92,10 @@ def with_digits(text: str) -> str:
             else rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
         ) + end
 
-    text = re.sub(r"\ba (?=(?:hundred|thousand|million|billion)\b)", "one ", text)
+    text = re.sub(
+        r"\ban? (?=(?:hundred|thousand|million|billion|dozen|half|third|quarter|fourth|fifth|eighth|tenth)\b)",
+        "one ",
+        text,
+    )
     text = re.sub(r"\b(\w+) and (?:a|one) half\b", r"\1 1/2", text)
     return re.sub(rf"(?<![A-Za-z\d])(?:{SPELLED.pattern})|{HAN.pattern}", digits, text, flags=re.IGNORECASE)

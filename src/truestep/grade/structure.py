@@ -22,10 +22,13 @@ _ASSIGNMENT = re.compile(r"([A-Za-z](?:_\{?\w{1,3}\}?)?)\s*=\s*([^=<>]+)")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 
 
-def elements(text: str) -> list[str]:
-    """Split a text at its top-level commas, semicolons, "and" and "or"."""
+def elements(text: str, *, inside: bool = False) -> list[str]:
+    """Split a text at its top-level commas, semicolons, "and" and "or". A comma between thousands separates only
+    ``inside`` of brackets: (2,500) is a pair."""
     text = _JOINING_TEXT.sub(r" \1 ", text)
-    if not re.search(r"[,;]|and|or|\\wedge|\\vee", text) or parse_number(text) is not None:
+    if not re.search(r"[,;]|and|or|\\wedge|\\vee", text) or (not inside and parse_number(text) is not None):
+        return [text]
+    if inside and re.fullmatch(r"\s*\d{1,3}(?:,\d{3}){2,}\s*", text):
         return [text]
     parts, start, depth = [], 0, 0
     for match in _SEPARATOR.finditer(text):
@@ -129,7 +132,7 @@ def _complement(text: str) -> Region | None:
     if opening in ("(", "[") and (stretch := _from_interval(text)):
         low, high, has_low, has_high = stretch
         return [(LINE[0], low, False, not has_low), (high, LINE[1], not has_high, False)]
-    points = elements(inside)
+    points = elements(inside, inside=bool(opening))
     if not all(_is_end(point) for point in points) or (opening and opening != "{"):
         return None
     numbers = [parse_number(point) for point in points]
@@ -188,7 +191,7 @@ def _from_interval(text: str) -> Stretch | None:
         left, inside, right = text[0], text[1:-1], text[-1]  # also ]a, b[
     else:
         left, inside, right = brackets(text)
-    ends = elements(inside)
+    ends = elements(inside, inside=True)
     if (
         left not in ("(", "[", "]")
         or not right
@@ -258,17 +261,26 @@ def roots(text: str) -> str | None:
 
 
 def without_names(text: str) -> str | None:
-    """Return (x, y) = (1, 2) as (1, 2), if the names are in alphabetical order."""
+    """Return the values in (x, y) = (1, 2) or (y, x) = (2, 1), in the alphabetical order of the names: (1, 2)."""
     match = _NAMES.match(text.strip())
-    if match is None or (names := re.split(r"\s*,\s*", match[1])) != sorted(names):
+    if match is None:
         return None
-    return text.strip()[match.end() :].strip()
+    names, values = re.split(r"\s*,\s*", match[1]), text.strip()[match.end() :].strip()
+    if names == sorted(names):
+        return values
+    opening, content, closing = brackets(values)
+    parts = elements(content, inside=True)
+    if opening != "(" or closing != ")" or len(parts) != len(names):
+        return None
+    return "(" + ", ".join(value for _, value in sorted(zip(names, parts, strict=True))) + ")"
 
 
 def matrix(text: str) -> list[list[str]] | None:
     """Return the rows of a matrix with plain entries; None for anything else."""
     match = _MATRIX.fullmatch(text.strip().strip("$ "))
-    if match is None or r"\begin" in match[2]:
+    if (
+        match is None or r"\begin" in match[2] or match[1] in ("vmatrix", "Vmatrix")
+    ):  # a determinant is a number
         return None
     rows = [[entry.strip() for entry in row.split("&")] for row in re.split(r"\\\\", match[2]) if row.strip()]
     return rows if rows and len({len(row) for row in rows}) == 1 else None

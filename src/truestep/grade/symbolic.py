@@ -34,6 +34,14 @@ PRIMES = (3, 5, 2, 7, 11, 13, 17, 19)
 _CAPITAL = re.compile(
     r"(?<![A-Za-z\\_{])([IE])(?![A-Za-z_])|\\(Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega)(?![A-Za-z])"
 )
+# Marks that the parser drops, and letters with a meaning of their own: f', A^T, f^{-1}(x). They become names.
+_PRIME = re.compile(r"(\\?[A-Za-z]+)(?:_(\w|\{\w{1,9}\}))?((?:'|\^\{?\\prime\}?)+)")
+_TRANSPOSED = re.compile(
+    r"\^(?:\{\s*(?:\\(?:top|intercal)|\\?(?:text|mathrm)?\{?T\}?)\s*\}|\\(?:top|intercal)(?![a-z])|T(?![A-Za-z]))"
+)
+_INVERSE = re.compile(r"(?<![A-Za-z\\])([fghFGT])\^(?:(\d)|\{(-?\d+)\})\s*(?=\()")
+_DOTS = re.compile(r"\\[lc]?dots(?![a-z])|\.{3}")
+_DROPPED = re.compile(r"['\"]|\\mathrm\{th\}")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)", re.ASCII)
 Compare = Callable[[str, str], tuple[bool, str]]
 
@@ -106,6 +114,12 @@ def _comparison() -> Compare:
 
     @lru_cache(maxsize=64)  # the same gold answer is compared with many completions
     def read(text: str, is_real: bool) -> Any:
+        text = _PRIME.sub(lambda m: f"{_letter(m[1])}_{{{_index(m[2])}prime{len(m[3])}}}", text)
+        text = _INVERSE.sub(lambda m: f"{m[1]}_{{power{(m[2] or m[3]).replace('-', 'm')}}}", text)
+        text = _TRANSPOSED.sub(r"^{t_{transposed}}", text)
+        text = _DOTS.sub(" x_{dots} ", text)
+        if _DROPPED.search(text):
+            return None
         text = normalize_latex(_CAPITAL.sub(lambda m: f"x_{{{m[1] or m[2]}}}", text), cleaned)
         try:
             made = latex2sympy(text, is_real=is_real, normalization_config=None, conversion_config=cased)
@@ -137,6 +151,15 @@ def _comparison() -> Compare:
         return equal and not _are_unsolvable(left, right), "compared by algebra"
 
     return compare
+
+
+def _letter(name: str) -> str:
+    """Return a name of several letters as a product with its last letter in braces, so that an index is that one's."""
+    return name if name.startswith("\\") else name[:-1] + name[-1]
+
+
+def _index(text: str | None) -> str:
+    return (text or "").strip("{}")
 
 
 def _clearly_different(left: Any, right: Any) -> bool:

@@ -24,9 +24,10 @@ NOT_COUNTERS = frozenset(
 FUNCTIONS = frozenset(_DATA["functions"].split())
 LETTERS = frozenset("mgshlLNJWVAKC")  # units that a formula would read as variables
 CURRENCIES = "$€£¥"
+_NOUN = re.compile(r"[^\W\d_]+(?:[-'][^\W\d_]+)*(?:\(e?s\))?")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
-_SCALES: dict[str, int] = _DATA["scales"]
+_SCALES = {word: Fraction(size) for word, size in _DATA["scales"].items()}
 _SCALE = re.compile(rf"\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})s?(?![A-Za-z])\s*\}}?", re.IGNORECASE)
 
 Dimensions = tuple[tuple[str, int], ...]  # such as length 1, time -1
@@ -51,27 +52,42 @@ _SIZES: dict[str, Measure] = {
 }
 
 
-def scale(rest: str) -> tuple[int, str]:
+def scale(rest: str) -> tuple[Fraction, str]:
     """Return the factor of a word such as "million" after a number, and the text that follows the word."""
     match = _SCALE.match(rest)
-    return (_SCALES[match[1].lower()], rest[match.end() :]) if match else (1, rest)
+    if match and "{" in match[0] and not match[0].endswith("}"):
+        return _SCALES[match[1].lower()], r" \text{" + rest[match.end() :]
+    return (_SCALES[match[1].lower()], rest[match.end() :]) if match else (Fraction(1), rest)
 
 
 def is_unit(words: str, *, is_text: bool, is_spaced: bool, letters: bool) -> bool:
-    r"""Return whether words after a number can be its unit: any text in ``\text{…}`` that
-    does not change the number; otherwise known units, and after a space nouns."""
+    r"""Return whether words after a number can be its unit: known units, and after a space or in ``\text{…}`` up to
+    four nouns, none of which changes the number."""
+    if is_text or is_spaced:  # 2/3 of the cake
+        words = re.sub(r"^of (?:the|an?|all|his|her|their|its|each|every) (?=[a-z])", "", words)
     parts = re.findall(r"[^ ./]+", words)
-    if NOT_UNITS.intersection(part.lower() for part in parts) or re.search(r"\d", words):
+    if NOT_UNITS.intersection(part.lower() for part in parts):
         return False
-    if len(words) == 1:
-        return (words in LETTERS and (is_text or letters)) or (is_text and words.isupper())
-    is_noun = is_spaced and len(parts) <= 3 and all(map(_is_noun, parts))
-    return is_text or is_noun or all(part.lower() in WORDS for part in parts)
+    if len(words) == 1 and words.isascii():
+        return (words in LETTERS and (is_text or letters)) or (
+            is_text and words.isupper() and (is_spaced or words not in "MBQ")
+        )
+    if all(part.lower() in WORDS or (letters and part in LETTERS) for part in parts) or (
+        is_text and measure(words) is not None
+    ):
+        return True
+    return (
+        (is_text or is_spaced) and len(parts) <= 4 and all(part in WORDS or _is_noun(part) for part in parts)
+    )
 
 
 def _is_noun(word: str) -> bool:
-    is_word = len(word) >= 3 and word[1:].islower() and re.search("[aeiouy]", word) and word not in _ALPHABET
-    return bool(is_word) and word not in FUNCTIONS and word.lower() not in VALUES
+    """Return whether a word can be a noun or an adjective. It needs a vowel if it is ASCII."""
+    if not _NOUN.fullmatch(word) or word.lower() in VALUES or word in FUNCTIONS or word in _ALPHABET:
+        return False
+    if not word.isascii():
+        return not NOT_COUNTERS.intersection(word)
+    return len(word) >= 3 and word[1:].islower() and bool(re.search("[aeiouy]", word.lower()))
 
 
 def unit_name(words: str, power: str = "") -> str:
@@ -82,6 +98,9 @@ def unit_name(words: str, power: str = "") -> str:
             power = "^3" if low == "cubic" else "^2"
             continue
         singular = low[:-1] if low.endswith("s") and len(low) > 1 else low
+        if re.fullmatch("M[a-z]|[kKMGT]?[bB]", word):  # Mg is not mg, Mb is not MB
+            parts.append(word.replace("K", "k"))
+            continue
         parts.append(word if word in _SIZES else _SPELLINGS.get(low) or _SPELLINGS.get(singular) or singular)
     return " ".join(parts) + power
 
