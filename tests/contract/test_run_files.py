@@ -210,6 +210,15 @@ def test_a_flipped_bit_between_two_stages_is_an_error(made: Prepared, half: Path
             go(made, run, resume=True)
 
 
+def test_a_finished_run_is_verified_to_its_last_export(made: Prepared, whole: Path, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    for number, stage in enumerate(("01-sft", "02-rl")):
+        shutil.copytree(whole, run := tmp_path / str(number))
+        flip(run / "stages" / stage / "export/tokenizer.json", draw)
+        with pytest.raises(UserError, match=r"tokenizer\.json is not what was written"):
+            go(made, run, resume=True)
+
+
 def test_an_exported_model_is_verified_wherever_it_is(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(whole / "stages/02-rl/export", folder)

@@ -123,6 +123,7 @@ def _stages(session: Session) -> None:
             rundir.verify_files(
                 folder, {n: e for n, e in done.get("files", {}).items() if n.startswith("export/")}
             )
+            rundir.verify_export(folder / "export")  # it is a result, even if no later stage reads it
             session.reporter.say(f"{stage.name}: already done, skipped")
         else:
             done = _train(session, index, path, ledger, steps_before)
