@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from truestep.grade.normal import normalise, plain, typographic
@@ -302,6 +303,7 @@ def _boxed(text: str) -> tuple[str, How] | None:
     return (left[0].lstrip("$=( ") if left else "") + joined + (right[0] if right else ""), "boxed"
 
 
+@lru_cache(maxsize=1024)  # many completions are compared with the same gold text
 def gold_answer(text: str) -> str:
     """Return the answer in a gold text, which is the content of its boxes, even if a box is never closed.
     Without a box, it is the answer at the end of a whole solution, or the text itself."""

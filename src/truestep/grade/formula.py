@@ -25,7 +25,7 @@ def refusal(text: str) -> str:
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
         return f"nested deeper than {MAX_DEPTH} brackets"
-    if re.search(rf"\d{{{MAX_DIGITS}}}", text):
+    if len(text) >= MAX_DIGITS and re.search(rf"\d{{{MAX_DIGITS}}}", text):
         return f"a number of more than {MAX_DIGITS:,} digits"
     is_large = any(len(n) > 5 or int(n) > _LARGEST_FACTORIAL for n in _FACTORIAL.findall(text))
     if is_large or re.search(r"!\s*[)}]*\s*!", text):

@@ -30,11 +30,15 @@ _SYMBOLS = {
 } | {c: r"\frac{" + unicodedata.normalize("NFKC", c).replace("⁄", "}{") + "}" for c in "⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}  # fmt: skip
 
 _SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "_": "₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ"}
+_SMALL_NAMES = {sign: str.maketrans(small, "0123456789+-ni") for sign, small in _SMALL.items()}
 _SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "01234567890123456789")
 _SMALL_FRACTION = re.compile("([⁰¹²³⁴-⁹]+)⁄([₀-₉]+)")
 _WRAPPERS = ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
 TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm)\s*"
 _TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
+_LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
+_BRACED = re.compile(r"([\^_])\{([A-Za-z0-9])\}")
+_COMMAND_SPACE = re.compile(r"(\\[A-Za-z]+) (?=[^A-Za-z])")
 _HEDGE = re.compile(  # in front of a number or a formula
     r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|around|roughly|exactly|\\approx|\\sim(?![a-z])|=)\s*\}?\s*"
     r"(?=[-\d.\\$])", re.IGNORECASE,
@@ -125,7 +129,7 @@ _NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.ASCII)
 
 def typographic(text: str) -> str:
     """Replace Unicode look-alikes of minus signs, digits and spaces with ASCII; drop invisible characters."""
-    return text.translate(_TYPOGRAPHY)
+    return text if text.isascii() else text.translate(_TYPOGRAPHY)
 
 
 def normalise(text: str) -> str:
@@ -139,19 +143,24 @@ def normalise(text: str) -> str:
         text = emphasis[2] + emphasis[3]
     if text.count("$") == 2 and (formula := _IN_DOLLARS.fullmatch(text)):
         text = formula[1] + formula[2]
-    text = _SMALL_FRACTION.sub(_small_fraction, text).replace("⁄", "/")
     if "\\\\" in text and r"\begin" not in text:  # commands whose backslash was escaped once too often
         text = re.sub(r"\\{2,4}(?=[A-Za-z]{2})", r"\\", text)
-    for sign, small in _SMALL.items():  # adjacent digits are one exponent: x²³ is x^{23}
-        text = re.sub(f"[{small}]+", sign + r"{\g<0>}", text).translate(
-            str.maketrans(small, "0123456789+-ni")
-        )
-    for symbol, command in _SYMBOLS.items():
-        if symbol in text:
-            text = text.replace(symbol, command)
+    if not text.isascii():
+        text = _ascii(text)
     for pattern, replacement in _REWRITES if "\\" in text else _WITHOUT_BACKSLASH:
         text = pattern.sub(replacement, text)
     return _MINUS.sub("-", _listed(_HEDGE.sub("", strip_wrappers(text))))
+
+
+def _ascii(text: str) -> str:
+    """Return a text with LaTeX for raised and lowered characters, fractions and symbols."""
+    text = _SMALL_FRACTION.sub(_small_fraction, text).replace("⁄", "/")
+    for sign, small in _SMALL.items():  # adjacent digits are one exponent: x²³ is x^{23}
+        text = re.sub(f"[{small}]+", sign + r"{\g<0>}", text).translate(_SMALL_NAMES[sign])
+    for symbol, command in _SYMBOLS.items():
+        if symbol in text:
+            text = text.replace(symbol, command)
+    return text
 
 
 def _small_fraction(match: re.Match[str]) -> str:
@@ -190,12 +199,13 @@ def strip_wrappers(text: str) -> str:
 
 def plain(text: str) -> str:
     r"""Unwrap the contents of ``\text{…}`` in a normalized answer, and remove every ``$``."""
-    text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text).replace("$", "")).strip()
+    text = _TEXT.sub(r" \1 ", text) if "\\" in text else text
+    text = " ".join(text.replace("$", "").split())
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
 def canonical(text: str) -> str:
     """Return a form that is the same string for two answers that differ only in spacing and braces."""
-    text = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", plain(text))
-    text = re.sub(r"([\^_])\{([A-Za-z0-9])\}", r"\1\2", text)
-    return re.sub(r"(\\[A-Za-z]+) (?=[^A-Za-z])", r"\1", text)
+    text = _LOOSE_SPACE.sub("", plain(text))
+    text = _BRACED.sub(r"\1\2", text) if "{" in text else text
+    return _COMMAND_SPACE.sub(r"\1", text) if "\\" in text else text

@@ -112,7 +112,7 @@ def parse_number(text: str, *, letters: bool = False) -> Number | None:
     """Return the number and its unit if a normalized answer is only a number; otherwise None. If ``letters``
     is True (because the other answer has a unit), a bare letter may be a unit, so that 5 m is five meters."""
     text, sign, unit = text.strip(), 1, ""
-    if len(text) > MAX_DIGITS + 100 or re.search(rf"\d{{{MAX_DIGITS}}}", text):
+    if len(text) > MAX_DIGITS + 100 or (len(text) >= MAX_DIGITS and re.search(rf"\d{{{MAX_DIGITS}}}", text)):
         return None
     for _ in range(6):  # signs, currency and brackets around the whole number
         if text[:1] in ("-", "+"):

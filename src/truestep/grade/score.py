@@ -37,12 +37,13 @@ Question = list[tuple[str, str]]
 def find_answer(problem: Problem, text: str) -> Extraction:
     """Return the answer that a completion gives to a problem, by the rules for the kind of problem. A completion
     that is the gold answer is the answer."""
-    whole = normalise(text) if len(text) <= MAX_SHOWN else ""
-    if whole and canonical(whole) == canonical(gold_answer(problem.answer)):
+    gold = gold_answer(problem.answer)
+    whole = normalise(text) if len(text) <= min(MAX_SHOWN, 100 + 4 * len(gold)) else ""
+    if whole and canonical(whole) == canonical(gold):
         return Extraction(answer=whole, how="whole")
     if problem.checker == "choice":
         return extract_choice(text, _choices(problem))
-    if plain(gold_answer(problem.answer)).casefold() in ("yes", "no", "true", "false"):
+    if plain(gold).casefold() in ("yes", "no", "true", "false"):
         return extract_truth(text)
     return extract_answer(text)
 
