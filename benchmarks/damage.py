@@ -42,7 +42,7 @@ from kill_study import small
 from micro import STUDY, write_study
 from tiny_runs import write_recipe
 
-import truestep.cli.study
+import truestep.cli.study as study_command
 import truestep.pipeline.run
 import truestep.report.html
 from truestep import signals
@@ -150,7 +150,7 @@ def fork(words: Sequence[str], folder: Path, stop_at: float = 0.0) -> tuple[int,
             os.setsid()
             os.chdir(folder)
             os.environ["TRUESTEP_CACHE"] = str(folder / "cache")
-            truestep.cli.study.trainer_verdict = lambda: "left out"  # 20 s, and it reads none of these files
+            study_command.trainer_verdict = lambda: "left out"  # 20 s, and it reads none of these files
             for number, path in ((1, folder / "said"), (2, log)):
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)

@@ -375,6 +375,19 @@ def test_the_terminal_shows_plain_text_and_breaks_no_interval() -> None:
     assert "[b]scores" in written.getvalue()
 
 
+@pytest.mark.parametrize("prompt", ["", "paper"])
+def test_the_terminal_shows_unreadable_answers_if_there_are_any(prompt: str) -> None:
+    def shown(rate: float | None) -> str:
+        row = ScoreRow(checkpoint="rl", data="t", prompt=prompt, score=0.5, n=8, unreadable_rate=rate)
+        written = io.StringIO()
+        Console(file=written, width=80, force_terminal=False).print(terminal_table([row], wide=False))
+        return written.getvalue()
+
+    assert "12.5 %" in shown(0.125)
+    assert "Unreadable" in shown(0.125)
+    assert "Unreadable" not in shown(0.0) + shown(None)
+
+
 def test_numbers_are_written_for_people() -> None:
     assert (
         tables.percent(None) == tables.whole(None) == tables.duration(None) == tables.scientific(None) == "–"
