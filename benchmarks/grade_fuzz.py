@@ -18,8 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 
+from truestep.grade.choices import choice_letter, extract_choice
 from truestep.grade.equivalent import decide, questions
-from truestep.grade.extract import choice_letter, extract_answer, extract_choice, gold_answer
+from truestep.grade.extract import extract_answer, gold_answer
 from truestep.grade.formula import symbolic_form
 from truestep.grade.policy import nearly, objection
 from truestep.grade.rational import same_formula

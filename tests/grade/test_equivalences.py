@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truestep.grade import normal
+from truestep.grade.choices import choice_letter
 from truestep.grade.equivalent import decide
-from truestep.grade.extract import choice_letter, extract_answer, gold_answer
+from truestep.grade.extract import extract_answer, gold_answer
 from truestep.grade.normal import normalise
 from truestep.grade.policy import nearly, objection
 from truestep.grade.words import spelled_number

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truestep.grade.extract import extract_answer, extract_choice, scan_boxes
+from truestep.grade.choices import extract_choice
+from truestep.grade.extract import extract_answer, scan_boxes
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from truestep.grade import structure
-from truestep.grade.extract import choice_letter, num_words
+from truestep.grade.bases import same_base
+from truestep.grade.choices import choice_letter
 from truestep.grade.formula import MAX_DEPTH, refusal
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import Number, european, parse_number, same_number, split_unit
+from truestep.grade.phrase import num_words
 from truestep.grade.quantity import same_quantity, with_digits
-from truestep.grade.structure import brackets, elements, matrix
+from truestep.grade.structure import brackets, different_signs, elements, matrix
 from truestep.grade.units import conversion, same_unit
-from truestep.grade.words import same_date, same_time, spelled_number
+from truestep.grade.words import same_date, same_time
 
 MAX_LENGTH = 2_000  # characters; longer answers are compared only as text
 MAX_ELEMENTS = 60  # elements of a list, including nested lists; a longer list is left to algebra
@@ -46,16 +48,6 @@ _NOTHING = [  # phrases that are one answer
 ]
 # A formula that may stand for several values.
 _EXPANDING = re.compile(r"\\(?:pm|mp|[lc]?dots|[lg]eq?|neq|in|cup|cap)(?![A-Za-z])|[<>]")
-_DOTS = re.compile(r"\\[lcd]?dots(?:[bcmio])?(?![a-z])|\.{3}")
-_LOGIC = re.compile(r"\\(?:land|lor|wedge|vee|lnot|neg|implies|iff)(?![A-Za-z])")
-_CONNECTIVES = {"and": "and", "or": "or", r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or",
-                r"\cap": "and", r"\cup": "or"}  # fmt: skip
-_CONNECTIVE = r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\[a-z]+"
-_BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
-_PREFIXED = re.compile(
-    r"^(?:0([bBoOxX])([0-9A-Fa-f]+)$|\((\w{1,200})\)_(?=\d|\{))", re.ASCII
-)  # 0b101, (101)_2
-_INDEX_WORD = re.compile(r"_\{?([a-z]{3,8})\}?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +107,8 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
     if left is not None and right is not None:
         return same_number(left, right) or _same_european(gold, found, left, right)
     for rule in (
-        _different_signs,
-        _same_base,
+        different_signs,
+        same_base,
         _same_time,
         _same_words,
         _same_spelled,
@@ -133,30 +125,6 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
     if stripped := _without_left_side(gold, found) or _without_units(gold, found):
         return _same(*stripped, depth + 1)
     return _same_european(gold, found, left, right) or _same_lists(gold, found, depth)
-
-
-def _different_signs(gold: str, found: str) -> bool | None:
-    """Return False for two texts of which only one has dots (1, 2, ..., 10), or that connect statements differently
-    (x < 2 or x > 5; p and q). "x = 2 and x = 3" is a list of roots, and so the same with "or"."""
-    dots = [len(_DOTS.findall(text)) for text in (gold, found)]
-    if dots[0] != dots[1]:
-        return False
-    logic = (
-        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(gold)],
-        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(found)],
-    )
-    if any(logic) and not any(
-        re.search(r"[=<>]|\\[lg]eq|\\neq|\\in(?![a-z])", text) for text in (gold, found)
-    ):
-        return None if logic[0] == logic[1] else False
-    words = [
-        {_CONNECTIVES[m] for m in re.findall(_CONNECTIVE, plain(text)) if m in _CONNECTIVES}
-        for text in (gold, found)
-    ]
-    if len(words[0]) != 1 or len(words[1]) != 1 or words[0] == words[1]:
-        return None
-    names = {match for text in (gold, found) for match in re.findall(r"([A-Za-z])(?:_\w)?\s*=", text)}
-    return False if re.search(r"[<>]|\\[lg]eq|\\neq", gold + found) or len(names) > 1 else None
 
 
 def _same_region(gold: str, found: str, depth: int) -> bool | None:
@@ -291,46 +259,6 @@ def _same_european(gold: str, found: str, left: Number | None, right: Number | N
     ours, theirs = european(gold) or left, european(found) or right
     is_new = european(gold) is not None or european(found) is not None
     return is_new and ours is not None and theirs is not None and same_number(ours, theirs)
-
-
-def _same_base(gold: str, found: str) -> bool | None:
-    """Compare numbers with their base as index. For a gold 204_5, 204 is the same; for a gold 7, 111_2 is."""
-    left, right = (
-        _BASED.fullmatch(_PREFIXED.sub(_index_of, _INDEX_WORD.sub(_index, canonical(text))))
-        for text in (gold, found)
-    )
-    if left is None or right is None or not (left[2] or right[2]):
-        return None
-    if any(match[2] and not _is_numeral(match) for match in (left, right)):
-        return False if left[1][0].isdigit() and right[1][0].isdigit() else None
-    if not right[2] or left[2] == right[2]:
-        return left[1].lstrip("0").lower() == right[1].lstrip("0").lower()
-    values = [_value_in_base(match[1], int(match[2] or 10)) for match in (left, right)]
-    return not left[2] and values[0] is not None and values[0] == values[1]
-
-
-def _is_numeral(match: re.Match[str]) -> bool:
-    """Return whether a text with an index is a number in that base, and not a variable with an index: 204_5, FF_16,
-    but not 25_3, x_1 or A_16."""
-    is_known = bool(match[2]) and _value_in_base(match[1], int(match[2])) is not None
-    return is_known and (match[1][0].isdigit() or len(match[1]) > 1)
-
-
-def _index_of(prefixed: re.Match[str]) -> str:
-    return (
-        f"{prefixed[2]}_{ {'b': 2, 'o': 8, 'x': 16}[prefixed[1].lower()] }"
-        if prefixed[1]
-        else f"{prefixed[3]}_"
-    )
-
-
-def _index(match: re.Match[str]) -> str:
-    number = spelled_number(match[1])
-    return match[0] if number is None else f"_{number}"
-
-
-def _value_in_base(digits: str, base: int) -> int | None:
-    return int(digits, base) if 2 <= base <= 36 and all(int(d, 36) < base for d in digits) else None
 
 
 def _same_words(gold_raw: str, found_raw: str) -> bool | None:

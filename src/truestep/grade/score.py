@@ -9,17 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from truestep.errors import UserError
+from truestep.grade.choices import choice_letter, choice_letters, extract_choice, extract_truth
 from truestep.grade.countdown import check_countdown
 from truestep.grade.equivalent import Decision, decide, questions, same_integer
-from truestep.grade.extract import (
-    Extraction,
-    choice_letter,
-    choice_letters,
-    extract_answer,
-    extract_choice,
-    extract_truth,
-    gold_answer,
-)  # fmt: skip
+from truestep.grade.extract import Extraction, extract_answer, gold_answer
 from truestep.grade.formula import symbolic_form
 from truestep.grade.normal import canonical, normalise, plain
 from truestep.grade.policy import Judgment, judgment

@@ -284,3 +284,34 @@ def matrix(text: str) -> list[list[str]] | None:
         return None
     rows = [[entry.strip() for entry in row.split("&")] for row in re.split(r"\\\\", match[2]) if row.strip()]
     return rows if rows and len({len(row) for row in rows}) == 1 else None
+
+
+_DOTS = re.compile(r"\\[lcd]?dots(?:[bcmio])?(?![a-z])|\.{3}")
+_LOGIC = re.compile(r"\\(?:land|lor|wedge|vee|lnot|neg|implies|iff)(?![A-Za-z])")
+_CONNECTIVES = {"and": "and", "or": "or", r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or",
+                r"\cap": "and", r"\cup": "or"}  # fmt: skip
+_CONNECTIVE = r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\[a-z]+"
+
+
+def different_signs(gold: str, found: str) -> bool | None:
+    """Return False for two texts of which only one has dots (1, 2, ..., 10), or that connect statements differently
+    (x < 2 or x > 5; p and q). "x = 2 and x = 3" is a list of roots, and so the same with "or"."""
+    dots = [len(_DOTS.findall(text)) for text in (gold, found)]
+    if dots[0] != dots[1]:
+        return False
+    logic = (
+        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(gold)],
+        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(found)],
+    )
+    if any(logic) and not any(
+        re.search(r"[=<>]|\\[lg]eq|\\neq|\\in(?![a-z])", text) for text in (gold, found)
+    ):
+        return None if logic[0] == logic[1] else False
+    words = [
+        {_CONNECTIVES[m] for m in re.findall(_CONNECTIVE, plain(text)) if m in _CONNECTIVES}
+        for text in (gold, found)
+    ]
+    if len(words[0]) != 1 or len(words[1]) != 1 or words[0] == words[1]:
+        return None
+    names = {match for text in (gold, found) for match in re.findall(r"([A-Za-z])(?:_\w)?\s*=", text)}
+    return False if re.search(r"[<>]|\\[lg]eq|\\neq", gold + found) or len(names) > 1 else None

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from truestep.grade.extract import Extraction, gold_answer, num_words
+from truestep.grade.extract import Extraction, gold_answer
 from truestep.grade.normal import plain
 from truestep.grade.numeric import parse_number
+from truestep.grade.phrase import num_words
 from truestep.grade.words import spelled_number
 from truestep.records import Problem, Score, Verdict
 

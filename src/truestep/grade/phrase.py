@@ -1,0 +1,141 @@
+"""Reads the words and signs around a number in a sentence: whether they make another number of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from truestep.grade.units import FUNCTIONS, WORDS
+from truestep.grade.words import VALUES
+
+_WORDS = re.compile(
+    r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff\u2070-\u209f]|^[A-Z]:\s"
+)
+SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|!(?=\s|$)")
+# A word in front of a number that makes another number of it (the sum of, greater than, never), unless it only says
+# what the number is (equal to, a total of). English has few words of these classes, so that the list is whole.
+_BEFORE_END = re.compile(
+    r"(?:\b(?:of|than|to|from|except|but|or|and|nor|not|never|no|without|until|till|through|least|most|up|above|below|"
+    r"under|over|beyond|between|within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|"
+    r"minus|negative|plus|times|base|log|ln|mod|modulo|factorial|versus|vs|against|(?:divided|multiplied) by|"
+    r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than or equal to)|n't|[<>≤≥≠^_√∛∜*/×·⋅÷+±~]|"
+    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:to|and|or))\s*[$(]{0,2}$",
+    re.IGNORECASE,
+)
+_SAYS = re.compile(
+    r"(?:(?<!\bor )\b(?:equals?|equal|equivalent|comes?|adds? up|sums?|amounts?|evaluates?|reduces?|"
+    r"simplif(?:y|ies)|rounds?|rounded|"
+    r"converges?|leads?|boils? down|works? out|close) to|"
+    r"\b(?:total|sum|average|mean|median|mode|value|amount|area|volume|length|distance|perimeter|probability|chance|cost|"
+    r"price|profit|speed|rate|height|width|weight|mass|radius|age|score|maximum|minimum|count|time|ratio) of|"
+    r"\bfrom \S{1,12} to)\s*[$(]{0,2}$",
+    re.IGNORECASE,
+)
+_CLAUSE = re.compile(r"[,;:]\s|=|\b(?:which|that|but|so)\b")
+_NOT = re.compile(
+    r"\b(?:not|never|cannot|nor|neither|except|unless|anything but|other than|different from|rather than|instead of|"
+    r"(?:wrong|incorrect|false) (?:answer|value|result)|multiples?|powers?|factors?|"
+    r"divisors?|reciprocal|opposite|inverse|remainder|non|nicht|pas)\b|n't\b|不是",
+    re.IGNORECASE,
+)
+# What follows a number and makes another number of it; a reason, a time, a place or a noun does not.
+_OPERATION = re.compile(
+    r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|recurring|point|or|"
+    r"mod|modulo|power|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|crores?|"
+    r"gross|googol|halves|half|thirds|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|"
+    r"thousandths?|than)$",
+    re.IGNORECASE,
+)
+_HARMLESS = re.compile(
+    r"(?:because|since|as|so|which|who|that|when|where|while|after|before|for|with|in|on|at|given|thus|if|assuming|and|of|"
+    r"to|the|by|but|not|is|are|was|were|will|would|can|has|have)$",
+    re.IGNORECASE,
+)
+_CONTINUES = re.compile(  # a harmless word with these words behind it is not harmless
+    r"\s*(?:in base (?!10\b|ten\b)|if .*\b(?:otherwise|else|if)\b|and (?:(?:an?|one|two|three|four|five|seven|nine) [a-z]+|"
+    r"[$*\\(]{0,3}[\d$]|[a-z]\s?=)|"
+    r"of \S*\d|for (?:every|each)\b|"
+    r"to (?:the|\S*\d)|by \S*\d|at (?:least|most)\b|with (?:a )?remainder|(?:is|was|are) (?:[a-z]+ )?(?:not|wrong|incorrect|"
+    r"false)\b|isn't|but not)",
+    re.IGNORECASE,
+)
+_STUCK = re.compile(
+    r"(?!\s?[ck]?m[²³])(?:[\^!_²³¹⁰-⁹π√∛(]|\\(?!%|\)|\]|,|;|text|mathrm|\s)|[A-Za-z]{1,20}(?=[^A-Za-z]|$))"
+)
+_OPERATOR = re.compile(
+    r"\s*(?:[+*/×·⋅÷<>≤≥≠±^]|\\(?:times|cdot|div|pm|neq?|[lg]eq?)(?![a-z])|[-−–]\s?\d|:\s?\d)"
+)
+_GROUP = re.compile(r"[(\[][^()\[\]A-Za-z\n]{1,40},[^()\[\]A-Za-z\n]{1,60}[)\]]")
+# The pieces of a formula without delimiters.
+_PIECE = re.compile(r"\d[\d.,]*\d|\d|\\[A-Za-z]+|[A-Za-z]+|\s|.", re.ASCII)
+_SIGN = re.compile(r"[+*/×·⋅÷<>≤≥≠^±√∛∜π(){}⁰¹²³⁴-⁹₀-₉-]|\\(?:times|cdot|div|pm|neq?|[lg]eq?|sqrt|pi)")
+_INFIX = re.compile(r"[+*/×·⋅÷<>≤≥≠±-]|\\(?:times|cdot|div|pm|neq?|[lg]eq?)")
+_OPERAND = re.compile(r"\d[\d.,]*|[B-HJ-Zb-z]|log|ln|sin|cos|tan|sqrt|\\(?:log|ln|sin|cos|tan|frac)")
+_NO_WORDS = WORDS | FUNCTIONS | {"and"}
+
+
+def num_words(text: str) -> int:
+    """Return the number of words in a text that are neither mathematics nor units."""
+    text = re.sub(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]{0,100}\})?|(?<=\d)(?:or|and)(?=[A-Z(])", " ", text)
+    return sum(word.lower() not in _NO_WORDS for word in _WORDS.findall(text))
+
+
+def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
+    """Return whether the words around a number make another number of it: half of 18, 18 million, not 18, 18 or 20.
+    ``before`` and ``after`` are the other parts of its sentence. A number ``is_marked`` as a formula or in bold is
+    the answer even if it is a share or a rate: **18** out of 20."""
+    if _NOT.search(_CLAUSE.split(before)[-1]) or (_BEFORE_END.search(before) and not _SAYS.search(before)):
+        return True
+    after = after.lstrip("*_$`\"'")
+    if is_marked and re.match(r"(?:\s[a-z]{1,20})?\s(?:out of|per) \d", after):
+        return False
+    stuck = _STUCK.match(after)
+    if stuck and stuck[0].lower() not in WORDS and stuck[0] not in ("st", "nd", "rd", "th"):
+        return True
+    after = re.sub(r"^\s?(?:\\?%|percent\b)", "", after[stuck.end() if stuck else 0 :])
+    if _OPERATOR.match(after) or re.match(r"\s*\((?:mod|base|not)\b", after):
+        return True
+    for word in re.finditer(r"\s*(?:([A-Za-z][A-Za-z'-]*)|(\$?\d)|(.))", after[:200]):
+        if word[2] or (word[1] and (_OPERATION.match(word[1]) or word[1].lower() in VALUES)):
+            return True
+        if _CONTINUES.match(after, word.start()):
+            return True
+        if word[3] == "," and re.match(r"\s*[*(]*\$?-?\d", after[word.end() :]):
+            return True  # a list
+        if not word[1] or _HARMLESS.match(word[1]):
+            return False
+    return False
+
+
+def run_of(text: str, number: re.Match[str]) -> tuple[int, int]:
+    """Return the start and end of the pair, interval or formula without delimiters that contains a number:
+    (3, 18), 2^18, 3 × 10⁸, x < 18. A formula starts after its last "="."""
+    start, end = number.start(), number.start() + len(number[0].rstrip())
+    for group in _GROUP.finditer(text, max(0, start - 60), end + 60):
+        if group.start() < start < group.end():
+            return group.span()
+    first = start - _reach(_PIECE.findall(text[max(0, start - 60) : start])[::-1])
+    last = end + _reach(_PIECE.findall(re.split(r"\b(?:st|nd|rd|th)\b|[ck]?m[²³]", text[end : end + 60])[0]))
+    run = text[first:last]
+    is_whole = all(run.count(a) == run.count(b) for a, b in ("()", "{}")) and not num_words(run)
+    return (first, last) if is_whole else (start, end)
+
+
+def _reach(pieces: Sequence[str]) -> int:
+    """Return how many characters next to a number belong to its formula: operands that a sign joins to it."""
+    length = taken = 0
+    is_joined = True  # a letter directly next to the number is a factor
+    for place, piece in enumerate(pieces):
+        length += len(piece)
+        spaced = (
+            piece == "-" and pieces[place - 1 : place] == [" "] and pieces[place + 1 : place + 2] == [" "]
+        )
+        if piece == " ":
+            is_joined = is_joined and place > 0
+        elif _SIGN.fullmatch(piece) and not spaced:
+            taken, is_joined = (taken if _INFIX.fullmatch(piece) else length), True
+        elif is_joined and _OPERAND.fullmatch(piece):
+            taken, is_joined = length, False
+        else:
+            break
+    return taken
