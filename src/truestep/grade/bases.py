@@ -8,6 +8,7 @@ from truestep.grade.normal import canonical
 from truestep.grade.words import spelled_number
 
 _BASED = re.compile(r"([0-9A-Za-z]{1,200})(?:_\{?(\d{1,2})\}?)?", re.ASCII)
+_NO_BASE = re.compile(r"\d+_(?:[A-Za-z]|\{[^{}]*[A-Za-z][^{}]*\})", re.ASCII)
 _PREFIXED = re.compile(
     r"^(?:0([bBoOxX])([0-9A-Fa-f]+)$|\((\w{1,200})\)_(?=\d|\{))", re.ASCII
 )  # 0b101, (101)_2
@@ -20,6 +21,8 @@ def same_base(gold: str, found: str) -> bool | None:
         _BASED.fullmatch(_PREFIXED.sub(_index_of, _INDEX_WORD.sub(_index, canonical(text))))
         for text in (gold, found)
     )
+    if any(_NO_BASE.fullmatch(_INDEX_WORD.sub(_index, canonical(text))) for text in (gold, found)):
+        return False  # not the same text
     if left is None or right is None or not (left[2] or right[2]):
         return None
     if any(match[2] and not _is_numeral(match) for match in (left, right)):

@@ -26,7 +26,10 @@ _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A
 _NEGATED = re.compile(
     r"(?:\b(?:[Nn]ot|[Nn]either|non|nicht|no|pas|nor|isn't|[Cc]an't be|cannot be|[Ee]xcept|(?:anything|everything|all|any) but|"
     r"[Rr]ul(?:e|es|ed|ing) out|[Ee]xclud(?:e|es|ed|ing)|[Ee]liminat(?:e|es|ed|ing)|[Rr]eject(?:s|ed|ing)?|[Dd]oubt|"
-    r"[Ii]gnor(?:e|ed|ing))\b|不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])(?:,?\s(?:and|or|nor)\s\(?[A-J]\b\)?|"
+    r"[Ii]gnor(?:e|ed|ing)|[Bb]esides|other than|rather than|instead of|"
+    r"worst (?:choice|option|answer) is|unlikely to be|(?:discard|avoid|drop|cross off|strike)(?:s|ed|ing)?|"
+    r"[Nn]ever(?: choose| pick)?)\b|n't|"
+    r"不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])(?:,?\s(?:and|or|nor)\s\(?[A-J]\b\)?|"
     r",\s\(?[A-J]\)?(?=,|\s(?:and|or|nor)))*|"
     r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:(?:is|was|seems|looks|(?:must|would|could|can|may|has to) be) (?:[a-z]{2,9} )?"
     r"(?:incorrect|wrong|false|not|impossible|excluded|eliminated|rejected|ruled out|unlikely|out)\b|"
@@ -43,7 +46,18 @@ _TRUTH = re.compile(
     r"(?!\W{1,8}(?:yes|no|true|false)\b\W{0,4}$)(?!\W{1,8}(?:yes|no|true|false)\b[.,;*])",
     re.IGNORECASE,
 )
-_IS_TRUTH = re.compile(r"\bis (?:therefore |thus |indeed )?(true|false)\W{0,4}$", re.IGNORECASE)
+_IS_TRUTH = re.compile(
+    r"\bis (?:therefore |thus |indeed |always |never the less |then ){0,2}[*_\"']{0,2}(true|false)\b"
+    r"(?:\W{0,4}$|,? (?:because|since|as)\b[^\n]*$)",
+    re.IGNORECASE,
+)
+_OPPOSITE = {
+    word: re.compile(
+        rf"\b{other}\b(?=[.,;:!*]|\s*$|\s(?:if|otherwise|when|for)\b)|\botherwise {other}\b", re.IGNORECASE
+    )
+    for word, other in (("yes", "no"), ("no", "yes"), ("true", "false"), ("false", "true"))
+}
+_UNSURE = re.compile(r"\b(?:not|nobody|no one|opposite|contrary|whether|doubt|if)\b|n't\b", re.IGNORECASE)
 _DENIALS = "not|no|nor|neither|except|incorrect|wrong|false|cannot|eliminated?"
 _DENIAL = re.compile(rf"\b(?:{_DENIALS})\b|n't\b", re.IGNORECASE)
 
@@ -83,14 +97,21 @@ def extract_truth(text: str) -> Extraction:
     found = extract_answer(text)
     after = after_thought(text)
     marks = [match.end() for match in ANSWER_IS.finditer(after)]
-    if found.how == "boxed" or found.how == "marker":
-        said = _TRUTH.match(plain(found.answer))
+    if found.how in ("boxed", "marker"):
+        said, rest = _TRUTH.match(plain(found.answer)), plain(found.answer)
     elif marks:
-        said, found = _TRUTH.match(after, marks[-1]), Extraction(answer=found.answer, how="answer_is")
+        said, rest = _TRUTH.match(after, marks[-1]), after[marks[-1] :]
+        found = Extraction(answer=found.answer, how="answer_is")
     elif said := _TRUTH.match(after):
-        found = Extraction(answer="", how="whole")
+        found, rest = Extraction(answer="", how="whole"), after
     elif said := _IS_TRUTH.search(after[-MAX_BARE:]):
-        found = Extraction(answer="", how="last_choice")
+        found, rest = Extraction(answer="", how="last_choice"), ""
+        if _UNSURE.search(re.split(r"[.?!\n]\s", after[-MAX_BARE:][: said.start()])[-1]):
+            said = None
+    if said and _OPPOSITE[said[1].lower()].search(
+        rest[said.end() - (marks[-1] if found.how == "answer_is" else 0) :][:80]
+    ):
+        return found  # both
     return Extraction(answer=said[1], how=found.how) if said else found
 
 
@@ -107,6 +128,8 @@ def choice_letter(text: str) -> str:
     """Return the letter that an answer names: "C", "(C) Cecile", "C, not A", "B不是 A"; "" if it names none or
     several."""
     text = plain(text[:MAX_CHOICE])
+    if text.endswith("?"):
+        return ""
     if "\\" in text:  # in a formula, a letter is a variable; a label may stand in front of it
         label = re.match(r"\(([A-J])\)(?!.*\([A-J]\))", text)
         return label[1] if label else ""

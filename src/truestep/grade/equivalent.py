@@ -17,7 +17,7 @@ from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import Number, european, parse_number, same_number, split_unit
 from truestep.grade.phrase import num_words
 from truestep.grade.quantity import same_quantity, with_digits
-from truestep.grade.structure import brackets, different_signs, elements, matrix
+from truestep.grade.structure import brackets, different_signs, elements, is_restated, matrix
 from truestep.grade.units import conversion, same_unit
 from truestep.grade.words import same_date, same_time
 
@@ -26,7 +26,8 @@ MAX_ELEMENTS = 60  # elements of a list, including nested lists; a longer list i
 MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
 _LEFT_SIDE = re.compile(
     r"(?:m\s?)?(?:\\(?:angle|Delta) )?"
-    r"(?:\\?[A-Za-z]+|\\text\s*\{[A-Za-z ]{1,40}\}|\[[A-Z]{2,6}\])?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
+    r"(?:\\?[A-Za-z]+|\\text\s*\{(?!\s?(?i:wrong|incorrect|false|not|half|negative|minus|twice|"
+    r"double|square|cube|root|no)\b)[A-Za-z ]{1,40}\}|\[[A-Z]{2,6}\])?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
 )
 _MEASURED = re.compile(  # the left side of a probability, an expectation or a variance
     r"(?:\\mathbb\{[PE]\}|\\Pr|[PE]|(?:\\(?:text|operatorname|mathrm)\s*\{)?(?:Pr|Var|Cov)\}?)\s*[(\[][^()\[\]]{1,60}[)\]]\s*"
@@ -106,6 +107,8 @@ def _same(gold: str, found: str, depth: int) -> bool | None:
         left, right = parse_number(gold, letters=True), parse_number(found, letters=True)
     if left is not None and right is not None:
         return same_number(left, right) or _same_european(gold, found, left, right)
+    if left is not None and is_restated(left, found):
+        return True
     for rule in (
         different_signs,
         same_base,

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 from truestep.grade.normal import normalise, typographic
-from truestep.grade.phrase import SENTENCE_END, is_changed, num_words, run_of
+from truestep.grade.phrase import PIECEWISE, SENTENCE_END, is_changed, num_words, run_of
 
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
@@ -45,8 +45,8 @@ _LETTER = re.compile(
 )
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _REASON = re.compile(
-    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|who|whose|when|where|if(?!.*\b(?:otherwise|else)\b)|given|"
-    r"thus|in base (?:10|ten)|for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])"
+    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|who|whose|when|where|if|given|thus|in base (?:10|ten)|"
+    r"for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])"
 )
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
 _MATH = re.compile(  # a lone dollar is money: a formula after it has no space at either end, or one at both
@@ -59,21 +59,26 @@ _NUMBER = re.compile(
     r"(?:(?<=\d)|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3}\b|\s?/\s?\d+(?:\.\d+)?)?\s?%?",
     re.ASCII,
 )
-# Signs and words outside of a box that change what is in it.
+# Signs and words outside of a box that change what is in it; most of them only inside of $…$, \(…\) or \[…\].
 _BOX_BEFORE = re.compile(
-    r"(?:(?<=[=$(\[{])\s*-|[\d)}]\s*(?:[-+*/^]|\\(?:times|cdot))|\\(?:neq?|[lg]eq?|sqrt|not\s*=|frac\{[^{}]{0,9}\}\{)|"
-    r"(?<=[\w\s)}$])[<>≠]|"
-    r"\b(?:not|never)(?: equal to)?|n't be)\s*$"
+    r"(?:=\s?-|\\(?:neq?|[lg]eq?|sqrt|not\s*=|frac\{[^{}]{0,9}\}\{)|(?<=[\w)}] )[<>≠]|\b(?:not|never)(?: equal to)?|n't be)\s*$"
+)
+_BOX_BEFORE_IN_MATH = re.compile(
+    r"(?:(?:^|[=$(\[{])\s*-|[\d)}A-Za-z]\s?(?:[-+*/^<>≠]|\\(?:times|cdot)(?![a-z])))\s*$"
 )
 _BOX_AFTER = re.compile(
-    r"\s?(?:[\^!](?=[\d{$ ])\S{0,8}|\$?\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b|\$?\s?\\?%|"
-    r"\$?\s(?:or|and) (?:more|less|fewer)\b)"
+    r"\$?\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b|\$?\s?\\?%|\$?\s(?:or|and) (?:more|less|fewer)\b"
 )
+_BOX_AFTER_IN_MATH = re.compile(r"\s?(?:\^\S{1,8}|!)")
 _SCALED = re.compile(r"\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b")
 _BOLD_MARKS = re.compile(r"(?<!\d)\*\*|\*\*(?!\d)")
-_WRONG = re.compile(r"\b(?:wrong|incorrect|false|bad)\s+$", re.IGNORECASE)
+_WRONG = re.compile(
+    r"\b(?:wrong|incorrect|false|bad)\s+$|\b(?:doubt|not|unlikely|never|deny)\b[^.\n,;:]{0,24}$|n't\b[^.\n,;:]{0,24}$",
+    re.IGNORECASE,
+)
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|non|nicht|never|cannot|isn't)|n't|, no|不是)\s{0,3}(?:(?:be|equal|exactly|equal to)\s)?[$(]?$",
+    r"(?:\b(?:not|non|nicht|never|cannot|isn't)|n't|, no|不是)\s{0,3}(?:(?:be|equal|exactly|equal to)\s)?[$(]?$|"
+    r"\b(?:doubt|(?:not|n't|never) (?:think|believe|say|claim|agree))\b[^,;:]*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
@@ -155,10 +160,22 @@ def _boxed(text: str) -> tuple[str, How] | None:
             break
         parts.insert(0, box)
     contents = [re.sub(r"\\{1,4}(?:boxed|fbox)\s*(?=\{)", "", content) for _, _, content in parts]
-    before, after = text[max(0, parts[0][0] - 30) : parts[0][0]], text[parts[-1][1] : parts[-1][1] + 30]
-    left, right = None if "box" in before else _BOX_BEFORE.search(before), _BOX_AFTER.match(after)
-    joined = ", ".join(dict.fromkeys(contents))
-    return (left[0].lstrip("$=( ") if left else "") + joined + (right[0] if right else ""), "boxed"
+    left, right = _around(text, parts[0][0], parts[-1][1])
+    return left + ", ".join(dict.fromkeys(contents)) + right, "boxed"
+
+
+def _around(text: str, start: int, end: int) -> tuple[str, str]:
+    """Return the signs and words directly before and after a box that change what is in it."""
+    before, after = text[max(0, start - 200) : start].split("\n")[-1].replace("$$", "$"), text[end : end + 30]
+    is_math = before.count("$") % 2 == 1 or any(
+        before.rfind(a) > before.rfind(b) for a, b in ((r"\(", r"\)"), (r"\[", r"\]"))
+    )
+    left, right = None, _BOX_AFTER.match(after)
+    if "box" not in before[-30:]:
+        left = _BOX_BEFORE.search(before) or (_BOX_BEFORE_IN_MATH.search(before) if is_math else None)
+    if is_math and right is None:
+        right = _BOX_AFTER_IN_MATH.match(after)
+    return left[0].lstrip("$=([{ ") if left else "", right[0] if right else ""
 
 
 @lru_cache(maxsize=1024)  # many completions are compared with the same gold text
@@ -189,7 +206,9 @@ def _answer_is(text: str) -> tuple[str, How] | None:
     """Return what follows the last "answer is" or "answer:", up to the end of its formula, bold span or
     sentence. If other words in the sentence change it, return the sentence."""
     ends = [
-        match.end() for match in ANSWER_IS.finditer(text) if not _WRONG.search(text[: match.start()][-20:])
+        match.end()
+        for match in ANSWER_IS.finditer(text)
+        if not _WRONG.search(text[max(0, match.start() - 40) : match.start()])
     ]
     if not ends:
         return None
@@ -204,6 +223,8 @@ def _answer_is(text: str) -> tuple[str, How] | None:
             formula[0] + _without_bold(rest) if is_changed("", rest, is_marked=True) else _content(formula)
         ), "answer_is"
     sentence = SENTENCE_END.split(tail, maxsplit=1)[0].strip()
+    if tail[len(sentence) : len(sentence) + 1] == "?":
+        return None
     if letter := _LETTER.match(sentence):
         return letter[1], "answer_is"
     if marks[:2] == "**" and "**" in sentence:
@@ -213,7 +234,8 @@ def _answer_is(text: str) -> tuple[str, How] | None:
             "",
         )
     sentence = _without_bold(marks + sentence)
-    head = _REASON.split(typographic(sentence), maxsplit=1)[0]
+    head = typographic(sentence)
+    head = head if PIECEWISE.search(head) else _REASON.split(head, maxsplit=1)[0]
     if re.search(r"\d", head) or (head and num_words(head) <= MAX_WORDS and re.search(r"\d", sentence)):
         sentence = head
     if (leading := _LEADING.match(typographic(sentence))) and num_words(leading[2]):
@@ -260,7 +282,8 @@ def _last(text: str) -> tuple[str, How] | None:
         start, end = formula.span() if formula else run_of(text, number)
         before = SENTENCE_END.split(text[max(0, start - 80) : start])[-1]
         after = SENTENCE_END.split(text[end : end + 200], maxsplit=1)[0]
-        if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
+        is_asked = text[end + len(after) : end + len(after) + 1] == "?"
+        if is_asked or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
             continue
         if scaled := _SCALED.match(after):  # 18 million
             end, after = end + scaled.end(), after[scaled.end() :]

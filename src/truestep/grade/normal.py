@@ -32,7 +32,7 @@ _SYMBOLS = {
 _SMALL = {"^": "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "_": "₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢ"}
 _SMALL_NAMES = {sign: str.maketrans(small, "0123456789+-ni") for sign, small in _SMALL.items()}
 _SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "01234567890123456789")
-_SMALL_FRACTION = re.compile("([⁰¹²³⁴-⁹]+)⁄([₀-₉]+)")
+_SMALL_FRACTION = re.compile("(?<![⁰¹²³⁴-⁹])([⁰¹²³⁴-⁹]+)⁄([₀-₉]+)")
 _WRAPPERS = ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("__", "__")
 TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm)\s*"
 _TEXT = re.compile(TEXT_COMMAND + r"\{([^{}]*)\}")
@@ -59,10 +59,12 @@ _LABEL = re.compile(  # "Answer: 18" in a box or after a marker
     re.IGNORECASE,
 )
 _EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=[^\s*_])([^*_]*[^\s*_])\1([.!]?)")
-_FINISHED = re.compile(  # signs for "done" after an answer
-    "(?:[\\s\u220e\u25a0-\u25ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f300-\U0001faff]|"
-    r"\\(?:blacksquare|square|Box|qed|checkmark|hfill)(?![a-zA-Z]))+$"
+# Signs for "done" after an answer.
+_DONE = " \t\r\n\u220e\ufe0f" + "".join(
+    map(chr, (*range(0x25A0, 0x2600), *range(0x2600, 0x27C0), *range(0x2B00, 0x2C00)))
 )
+_DONE += "".join(map(chr, range(0x1F300, 0x1FB00)))
+_DONE_COMMAND = re.compile(r"\\(?:blacksquare|square|Box|qed|checkmark|hfill)\s?$")
 _IN_DOLLARS = re.compile(r"\$([^$]*[^$\s])\$(\s?(?:\\?%|[A-Za-z][^$\d]*)?)")
 _STYLES = "boldsymbol|bm|underline|mathtt|ensuremath|framebox|emph|textsc|mathsf|pmb"
 _SWITCHES = "bf|it|sf|tt|tiny|small|large|Large|LARGE|huge|Huge|textstyle|scriptstyle|therefore|hfill|checkmark|noindent"
@@ -80,6 +82,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\var(epsilon|phi|theta|rho|sigma|kappa)(?![a-zA-Z])", r"\\\1"),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|nolimits)(?![a-zA-Z])", ""),
         (r"\{,\}|,\\!\s*(?=\d{3})", ","),  # the separators of thousands
+        (r"(?<![\d_])(\d{1,3})_(\d{3})(?![\d_])", r"\1\2"),
+        (r"\\[hv]?phantom\s*\{[^{}]*\}", ""),
         (r"(?<=\d)(?:\{\s*\\[,;: ]\s*\}|\\thinspace(?![a-zA-Z]))\s*(?=\d{3})", " "),
         (r"\\textcolor\s*\{[^{}]*\}\s*(?=\{)|\\color\s*\{[^{}]*\}", ""),
         (r"\\langle(?![a-zA-Z])", "("),
@@ -138,7 +142,7 @@ def normalise(text: str) -> str:
     text = typographic(text).strip()
     if _NUMBER.fullmatch(text):
         return text
-    text = _FINISHED.sub("", _LABEL.sub("", _THEREFORE.sub("", _TAGS.sub("", text)))) or text
+    text = _finished(_LABEL.sub("", _THEREFORE.sub("", _TAGS.sub("", text)))) or text
     if emphasis := _EMPHASIS.fullmatch(text):
         text = emphasis[2] + emphasis[3]
     if text.count("$") == 2 and (formula := _IN_DOLLARS.fullmatch(text)):
@@ -160,6 +164,14 @@ def _ascii(text: str) -> str:
     for symbol, command in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, command)
+    return text
+
+
+def _finished(text: str) -> str:
+    """Remove signs such as ✓ and \\blacksquare at the end."""
+    text = text.rstrip(_DONE)
+    if command := _DONE_COMMAND.search(text, max(0, len(text) - 20)):
+        text = text[: command.start()].rstrip(_DONE)
     return text
 
 

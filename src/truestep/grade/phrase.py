@@ -15,23 +15,19 @@ SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|!(?=\s|$)")
 # A word in front of a number that makes another number of it (the sum of, greater than, never), unless it only says
 # what the number is (equal to, a total of). English has few words of these classes, so that the list is whole.
 _BEFORE_END = re.compile(
-    r"(?:\b(?:of|than|to|from|except|but|or|and|nor|not|never|no|without|until|till|through|least|most|up|above|below|"
-    r"under|over|beyond|between|within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|"
-    r"minus|negative|plus|times|base|log|ln|mod|modulo|factorial|versus|vs|against|(?:divided|multiplied) by|"
-    r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than or equal to)|n't|[<>≤≥≠^_√∛∜*/×·⋅÷+±~]|"
-    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:to|and|or))\s*[$(]{0,2}$",
+    r"(?:\b(?:than|except|nor|not|never|without|until|till|through|least|most|up to|above|below|under|over|beyond|between|"
+    r"within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|minus|negative|plus|times|base|"
+    r"log|ln|root|mod|modulo|factorial|(?:divided|multiplied) by|different from|(?:all|anything|everything|none) but|"
+    r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than or equal to|"
+    r"(?:anywhere|somewhere|rang(?:es?|ing)|vary|varies) from \S{1,12} to)|n't|[<>≤≥≠^_√∛∜*/×·⋅÷+±~]|"
+    r"\b(?:half|halves|thirds?|quarters?|[a-z]{3,9}ths?|squares?|cubes?|roots?|factorial|multiples?|powers?|factors?|divisors?|"
+    r"digits?|reciprocal|opposite|inverse|negative|logarithm|percent(?:age)?|product|quotient|primes?|\d%?) of|"
+    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:and|or))\s*[$(]{0,2}$",
     re.IGNORECASE,
 )
-_SAYS = re.compile(
-    r"(?:(?<!\bor )\b(?:equals?|equal|equivalent|comes?|adds? up|sums?|amounts?|evaluates?|reduces?|"
-    r"simplif(?:y|ies)|rounds?|rounded|"
-    r"converges?|leads?|boils? down|works? out|close) to|"
-    r"\b(?:total|sum|average|mean|median|mode|value|amount|area|volume|length|distance|perimeter|probability|chance|cost|"
-    r"price|profit|speed|rate|height|width|weight|mass|radius|age|score|maximum|minimum|count|time|ratio) of|"
-    r"\bfrom \S{1,12} to)\s*[$(]{0,2}$",
-    re.IGNORECASE,
+_CLAUSE = re.compile(
+    r"[,;:]\s|=|\b(?:which|that|so|is|are|was|were|equals?|becomes?|gives?|gets?|yields?|has|have|had)\b(?!n't)"
 )
-_CLAUSE = re.compile(r"[,;:]\s|=|\b(?:which|that|but|so)\b")
 _NOT = re.compile(
     r"\b(?:not|never|cannot|nor|neither|except|unless|anything but|other than|different from|rather than|instead of|"
     r"(?:wrong|incorrect|false) (?:answer|value|result)|multiples?|powers?|factors?|"
@@ -40,10 +36,10 @@ _NOT = re.compile(
 )
 # What follows a number and makes another number of it; a reason, a time, a place or a noun does not.
 _OPERATION = re.compile(
-    r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|recurring|point|or|"
+    r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|recurring|point|"
     r"mod|modulo|power|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|crores?|"
     r"gross|googol|halves|half|thirds|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|"
-    r"thousandths?|than)$",
+    r"twelfths?|thousandths?|octal|binary|hex|hexadecimal)$",
     re.IGNORECASE,
 )
 _HARMLESS = re.compile(
@@ -51,9 +47,13 @@ _HARMLESS = re.compile(
     r"to|the|by|but|not|is|are|was|were|will|would|can|has|have)$",
     re.IGNORECASE,
 )
+PIECEWISE = re.compile(
+    r"\b(?:if|when|for)\b.*(?:\d.*\b(?:if|when|for)|\b(?:otherwise|else))\b", re.IGNORECASE
+)
 _CONTINUES = re.compile(  # a harmless word with these words behind it is not harmless
-    r"\s*(?:in base (?!10\b|ten\b)|if .*\b(?:otherwise|else|if)\b|and (?:(?:an?|one|two|three|four|five|seven|nine) [a-z]+|"
+    r"\s*(?:in base (?!10\b|ten\b)|and (?:(?:an?|one|two|three|four|five|seven|nine) [a-z]+|"
     r"[$*\\(]{0,3}[\d$]|[a-z]\s?=)|"
+    r"or (?:more|less|fewer|greater|higher|lower|above|below|over|under|so|[a-z]\s?=|\W{0,3}\d|[$\\])|"
     r"of \S*\d|for (?:every|each)\b|"
     r"to (?:the|\S*\d)|by \S*\d|at (?:least|most)\b|with (?:a )?remainder|(?:is|was|are) (?:[a-z]+ )?(?:not|wrong|incorrect|"
     r"false)\b|isn't|but not)",
@@ -84,22 +84,38 @@ def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
     """Return whether the words around a number make another number of it: half of 18, 18 million, not 18, 18 or 20.
     ``before`` and ``after`` are the other parts of its sentence. A number ``is_marked`` as a formula or in bold is
     the answer even if it is a share or a rate: **18** out of 20."""
-    if _NOT.search(_CLAUSE.split(before)[-1]) or (_BEFORE_END.search(before) and not _SAYS.search(before)):
+    if _NOT.search(_CLAUSE.split(before)[-1]) or _BEFORE_END.search(before):
         return True
     after = after.lstrip("*_$`\"'")
     if is_marked and re.match(r"(?:\s[a-z]{1,20})?\s(?:out of|per) \d", after):
         return False
     stuck = _STUCK.match(after)
-    if stuck and stuck[0].lower() not in WORDS and stuck[0] not in ("st", "nd", "rd", "th"):
+    if stuck and stuck[0] in ("st", "nd", "rd", "th"):
+        return bool(
+            re.match(r"\s(?!of\b|day\b|and\b|or\b|is\b|at\b|in\b)[a-z]", after[2:])
+        )  # the 18th prime is not 18
+    if stuck and stuck[0].lower() not in WORDS:
+        return True
+    if re.match(r"[\s,]*(?:or|nor)\b", after):
         return True
     after = re.sub(r"^\s?(?:\\?%|percent\b)", "", after[stuck.end() if stuck else 0 :])
-    if _OPERATOR.match(after) or re.match(r"\s*\((?:mod|base|not)\b", after):
+    if (
+        PIECEWISE.search(after[:200])
+        or _OPERATOR.match(after)
+        or re.match(r"\s*\(\s?(?:mod|base|not|dozen|[a-z]{1,8}illion|thousand|hundred)", after)
+    ):
         return True
     for word in re.finditer(r"\s*(?:([A-Za-z][A-Za-z'-]*)|(\$?\d)|(.))", after[:200]):
         if word[2] or (word[1] and (_OPERATION.match(word[1]) or word[1].lower() in VALUES)):
             return True
         if _CONTINUES.match(after, word.start()):
             return True
+        if (
+            word[3] == ","
+            and (more := re.match(r"\s([A-Za-z]+)", after[word.end() :]))
+            and _OPERATION.match(more[1])
+        ):
+            return more[1].lower() != "or"
         if word[3] == "," and re.match(r"\s*[*(]*\$?-?\d", after[word.end() :]):
             return True  # a list
         if not word[1] or _HARMLESS.match(word[1]):
@@ -124,18 +140,18 @@ def run_of(text: str, number: re.Match[str]) -> tuple[int, int]:
 def _reach(pieces: Sequence[str]) -> int:
     """Return how many characters next to a number belong to its formula: operands that a sign joins to it."""
     length = taken = 0
-    is_joined = True  # a letter directly next to the number is a factor
+    is_joined, is_tight = True, True  # a letter directly next to the number is a factor
     for place, piece in enumerate(pieces):
         length += len(piece)
         spaced = (
             piece == "-" and pieces[place - 1 : place] == [" "] and pieces[place + 1 : place + 2] == [" "]
         )
         if piece == " ":
-            is_joined = is_joined and place > 0
+            is_joined, is_tight = is_joined and place > 0, False
         elif _SIGN.fullmatch(piece) and not spaced:
             taken, is_joined = (taken if _INFIX.fullmatch(piece) else length), True
-        elif is_joined and _OPERAND.fullmatch(piece):
-            taken, is_joined = length, False
+        elif (is_joined or is_tight) and _OPERAND.fullmatch(piece):
+            taken, is_joined, is_tight = length, False, True
         else:
             break
     return taken

@@ -6,7 +6,7 @@ import re
 from itertools import pairwise
 
 from truestep.grade.normal import TEXT_COMMAND, canonical, plain
-from truestep.grade.numeric import parse_number
+from truestep.grade.numeric import Number, parse_number, same_number
 
 OPEN, CLOSE = {"(": ")", "[": "]", "{": "}"}, ")]}"
 
@@ -315,3 +315,14 @@ def different_signs(gold: str, found: str) -> bool | None:
         return None
     names = {match for text in (gold, found) for match in re.findall(r"([A-Za-z])(?:_\w)?\s*=", text)}
     return False if re.search(r"[<>]|\\[lg]eq|\\neq", gold + found) or len(names) > 1 else None
+
+
+def is_restated(number: Number, found: str) -> bool:
+    """Return whether an answer gives the same number in two or three ways: "1/2 or 0.5"."""
+    parts = elements(plain(found))
+    values = [parse_number(part) for part in parts]
+    return (
+        1 < len(parts) < 4
+        and " or " in found
+        and all(n is not None and same_number(number, n) for n in values)
+    )

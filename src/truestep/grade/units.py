@@ -18,6 +18,7 @@ _SPELLINGS = {
 WORDS = frozenset({*_SPELLINGS, *(name + "s" for name in _SPELLINGS), *_DATA["words"].lower().split()})
 WORDS -= {"¢", "gm", "buck", "bucks", "deg"}
 NOT_UNITS = frozenset(_DATA["not_units"].split())
+NOT_LAST = frozenset(_DATA["not_last"].split())
 NOT_COUNTERS = frozenset(
     "零一二三四五六七八九十百千万亿半多倍分之以上下左右余折成几约度"
 )  # they change a number
@@ -63,10 +64,12 @@ def scale(rest: str) -> tuple[Fraction, str]:
 def is_unit(words: str, *, is_text: bool, is_spaced: bool, letters: bool) -> bool:
     r"""Return whether words after a number can be its unit: known units, and after a space or in ``\text{…}`` up to
     four nouns, none of which changes the number."""
+    if re.fullmatch(r"\([A-Za-z ]+\)", words):
+        words = words[1:-1]
     if is_text or is_spaced:  # 2/3 of the cake
         words = re.sub(r"^of (?:the|an?|all|his|her|their|its|each|every) (?=[a-z])", "", words)
     parts = re.findall(r"[^ ./]+", words)
-    if NOT_UNITS.intersection(part.lower() for part in parts):
+    if NOT_UNITS.intersection(part.lower() for part in parts) or (parts and parts[-1].lower() in NOT_LAST):
         return False
     if len(words) == 1 and words.isascii():
         return (words in LETTERS and (is_text or letters)) or (
