@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from truestep.cli.data import app
 from truestep.errors import UserError
+from truestep.settings import load_settings
 
 RECIPE = """
 name = "r"
@@ -124,6 +125,27 @@ def test_check_with_only_bad_rows(tmp_path: Path) -> None:
     result = run("check", tmp_path / "bad.jsonl", "--json")
     assert isinstance(result.exception, UserError)
     assert document(result)["data"]["bad"]["bad_rows"]["count"] == 2
+
+
+def test_check_and_plan_name_the_files_of_a_folder(recipe: Path) -> None:
+    folder = recipe.parent / "all"
+    folder.mkdir()
+    (recipe.parent / "train.jsonl").rename(folder / "my_train.jsonl")
+    (folder / "my_test.jsonl").write_text("not read\n")
+    said = "read my_train.jsonl; not read: my_test.jsonl"
+    assert said in run("check", folder).stdout
+    assert said in run("check", recipe, "--set", "data.train.source=all").stdout
+    found = document(run("check", folder, "--json"))["data"]["all"]
+    assert (found["files"], found["files_not_read"]) == (
+        [str(folder / "my_train.jsonl")],
+        [str(folder / "my_test.jsonl")],
+    )
+    pytest.importorskip("torch", reason="the plan needs the training extra")
+    from truestep.pipeline.prepare import prepare
+
+    (recipe.parent / "test.jsonl").write_text('{"problem": "3+3=?", "answer": 6}\n')
+    settings = load_settings(recipe, ["data.train.source=all", "evaluate.sampling.max_new_tokens=4"])
+    assert any(note.endswith(said) for note in prepare(settings, base_dir=recipe.parent).notes)
 
 
 JUNK = ["proof", "???", r"\frac{1}{", "N/A", "see solution", "$", "{", "None", "nan", "x^", "pending", "...", r"\sqrt{",

@@ -14,7 +14,9 @@ from truestep.cli.output import echo
 from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
 
-DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not another command; WORD may be a folder "model"
+DEFAULT = (
+    "model"  # what ``truestep eval WORD`` means if WORD is not another command; WORD may be a folder "model"
+)
 HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
 
 
@@ -172,7 +174,7 @@ def overlap(
         for pair in report["pairs"]
     ]
     lines += [f"{id:<16} not checked, because --data has no file for it" for id in report["missing"]]
-    echo(json.dumps(report) if as_json else "\n".join(lines))
+    echo(json.dumps(report) if as_json else "\n".join([*lines, *report["notes"]]))
 
 
 def grade(
