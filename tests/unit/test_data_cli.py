@@ -222,6 +222,25 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     assert "pass a recipe" in str(run("show", recipe.parent / "test.jsonl").exception)
 
 
+@pytest.mark.parametrize(("kind", "method", "trained"), [("rl", "", False), ("rl", 'method = "luffy"', True)])
+def test_show_shows_a_solution_only_where_it_is_trained_on(
+    kind: str, method: str, trained: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="the tokenizer comes with the training extra")
+    never_closed = '{"problem": "1+1=?", "answer": 2, "solution": "<think>1+1=2"}\n'
+    closed = never_closed.replace("1+1=2", "1+1=2</think>2")
+    (tmp_path / "rl.jsonl").write_text(closed if trained else never_closed)
+    (tmp_path / "test.jsonl").write_text(never_closed)
+    stage = RECIPE[RECIPE.rindex("[[stages]]") :].replace("[evaluate]", f"{method}\n[evaluate]")
+    sources = '[data.rl]\nsource = "rl.jsonl"\n[data.test]\nsource = "test.jsonl"\n'
+    (tmp_path / "run.toml").write_text(f'name = "r"\nmodel.path = "tiny"\n{sources}{stage}')
+    result = run("show", tmp_path / "run.toml", "--json")
+    assert result.exit_code == 0, result.exception
+    examples = {e["data"]: e["num_trained"] for e in document(result)["examples"]}
+    assert (examples["rl"] > 0) == trained
+    assert examples["test"] == 0
+
+
 def test_reading_data_needs_neither_torch_nor_the_network() -> None:
     code = (
         "import sys, truestep.cli.data, truestep.data.chat\n"

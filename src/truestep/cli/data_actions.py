@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -146,7 +147,8 @@ def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | N
 
 
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
-    """Print the first examples of every data set as the model sees them."""
+    """Print the first examples of every data set as the model sees them. A solution is shown only in a set
+    that a stage trains on solutions of."""
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
     from rich.text import Text
 
@@ -158,8 +160,10 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     tokenizer = load_tokenizer(settings.model)
     console = PlainConsole(soft_wrap=True)
     documents = []
+    demonstrated = _demonstrated(settings, Path(recipe).parent)
     for name, problems in _load_sets(settings, Path(recipe).parent).items():
         for problem in problems[:num]:
+            problem = problem if name in demonstrated else replace(problem, solution="")
             spans, document = _example(tokenizer, problem, settings)
             documents.append({"data": name, **document})
             if not as_json:
@@ -169,6 +173,17 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
                 console.print(spans, end="\n\n")
     if as_json:
         echo(json.dumps({"examples": documents}))
+
+
+def _demonstrated(settings: Settings, base_dir: Path) -> set[str]:
+    """Return the data sets whose solutions a stage trains on: those of SFT and of methods with demonstrations."""
+    from truestep.pipeline.prepare import method_of
+
+    return {
+        s.data
+        for s in settings.stages
+        if s.kind == "sft" or (s.kind == "rl" and method_of(s, base_dir).needs_demonstrations)
+    }
 
 
 def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
