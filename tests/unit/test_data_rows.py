@@ -246,12 +246,36 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "text"),
     [(3, "3"), (3.0, "3"), (0.1, "0.1"), (1e-5, "0.00001"), (-2.5, "-2.5"), (1e22, "1" + "0" * 22), (" 1/2", " 1/2"),
-     (10**400, "1" + "0" * 400)],
+     (10**400, "1" + "0" * 400), (1e23, "1" + "0" * 23), (123456789.125, "123456789.125")],
 )  # fmt: skip
 def test_answers_become_plain_text(given: Any, text: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(row(problem="x", answer=given))
     assert load(path)[0].answer == text
+
+
+@pytest.mark.parametrize(
+    ("literal", "text"),
+    [("3.14159265358979323846", None), ("12345678901234567890.5", None), ("0.1000000000000000055511151231257827", None),
+     ("-12345678901234567890.0", "-12345678901234567890"), ("1.50", "1.5"), ("0.1", None), ("1.5E3", "1500"),
+     ("1234567890.123456789E3", "1234567890123.456789")],
+)  # fmt: skip
+def test_a_number_keeps_the_digits_that_are_written(literal: str, text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [f'{{"problem": "x", "answer": {literal}, "other": {literal}}}',
+             f'{{"problem": "x", "reward_model": {{"ground_truth": {literal}}}}}']  # fmt: skip
+    path.write_text("\n".join(lines))
+    problems = load(path)
+    assert [p.answer for p in problems] == [text or literal] * 2
+    assert type(problems[0].columns["other"]) is float  # for reward functions
+
+
+@pytest.mark.parametrize("literal", ["1e999", "1e-999", "1e999999999", "1e-999999999"])
+def test_a_number_out_of_range_is_refused(literal: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"problem": "x", "answer": {literal}}}')
+    with pytest.raises(UserError, match=r"data\.jsonl:1: answer: expected a finite number"):
+        load(path)
 
 
 def test_every_shape_of_a_good_row(tmp_path: Path) -> None:
@@ -323,3 +347,16 @@ def test_parquet_files_that_are_none(tmp_path: Path) -> None:
     write_parquet(path, {"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
     with pytest.raises(UserError, match=r"data\.parquet: expected at least one row"):
         load(path)
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_numbers_of_a_column_are_the_shortest_in_its_type(kind: Any, tmp_path: Path) -> None:
+    import numpy as np
+
+    numbers = np.array([0.1, 3.3, 2.5, -1e-3, 7.0], dtype=kind.to_pandas_dtype())
+    answers = pa.array(numbers, kind)
+    inside = pa.StructArray.from_arrays([answers], ["ground_truth"])
+    texts = ["0.1", "3.3", "2.5", "-0.001", "7"]
+    for name, column in (("answer", answers), ("reward_model", inside)):
+        path = write_parquet(tmp_path / f"{name}.parquet", {"problem": ["x"] * 5, name: column})
+        assert [p.answer for p in load(path)] == texts

@@ -196,6 +196,22 @@ def test_hub_rows_are_checked_as_file_rows_are(monkeypatch: pytest.MonkeyPatch) 
         load("hub:org/set", options={"subset": "main"})
 
 
+def test_hub_numbers_are_the_shortest_in_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table(list[dict[str, Any]]):
+        def __init__(self, rows: list[dict[str, Any]]) -> None:
+            super().__init__(rows)
+            self.features = {
+                name: types.SimpleNamespace(dtype=dtype)
+                for name, dtype in (("problem", "string"), ("answer", "float32"))
+            }
+
+    def load_dataset(*asked: Any, **options: Any) -> Table:
+        return Table([{"problem": "x", "answer": 0.10000000149011612}, {"problem": "y", "answer": 3.0}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert answers(load("hub:org/set")) == ["0.1", "3"]
+
+
 def test_reasoning_gym_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UserError, match=r'pip install "truestep\[reasoning-gym\]"'):

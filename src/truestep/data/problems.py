@@ -9,7 +9,7 @@ from typing import Any
 from truestep.data import gym, procedural
 from truestep.data.files import find_source, source_files
 from truestep.data.row_schema import problem_of
-from truestep.data.rows import Row, RowError, read_rows
+from truestep.data.rows import Row, RowError, read_rows, shortest
 from truestep.errors import UserError
 from truestep.records import Problem
 from truestep.settings import DataSettings
@@ -163,5 +163,8 @@ def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tu
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where} cannot be loaded: {reason}") from None
+    types = {
+        name: str(getattr(f, "dtype", "")) for name, f in (getattr(table, "features", None) or {}).items()
+    }
     for number, row in enumerate(table, start=1):
-        yield number, dict(row)
+        yield number, {name: shortest(value, types.get(name, "")) for name, value in row.items()}

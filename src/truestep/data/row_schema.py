@@ -267,9 +267,12 @@ def _scalar(value: Any, field: str) -> str:
         return _text(value, field)
     if isinstance(value, int):
         return str(value)
-    if not math.isfinite(value):
-        raise RowError(field, f"expected a finite number, got {value}")
-    return str(int(value)) if value == int(value) else format(Decimal(str(value)), "f")
+    if not math.isfinite(value) or (value and not float(value)):
+        raise RowError(
+            field, f"expected a finite number that a float can hold, got {value}; write it as text"
+        )
+    number = Decimal(str(value))
+    return str(int(number)) if number == int(number) else format(number, "f")
 
 
 def _text(value: Any, field: str) -> str:
