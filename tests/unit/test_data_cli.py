@@ -169,6 +169,35 @@ def test_check_counts_golds_that_only_the_same_text_matches(tmp_path: Path) -> N
     assert "17 of 39 gold answers are read by no rule" in run("check", path).stdout
 
 
+def test_check_refuses_a_letter_beyond_the_choices_in_any_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "choices.jsonl"
+    bad = [
+        "AD",
+        "A,D",
+        "$D$",
+        r"\text{D}",
+        r"\boxed{D}",
+        "option D",
+        "Answer: D",
+        "**D**",
+        "d)",
+        "A and D",
+        "green",
+        "K",
+    ]
+    good = ["AB", "A, B", "$B$", r"\text{B}", r"\boxed{B}", "option B", "Answer: B", "(b)", "b)", "blue", "2"]
+    rows = [{"problem": f"{i}?", "answer": answer, "checker": "choice", "choices": ["red", "blue"]}
+            for i, answer in enumerate([*bad[:-1], *good])]  # fmt: skip
+    rows.append({"problem": "11?", "answer": "twelve", "checker": "choice", "choices": list("lmnopqrstuvw")})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = document(run("check", path, "--json"))["data"]["choices"]
+    assert found["bad_rows"]["count"] == 0
+    assert [gold["answer"] for gold in found["gold"]["refused"]] == [*bad[:-1], "twelve"]
+    reasons = {gold["reason"] for gold in found["gold"]["refused"]}
+    assert any("names none of the 2 choices; write its letter, A to B" in reason for reason in reasons)
+    assert any("12 choices; write its letter, A to J" in reason for reason in reasons)
+
+
 def test_check_says_what_is_not_used(recipe: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "id": 1}]
     rows = [

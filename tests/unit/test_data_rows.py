@@ -200,6 +200,43 @@ def test_similar_rows_are_read(kind: str, tmp_path: Path) -> None:
     assert len(load(path)) == 2
 
 
+COLOURS = ["red", "blue", "2", "Green"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "read"),
+    [
+        ("B", COLOURS, "B"), ("(b)", COLOURS, "(b)"), ("B. blue", COLOURS, "B. blue"), ("option B", COLOURS, "option B"),
+        (1, COLOURS, "A"), (4.0, COLOURS, "D"), ("4.0", COLOURS, "D"), (" blue ", COLOURS, "B"), ("GREEN", COLOURS, "D"),
+        (4, ["5", "4"], "B"), (2, ["3", "2"], "B"), ("A", ["A", "B"], "A"), ("x", ["x", "y"], "A"), ("AC", COLOURS, "AC"),
+        ("2.5", ["1.5", "2.5"], "B"),
+    ],
+)  # fmt: skip
+def test_the_number_or_text_of_a_choice_is_its_letter(
+    answer: Any, choices: list[str], read: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", answer=answer, choices=choices, checker="choice"))
+    assert load(path)[0].answer == read
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "said"),
+    [
+        (2, COLOURS, "can mean B and C"), ("A", ["B", "A"], "can mean A and B"), ("red", ["red", "Red"], "can mean A and B"),
+        (5, COLOURS, "4 choices"), (0, COLOURS, "4 choices"), (-1, COLOURS, "4 choices"), (2.5, COLOURS, "4 choices"),
+        ("3.0", ["1", "2"], "2 choices"),
+    ],
+)  # fmt: skip
+def test_a_number_of_two_choices_or_of_none_is_refused(
+    answer: Any, choices: list[str], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", answer=answer, choices=choices, checker="choice"))
+    with pytest.raises(UserError, match=rf"data\.jsonl:1: answer: .*{said}"):
+        load(path)
+
+
 def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**20)
     path = tmp_path / "data.jsonl"

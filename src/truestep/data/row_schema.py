@@ -42,6 +42,9 @@ _UNPRINTABLE = re.compile(rf"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|{_
 _ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 # A letter with which an answer names a choice: (C), C. Cecile, c
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[).:])(?:\s.*)?$|([A-Za-z])$", re.DOTALL)
+LETTERS = "ABCDEFGHIJ"  # the letters that the grader reads
+_NUMBER = re.compile(r"\+?(\d{1,9})(?:\.0*)?")
+_ANY_NUMBER = re.compile(r"[-+]?\d*\.?\d+\.?")
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
@@ -69,7 +72,8 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     if checker == "countdown":
         meta |= _countdown(row)
     if checker == "choice" and row.get("choices") is not None:
-        meta |= {"choices": _choices(row["choices"], answer)}
+        choices, answer = choice_answer(row["choices"], answer)
+        meta |= {"choices": choices}
     given_id = row.get("id")
     if given_id is not None:
         if isinstance(given_id, bool) or not isinstance(given_id, str | int):
@@ -152,20 +156,28 @@ def _refuse(keys: Row, names: Iterable[str], prefix: str) -> None:
             raise RowError(f"{prefix}{name}", f"is not supported and would be lost; {remedy}")
 
 
-def _choices(value: Any, answer: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+def choice_answer(value: Any, answer: str) -> tuple[list[str], str]:
+    """Return the choices and the answer. An answer that is the number (from 1) or the text of one choice becomes
+    its letter; other answers are returned as they are. Raises RowError if the choices are no list of strings, or
+    if the answer is a letter or a number of none of them or names two of them."""
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v.strip() for v in value):
         raise RowError("choices", f"expected a list of strings, got {shown(value)}")
-    letter, place = _LETTER.match(answer.strip()), 0
-    if letter:
-        place = ord(letter[letter.lastindex or 0].upper()) - ord("A") + 1
-    elif re.fullmatch(r"\s*-?\d{1,9}\s*", answer):
-        place = int(answer)
-    else:
-        return list(value)
-    if not 1 <= place <= len(value):
+    text, choices = answer.strip(), [choice.strip().casefold() for choice in value]
+    letter, number = _LETTER.match(text), _NUMBER.fullmatch(text)
+    named = ord(letter[letter.lastindex or 0].upper()) - ord("A") if letter else -1
+    named = int(number[1]) - 1 if number else named
+    same = [place for place, choice in enumerate(choices) if choice == text.casefold()]
+    places = {*same, named} if 0 <= named < len(value) else {*same}
+    if len(places) > 1:
+        found = " and ".join(LETTERS[place] for place in sorted(places) if place < len(LETTERS))
+        raise RowError(
+            "answer", f"expected the letter of one choice, got {shown(answer)}, which can mean {found}"
+        )
+    if not places and (letter or _ANY_NUMBER.fullmatch(text)):
         expected = f"expected a letter or a number (from 1) of one of the {len(value)} choices"
         raise RowError("answer", f"{expected}, got {shown(answer)}")
-    return list(value)
+    place = max(places, default=len(LETTERS))
+    return list(value), answer if (place == named and letter) or place >= len(LETTERS) else LETTERS[place]
 
 
 def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
