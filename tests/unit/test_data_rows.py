@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,58 @@ def test_similar_rows_are_read(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(UNBROKEN[kind] + b"\n" + GOOD)
     assert len(load(path)) == 2
+
+
+EATEN = [
+    r"\tan 45", r"\tau", r"x \to 0", r"\top", r"\tag{1}", r"\times 3", r"\theta", r"\tfrac12", r"\text{cm}", r"\textbf{a}",
+    r"\tbinom{3}{2}", r"\tilde x", r"\tanh x", r"\triangleq", r"\nabla f", r"x \neq 3", r"\notin A", r"\not= 3", r"a \nleq b",
+    r"a \ngeq b", r"\right)", r"\rho", r"\rangle", r"{\rm d}", r"\root 3", r"\frac12", r"\beta", r"\boxed{3}", r"{\nu}",
+    r"x_\nu", r"(\neg p)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("latex", EATEN)
+def test_a_command_that_json_has_eaten_is_refused(latex: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    command = next(part for part in latex.split("\\") if part[:1] in "bfnrt")
+    for text in (f"What is ${latex}$?", f"Let \\\\( {latex} \\\\)."):
+        path.write_text(f'{{"problem": "{text}", "answer": "2"}}')
+        with pytest.raises(UserError, match=rf"data\.jsonl:1: problem: .*{re.escape(command[:2])}"):
+            load(path)
+        path.write_text(row(problem=text.replace("\\\\", "\\"), answer="2").decode())
+        assert load(path)
+
+
+@pytest.mark.parametrize("latex", [*EATEN, r"2\tan x", r"\nu", r"\ne 3"])
+def test_an_answer_with_an_eaten_command_is_refused(latex: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"problem": "x", "answer": "{latex}"}}')
+    with pytest.raises(UserError, match=r"data\.jsonl:1: answer: "):
+        load(path)
+    path.write_bytes(row(problem="x", answer=latex))
+    assert load(path)[0].answer == latex
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name\textra fee\nA\t3", "part\texternal\textension", "a\tfraction", "one\tan apple\top\to", "so\nu = 2\nexists",
+        "$$\nu = 3\ni = 2$$", "x\nnot so\nneither\nnorth", "red\ttext\ttimes\nblue\tthe", "old\rmore\rrules",
+        "$x =\nu$ or\nless than $5",
+        "x\ttax\ttop\n\tto", "egg\negg\note\nother",
+        "a\nsubset of b\textra {c}",
+    ],
+)  # fmt: skip
+def test_a_tab_or_line_break_before_a_word_is_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem=text, answer="2", solution=text))
+    assert load(path)[0].messages[0].content == text
+
+
+def test_an_answer_of_several_lines_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", answer="x = 1\nu = 2"))
+    assert load(path)[0].answer == "x = 1\nu = 2"
 
 
 COLOURS = ["red", "blue", "2", "Green"]

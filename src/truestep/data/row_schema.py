@@ -36,8 +36,20 @@ _UNSUPPORTED_IN_TURNS = (
 _UNSUPPORTED_ROW = frozenset(UNSUPPORTED)
 _BARE: tuple[Any, ...] = (None, "", [], {})  # parquet writes None for a key that only other rows have
 # The rest of a LaTeX command whose backslash and first letter JSON has read as a control character.
-_EATEN_LINE = re.compile(r"\n(?:eq\b|abla|otin|ewline|oindent|onumber)")
-_EATEN = r"\t(?:ext|frac|imes|heta|herefore|riangle|ilde|anh)|\r(?:ight|ho\b|angle|ceil|floor|brace|vert)"
+_EATEN_LINE = re.compile(
+    r"\n(?:abla|atural|eq|earrow|ewline|ewcommand|geq|gtr|leq|oindent|onumber|ormalsize|ot|otin|subseteq|supseteq|warrow)(?![a-z])"
+)
+_EATEN = (
+    r"\t(?:ext(?:bf|it|rm|sf|tt|sc|up|md|sl|normal|color)?\s*\{|extstyle|(?:frac|anh)(?![a-z])|binom|imes|heta|herefore|hick(?:approx|sim|space)|hinspace"
+    r"|riangle|ilde|oprule|wohead)|\r(?:ight|(?:ho|angle|ceil|floor|brac[ek]|[vV]ert|hd|m|oot|ule|ef|times|elax)(?![a-z]))"
+)
+# A rest that is also a word or a variable: eaten only in a formula, in an answer, or directly after {, (, ^, _, $.
+_PERHAPS_EATEN = re.compile(
+    r"\t(?:an|ag|au|iny|o|op|t)(?![A-Za-z])|\n(?:e|eg|exists|i|less|mid|parallel|prec|sim|u)(?![A-Za-z])"
+)
+_IN_FORMULA = re.compile(r"\$+[^$]+\$+|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+_OPENED = re.compile(r"(?:[{(^_]|(?<!\$)\$)\Z")
+_ANSWERS = ("answer", "reward_model.ground_truth")
 _UNPRINTABLE = re.compile(rf"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|{_EATEN}")
 _ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 # A letter with which an answer names a choice: (C), C. Cecile, c
@@ -112,7 +124,7 @@ def _check_characters(row: Row) -> None:
     while True:  # not recursive, because a row may be nested deeply
         for field, value in parts:
             if isinstance(value, str):
-                if not value.isprintable() and (found := _control_character(value)):
+                if not value.isprintable() and (found := _control_character(field, value)):
                     raise RowError(field, _unprintable(value, found))
             elif isinstance(value, dict | list):
                 left.append((field, value))
@@ -125,10 +137,21 @@ def _check_characters(row: Row) -> None:
         ]
 
 
-def _control_character(text: str) -> re.Match[str] | None:
+def _control_character(field: str, text: str) -> re.Match[str] | None:
     """Return the first control character or lone surrogate that is not an ordinary tab or line break."""
     found = None if text.replace("\n", "").isprintable() else _UNPRINTABLE.search(text)
-    return found or _EATEN_LINE.search(text)
+    perhaps = (m for m in _PERHAPS_EATEN.finditer(text) if _is_eaten(field, text, m))
+    return found or _EATEN_LINE.search(text) or next(perhaps, None)
+
+
+def _is_eaten(field: str, text: str, found: re.Match[str]) -> bool:
+    """Return whether a tab or line break before a short word is the beginning of a LaTeX command. A line break in
+    a formula, or in an answer of several lines, is ordinary."""
+    at = found.start()
+    if _OPENED.search(text, max(0, at - 2), at) or (field in _ANSWERS and not at):
+        return True
+    formulas = (span.span() for span in _IN_FORMULA.finditer(text))
+    return text[at] == "\t" and (field in _ANSWERS or any(start < at < end for start, end in formulas))
 
 
 def _unprintable(text: str, found: re.Match[str]) -> str:
