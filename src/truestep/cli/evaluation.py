@@ -186,7 +186,8 @@ def grade(
     """Grade every (gold, pred) pair in a file, without a model. Optional fields: id, kind ("choice" for
     multiple choice), choices."""
     announce(f"truestep eval grade: grading the pairs in {pairs}")
-    from truestep.grade.pairs import grade_pairs, read_pairs, table
+    from truestep.evaluate.pair_rows import read_pairs
+    from truestep.grade.pairs import grade_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)
     echo(json.dumps(result) if as_json else table(result))

@@ -49,8 +49,9 @@ _PERHAPS_EATEN = re.compile(
 )
 _IN_FORMULA = re.compile(r"\$+[^$]+\$+|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
 _OPENED = re.compile(r"(?:[{(^_]|(?<!\$)\$)\Z")
-_ANSWERS = ("answer", "reward_model.ground_truth")
+_ANSWERS = ("answer", "reward_model.ground_truth", "gold")
 _UNPRINTABLE = re.compile(rf"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|{_EATEN}")
+_EATEN_OUTPUT = re.compile(rf"[\ud800-\udfff]|[\b\f](?=[A-Za-z])|{_EATEN}")
 _ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 # A letter with which an answer names a choice: (C), C. Cecile, c
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[).:])(?:\s.*)?$|([A-Za-z])$", re.DOTALL)
@@ -63,7 +64,7 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     """Return the problem in a row. ``needs`` names what the row must have: "answer", "solution" or both.
     With "problem", neither is needed; if ``needs`` is empty, one of them is enough. Raises RowError with the
     first fault."""
-    _check_characters(row)
+    check_characters(row)
     if not _UNSUPPORTED_ROW.isdisjoint(row):
         _refuse(row, UNSUPPORTED, "")
     messages, solution, given = _turns(row)
@@ -117,7 +118,7 @@ def unused_columns(row: Mapping[str, Any], checker: str, needs: Collection[str])
             yield "messages[-1]"
 
 
-def _check_characters(row: Row) -> None:
+def check_characters(row: Row) -> None:
     """Raise RowError for a control character or a lone surrogate in any text of a row."""
     left: list[tuple[str, Any]] = []
     parts: Iterable[tuple[str, Any]] = row.items()
@@ -135,6 +136,13 @@ def _check_characters(row: Row) -> None:
         parts = [
             (f"{field}.{key}" if isinstance(value, dict) else f"{field}[{key}]", part) for key, part in named
         ]
+
+
+def check_output(field: str, text: str) -> None:
+    """Raise RowError if a model's output has a lone surrogate or a LaTeX command that JSON has eaten. Control
+    characters may be what the model wrote."""
+    if not text.isprintable() and (found := _EATEN_OUTPUT.search(text)):
+        raise RowError(field, _unprintable(text, found))
 
 
 def _control_character(field: str, text: str) -> re.Match[str] | None:
@@ -179,7 +187,7 @@ def _refuse(keys: Row, names: Iterable[str], prefix: str) -> None:
             raise RowError(f"{prefix}{name}", f"is not supported and would be lost; {remedy}")
 
 
-def choice_answer(value: Any, answer: str) -> tuple[list[str], str]:
+def choice_answer(value: Any, answer: str, field: str = "answer") -> tuple[list[str], str]:
     """Return the choices and the answer. An answer that is the number (from 1) or the text of one choice becomes
     its letter; other answers are returned as they are. Raises RowError if the choices are no list of strings, or
     if the answer is a letter or a number of none of them or names two of them."""
@@ -198,7 +206,7 @@ def choice_answer(value: Any, answer: str) -> tuple[list[str], str]:
         )
     if not places and (letter or _ANY_NUMBER.fullmatch(text)):
         expected = f"expected a letter or a number (from 1) of one of the {len(value)} choices"
-        raise RowError("answer", f"{expected}, got {shown(answer)}")
+        raise RowError(field, f"{expected}, got {shown(answer)}")
     place = max(places, default=len(LETTERS))
     return list(value), answer if (place == named and letter) or place >= len(LETTERS) else LETTERS[place]
 
@@ -273,7 +281,7 @@ def _solution(row: Row, from_turns: str) -> str:
 
 def _answer(row: Row) -> str:
     """Return the gold answer as text, from ``answer`` or verl's ``reward_model``; "" if there is none."""
-    answer = "" if row.get("answer") is None else _scalar(row["answer"], "answer")
+    answer = "" if row.get("answer") is None else scalar(row["answer"], "answer")
     reward = row.get("reward_model")
     if reward is None:
         return answer
@@ -288,13 +296,13 @@ def _answer(row: Row) -> str:
         if answer:
             return answer
         raise RowError(key, "expected an answer, got nothing" + _near(reward, "ground_truth"))
-    truth = _scalar(reward["ground_truth"], key)
+    truth = scalar(reward["ground_truth"], key)
     if answer and answer != truth:
         raise RowError("answer", f"expected reward_model's {shown(truth)}, got {shown(answer)}; keep one")
     return truth
 
 
-def _scalar(value: Any, field: str) -> str:
+def scalar(value: Any, field: str) -> str:
     """Return a value as text. A number becomes plain decimal text (1e-05 → 0.00001, 3.0 → 3)."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise RowError(field, f"expected text or a number, got {shown(value)}")

@@ -22,6 +22,7 @@ class RowError(ValueError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
+        self.field, self.message = field, message
 
 
 def shown(value: Any) -> str:
