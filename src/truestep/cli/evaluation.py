@@ -132,6 +132,8 @@ def import_logs(
     from truestep.report.evaluation import write_evaluation_report
 
     summary = import_evaluations(files, out, metric)
+    if not as_json:
+        echo("\n".join(summary["notes"]))
     show(out, summary, write_evaluation_report(out), as_json)
 
 
