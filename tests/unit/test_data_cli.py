@@ -251,9 +251,9 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     assert "pass a recipe" in str(run("show", recipe.parent / "test.jsonl").exception)
 
 
-@pytest.mark.parametrize(("kind", "method", "trained"), [("rl", "", False), ("rl", 'method = "luffy"', True)])
+@pytest.mark.parametrize(("method", "trained"), [("", False), ('method = "luffy"', True)])
 def test_show_shows_a_solution_only_where_it_is_trained_on(
-    kind: str, method: str, trained: bool, tmp_path: Path
+    method: str, trained: bool, tmp_path: Path
 ) -> None:
     pytest.importorskip("torch", reason="the tokenizer comes with the training extra")
     never_closed = '{"problem": "1+1=?", "answer": 2, "solution": "<think>1+1=2"}\n'
