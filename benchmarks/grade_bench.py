@@ -25,10 +25,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from truestep.evaluate.pair_rows import read_pairs
 from truestep.grade.equivalent import decide, questions
 from truestep.grade.extract import extract_answer, gold_answer
 from truestep.grade.formula import symbolic_form
-from truestep.grade.pairs import Pair, read_pairs
+from truestep.grade.pairs import Pair
 from truestep.grade.rational import same_formula
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem

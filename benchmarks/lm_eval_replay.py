@@ -22,7 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from truestep.grade.pairs import grade_pairs, read_pairs
+from truestep.evaluate.pair_rows import read_pairs
+from truestep.grade.pairs import grade_pairs
 
 METRICS = {"gsm8k": ["strict-match", "flexible-extract"], "mmlu_pro_math": ["custom-extract"],
            "minerva_math_algebra": ["exact_match", "math_verify"]}  # fmt: skip

@@ -11,7 +11,8 @@ import pytest
 from truestep.cli.evaluation import COMMANDS, DEFAULT, with_default
 from truestep.cli.main import main
 from truestep.errors import UserError
-from truestep.grade.pairs import Pair, grade_pairs, read_pairs, table
+from truestep.evaluate.pair_rows import read_pairs
+from truestep.grade.pairs import Pair, grade_pairs, table
 
 pytest.importorskip("math_verify")
 
@@ -86,6 +87,31 @@ def test_a_named_choice_counts_where_the_pair_is_a_choice() -> None:
         ("[1, 2]", "row 1: expected an object"),
         ('{"gold": "A", "pred": "B", "choices": "ab"}', "row 1: field choices"),
         ("[" * 100_000, "row 1: not valid JSON"),
+        (
+            r'{"gold": "\frac{1}{2}", "pred": "1/2"}',
+            r"row 1: field gold: expected text, got the control character U+000C",
+        ),
+        (r'{"gold": "\tan x", "pred": "1/2"}', r"row 1: field gold: "),
+        (
+            r'{"gold": "1/2", "pred": "so \boxed{1}"}',
+            r"row 1: field pred: expected text, got the control character U+0008",
+        ),
+        (r'{"gold": "1/2", "pred": "\ud800"}', "row 1: field pred: expected text, got the lone surrogate"),
+        ('{"gold": "1", "gold": "2", "pred": "1"}', "row 1: field gold: expected the key once"),
+        ('{"gold": NaN, "pred": "1"}', "row 1: field gold: expected a finite number"),
+        ('{"gold": true, "pred": "1"}', "row 1: field gold: expected text or a number"),
+        ('{"gold": " ", "pred": "1"}', "row 1: field gold: expected text, got an empty string"),
+        ('{"gold": "1", "pred": ["1"]}', "row 1: field pred: expected text or a number"),
+        ('{"gold": "B", "pred": "B", "kind": "chioce"}', 'row 1: field kind: expected "choice"'),
+        ('{"gold": "B", "pred": "B", "kind": "Multiple Choice"}', 'row 1: field kind: expected "choice"'),
+        ('{"gold": "B", "pred": "B", "kind": 5}', 'row 1: field kind: expected "choice"'),
+        (
+            '{"gold": "B", "pred": "B", "checker": "choice"}',
+            'row 1: field checker: no such field; did you mean "kind"',
+        ),
+        ('{"gold": "B", "pred": "B", "choice": ["1", "2"]}', 'did you mean "choices"'),
+        ('{"gold": "1", "pred": "1", "id": {"a": 1}}', "row 1: field id: expected text or a whole number"),
+        ('{"gold": "D", "pred": "B", "choices": ["1", "2"]}', "row 1: field gold: expected a letter"),
     ],
 )
 def test_a_bad_row_is_named(
@@ -97,6 +123,20 @@ def test_a_bad_row_is_named(
     *_, line = capsys.readouterr().err.splitlines()  # after the line that says what starts
     assert said in line
     assert str(path) in line
+
+
+def test_a_pair_may_say_more_and_keeps_its_digits(tmp_path: Path) -> None:
+    rows = [
+        '{"gold": 3.14159265358979323846, "pred": "3.14159265358979323846", "model": "m", "gold_source": 1, "predicted": 0}',
+        '{"gold": 2, "pred": "\\\\boxed{B}", "kind": "choice", "choices": ["red", "blue"]}',
+        '{"gold": 1e-05, "pred": "a\\u000c\\u0000 b\\tc", "kind": "number"}',
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(rows))
+    first, second, third = read_pairs(path)
+    assert first.gold == first.pred == "3.14159265358979323846"
+    assert (second.gold, third.gold, third.kind) == ("B", "0.00001", "number")
+    assert grade_pairs([first, second], workers=1)["counts"]["verdict"]["correct"] == 2
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

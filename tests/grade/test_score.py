@@ -14,7 +14,8 @@ import pytest
 from grade_one import grade_pair
 
 from truestep.errors import UserError
-from truestep.grade.pairs import grade_pairs, read_pairs
+from truestep.evaluate.pair_rows import read_pairs
+from truestep.grade.pairs import grade_pairs
 from truestep.grade.score import Grader
 from truestep.records import Message, Problem, Verdict, conserve
 

@@ -305,6 +305,78 @@ def test_roles_where_the_template_strips_or_leaves_out() -> None:
     assert set(prompt_roles(deaf, asked, chat)) == {Role.TEMPLATE}
 
 
+SYSTEM_LAST = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ '<|' + m['role'] + '|>' }}{% if loop.last %}"
+    "{{ messages[0]['content'] + '\\n\\n' }}{% endif %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+)
+WITHOUT_THOUGHTS = MARKED.replace("m['content']", "m['content'].split('</think>')[-1].strip()")
+TURNS = (
+    Message(role="system", content="be brief and careful"), Message(role="user", content="What is\n1+1?"),
+    Message(role="assistant", content="<think>so</think>\n\nIt is 2."), Message(role="user", content="And 2+3?"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        (MARKED.replace("for m in messages", "for m in messages if m['role'] != 'system'"), "1 .system"),
+        (MARKED.replace("for m in messages", "for m in messages[-1:]"), "1 .system"),
+        (MARKED.replace("for m in messages", "for m in messages[:3]"), "4 .user"),
+        (MARKED.replace("m['content']", "m['content'][:10]"), "1 .system"),
+        (MARKED.replace("m['content']", "m['content']|upper"), "1 .system"),
+        (MARKED.replace("m['content']", "m['content'].split('\\n')|join(' ')"), "2 .user"),
+        (MARKED.replace("m['content']", "m['content']|tojson"), "2 .user"),
+        (MARKED.replace("m['content']", "m['content']|replace('so', '')"), None),
+        (MARKED.replace("m['content']", "m['content']|replace('It', '')"), "3 .assistant"),
+        ("be brief and careful What is\n1+1? It is 2. And 2+3?", "1 .system"),
+        ("Hello", "1 .system"),
+        ("", "1 .system"),
+        (MARKED, None),
+        (SYSTEM_LAST, None),
+        (WITHOUT_THOUGHTS, None),
+        (MARKED.replace("m['content']", "m['content']|trim"), None),
+    ],
+)
+def test_a_template_writes_the_text_of_every_turn(template: str, turn: str | None) -> None:
+    asked = problem(messages=TURNS, meta={"turns_given": True})
+    if turn is None:
+        assert encode_prompt(byte_level(template), asked, ChatSettings())
+        return
+    for encode in (encode_prompt, encode_demonstration):
+        with pytest.raises(UserError, match=rf"data\.jsonl:7: messages: .* text of turn {turn}"):
+            encode(byte_level(template), asked, ChatSettings())
+
+
+def test_a_system_turn_of_the_recipe_is_one_of_the_turns() -> None:
+    deaf = byte_level(MARKED.replace("for m in messages", "for m in messages if m['role'] != 'system'"))
+    assert encode_prompt(deaf, problem(), ChatSettings())
+    with pytest.raises(UserError, match=r"data\.jsonl:7: messages: .* text of turn 1 .system"):
+        encode_prompt(deaf, problem(), ChatSettings(system="user"))  # which the template also writes
+
+
+def test_a_template_with_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.jsonl:7: messages: .*surrogates not allowed"):
+        encode_prompt(byte_level("\ud800" + MARKED), problem(), ChatSettings())
+
+
+def test_a_template_that_needs_a_system_turn_has_stop_tokens_and_a_header() -> None:
+    needs = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + MARKED
+    chat = ChatSettings(system="be brief")
+    for template in (needs, needs.partition("{% if add_gen")[0]):
+        tokenizer = byte_level(template, eos_token="<|bos|>")
+        assert stop_token_ids(tokenizer) == stop_token_ids(byte_level(eos_token="<|bos|>"))
+        assert encode_prompt(tokenizer, problem(), chat) == encode_prompt(byte_level(), problem(), chat)
+    with pytest.raises(UserError, match="never"):
+        stop_token_ids(byte_level("{{ raise_exception('never') }}"))
+
+
+def test_an_unclosed_thought_names_who_opened_it() -> None:
+    with pytest.raises(UserError, match=r"the thought that the end of the prompt \(<think>\) opens"):
+        encode_demonstration(byte_level(THINKING), problem(solution="It is 5."), ChatSettings())
+    with pytest.raises(UserError, match="the thought that <think> opens"):
+        encode_demonstration(byte_level(), problem(solution="<think>It is 5."), ChatSettings())
+
+
 def test_chat_user_is_for_bare_problems_only() -> None:
     tokenizer, chat = byte_level(), ChatSettings(user="solve {problem} now")
     for given, written in (

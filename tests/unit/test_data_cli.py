@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from truestep.cli.data import app
 from truestep.errors import UserError
+from truestep.settings import load_settings
 
 RECIPE = """
 name = "r"
@@ -126,6 +127,27 @@ def test_check_with_only_bad_rows(tmp_path: Path) -> None:
     assert document(result)["data"]["bad"]["bad_rows"]["count"] == 2
 
 
+def test_check_and_plan_name_the_files_of_a_folder(recipe: Path) -> None:
+    folder = recipe.parent / "all"
+    folder.mkdir()
+    (recipe.parent / "train.jsonl").rename(folder / "my_train.jsonl")
+    (folder / "my_test.jsonl").write_text("not read\n")
+    said = "read my_train.jsonl; not read: my_test.jsonl"
+    assert said in run("check", folder).stdout
+    assert said in run("check", recipe, "--set", "data.train.source=all").stdout
+    found = document(run("check", folder, "--json"))["data"]["all"]
+    assert (found["files"], found["files_not_read"]) == (
+        [str(folder / "my_train.jsonl")],
+        [str(folder / "my_test.jsonl")],
+    )
+    pytest.importorskip("torch", reason="the plan needs the training extra")
+    from truestep.pipeline.prepare import prepare
+
+    (recipe.parent / "test.jsonl").write_text('{"problem": "3+3=?", "answer": 6}\n')
+    settings = load_settings(recipe, ["data.train.source=all", "evaluate.sampling.max_new_tokens=4"])
+    assert any(note.endswith(said) for note in prepare(settings, base_dir=recipe.parent).notes)
+
+
 JUNK = ["proof", "???", r"\frac{1}{", "N/A", "see solution", "$", "{", "None", "nan", "x^", "pending", "...", r"\sqrt{",
         "(A", "image.png", "-", "the answer", r"\left(1,2", "=", "[]"]  # fmt: skip
 READ = ["12", "1/2", r"\frac{\pi}{2}", "(1,2)", "[0,1)", "x=5", "5 cm", r"\text{(E)}", "C", "x>3", "three", "12:30",
@@ -145,6 +167,35 @@ def test_check_counts_golds_that_only_the_same_text_matches(tmp_path: Path) -> N
         :10
     ]
     assert "17 of 39 gold answers are read by no rule" in run("check", path).stdout
+
+
+def test_check_refuses_a_letter_beyond_the_choices_in_any_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "choices.jsonl"
+    bad = [
+        "AD",
+        "A,D",
+        "$D$",
+        r"\text{D}",
+        r"\boxed{D}",
+        "option D",
+        "Answer: D",
+        "**D**",
+        "d)",
+        "A and D",
+        "green",
+        "K",
+    ]
+    good = ["AB", "A, B", "$B$", r"\text{B}", r"\boxed{B}", "option B", "Answer: B", "(b)", "b)", "blue", "2"]
+    rows = [{"problem": f"{i}?", "answer": answer, "checker": "choice", "choices": ["red", "blue"]}
+            for i, answer in enumerate([*bad[:-1], *good])]  # fmt: skip
+    rows.append({"problem": "11?", "answer": "twelve", "checker": "choice", "choices": list("lmnopqrstuvw")})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = document(run("check", path, "--json"))["data"]["choices"]
+    assert found["bad_rows"]["count"] == 0
+    assert [gold["answer"] for gold in found["gold"]["refused"]] == [*bad[:-1], "twelve"]
+    reasons = {gold["reason"] for gold in found["gold"]["refused"]}
+    assert any("names none of the 2 choices; write its letter, A to B" in reason for reason in reasons)
+    assert any("12 choices; write its letter, A to J" in reason for reason in reasons)
 
 
 def test_check_says_what_is_not_used(recipe: Path) -> None:
@@ -198,6 +249,25 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
         trained = [span for span in example["spans"] if span["trained"]]
         assert all(span["role"] == "assistant" and span["text"].endswith("<|end|>") for span in trained)
     assert "pass a recipe" in str(run("show", recipe.parent / "test.jsonl").exception)
+
+
+@pytest.mark.parametrize(("method", "trained"), [("", False), ('method = "luffy"', True)])
+def test_show_shows_a_solution_only_where_it_is_trained_on(
+    method: str, trained: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="the tokenizer comes with the training extra")
+    never_closed = '{"problem": "1+1=?", "answer": 2, "solution": "<think>1+1=2"}\n'
+    closed = never_closed.replace("1+1=2", "1+1=2</think>2")
+    (tmp_path / "rl.jsonl").write_text(closed if trained else never_closed)
+    (tmp_path / "test.jsonl").write_text(never_closed)
+    stage = RECIPE[RECIPE.rindex("[[stages]]") :].replace("[evaluate]", f"{method}\n[evaluate]")
+    sources = '[data.rl]\nsource = "rl.jsonl"\n[data.test]\nsource = "test.jsonl"\n'
+    (tmp_path / "run.toml").write_text(f'name = "r"\nmodel.path = "tiny"\n{sources}{stage}')
+    result = run("show", tmp_path / "run.toml", "--json")
+    assert result.exit_code == 0, result.exception
+    examples = {e["data"]: e["num_trained"] for e in document(result)["examples"]}
+    assert (examples["rl"] > 0) == trained
+    assert examples["test"] == 0
 
 
 def test_reading_data_needs_neither_torch_nor_the_network() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from truestep.data.describe import describe
 from truestep.data.overlap import NGRAM_WORDS, ngram_hashes, overlap_report
 from truestep.records import Message, Problem
@@ -62,6 +64,22 @@ def test_one_text_in_several_spellings_is_the_same_text() -> None:
         ]
         assert pair["exact"]["num_evaluation"] == len(SPELLINGS), spelling
     assert describe(problems("d", *SPELLINGS, *OTHERS))["num_duplicate_texts"] == len(SPELLINGS) - 1
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        ("\u00c9valuate 3", "E\u0301valuate 3", "Evaluate 3"),
+        (r"Is $3 \times 4$ it?", r"is $3\times4$ it?", r"is $3 \times 5$ it?"),
+        (r"$\alpha \beta$", r"$\alpha\beta$", r"$\alpha b$"),
+        (r"$\sin x$", r"$\sin  x$", r"$\sinx$"),
+        ("Find x_{1}^{2}.", "find x_1^2.", "find x_{12}."),
+        ("x^{10}", "x^{10}", "x^10"),
+    ],
+)
+def test_spellings_of_letters_and_of_formulas(one: str, same: str, other: str) -> None:
+    (pair,) = overlap_report({"t": problems("t", one)}, {"e": problems("e", same, other)})["pairs"]
+    assert [found["evaluation"] for found in pair["exact"]["examples"]] == ["e0"]
 
 
 def test_thirteen_words_are_found_beside_other_delimiters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,95 @@ def test_similar_rows_are_read(kind: str, tmp_path: Path) -> None:
     assert len(load(path)) == 2
 
 
+EATEN = [
+    r"\tan 45", r"\tau", r"x \to 0", r"\top", r"\tag{1}", r"\times 3", r"\theta", r"\tfrac12", r"\text{cm}", r"\textbf{a}",
+    r"\tbinom{3}{2}", r"\tilde x", r"\tanh x", r"\triangleq", r"\nabla f", r"x \neq 3", r"\notin A", r"\not= 3", r"a \nleq b",
+    r"a \ngeq b", r"\right)", r"\rho", r"\rangle", r"{\rm d}", r"\root 3", r"\frac12", r"\beta", r"\boxed{3}", r"{\nu}",
+    r"x_\nu", r"(\neg p)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("latex", EATEN)
+def test_a_command_that_json_has_eaten_is_refused(latex: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    command = next(part for part in latex.split("\\") if part[:1] in "bfnrt")
+    for text in (f"What is ${latex}$?", f"Let \\\\( {latex} \\\\)."):
+        path.write_text(f'{{"problem": "{text}", "answer": "2"}}')
+        with pytest.raises(UserError, match=rf"data\.jsonl:1: problem: .*{re.escape(command[:2])}"):
+            load(path)
+        path.write_text(row(problem=text.replace("\\\\", "\\"), answer="2").decode())
+        assert load(path)
+
+
+@pytest.mark.parametrize("latex", [*EATEN, r"2\tan x", r"\nu", r"\ne 3"])
+def test_an_answer_with_an_eaten_command_is_refused(latex: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"problem": "x", "answer": "{latex}"}}')
+    with pytest.raises(UserError, match=r"data\.jsonl:1: answer: "):
+        load(path)
+    path.write_bytes(row(problem="x", answer=latex))
+    assert load(path)[0].answer == latex
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name\textra fee\nA\t3", "part\texternal\textension", "a\tfraction", "one\tan apple\top\to", "so\nu = 2\nexists",
+        "$$\nu = 3\ni = 2$$", "x\nnot so\nneither\nnorth", "red\ttext\ttimes\nblue\tthe", "old\rmore\rrules",
+        "$x =\nu$ or\nless than $5",
+        "x\ttax\ttop\n\tto", "egg\negg\note\nother",
+        "a\nsubset of b\textra {c}",
+    ],
+)  # fmt: skip
+def test_a_tab_or_line_break_before_a_word_is_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem=text, answer="2", solution=text))
+    assert load(path)[0].messages[0].content == text
+
+
+def test_an_answer_of_several_lines_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", answer="x = 1\nu = 2"))
+    assert load(path)[0].answer == "x = 1\nu = 2"
+
+
+COLOURS = ["red", "blue", "2", "Green"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "read"),
+    [
+        ("B", COLOURS, "B"), ("(b)", COLOURS, "(b)"), ("B. blue", COLOURS, "B. blue"), ("option B", COLOURS, "option B"),
+        (1, COLOURS, "A"), (4.0, COLOURS, "D"), ("4.0", COLOURS, "D"), (" blue ", COLOURS, "B"), ("GREEN", COLOURS, "D"),
+        (4, ["5", "4"], "B"), (2, ["3", "2"], "B"), ("A", ["A", "B"], "A"), ("x", ["x", "y"], "A"), ("AC", COLOURS, "AC"),
+        ("2.5", ["1.5", "2.5"], "B"),
+    ],
+)  # fmt: skip
+def test_the_number_or_text_of_a_choice_is_its_letter(
+    answer: Any, choices: list[str], read: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", answer=answer, choices=choices, checker="choice"))
+    assert load(path)[0].answer == read
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "said"),
+    [
+        (2, COLOURS, "can mean B and C"), ("A", ["B", "A"], "can mean A and B"), ("red", ["red", "Red"], "can mean A and B"),
+        (5, COLOURS, "4 choices"), (0, COLOURS, "4 choices"), (-1, COLOURS, "4 choices"), (2.5, COLOURS, "4 choices"),
+        ("3.0", ["1", "2"], "2 choices"),
+    ],
+)  # fmt: skip
+def test_a_number_of_two_choices_or_of_none_is_refused(
+    answer: Any, choices: list[str], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(problem="x", answer=answer, choices=choices, checker="choice"))
+    with pytest.raises(UserError, match=rf"data\.jsonl:1: answer: .*{said}"):
+        load(path)
+
+
 def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**20)
     path = tmp_path / "data.jsonl"
@@ -246,12 +336,36 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "text"),
     [(3, "3"), (3.0, "3"), (0.1, "0.1"), (1e-5, "0.00001"), (-2.5, "-2.5"), (1e22, "1" + "0" * 22), (" 1/2", " 1/2"),
-     (10**400, "1" + "0" * 400)],
+     (10**400, "1" + "0" * 400), (1e23, "1" + "0" * 23), (123456789.125, "123456789.125")],
 )  # fmt: skip
 def test_answers_become_plain_text(given: Any, text: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(row(problem="x", answer=given))
     assert load(path)[0].answer == text
+
+
+@pytest.mark.parametrize(
+    ("literal", "text"),
+    [("3.14159265358979323846", None), ("12345678901234567890.5", None), ("0.1000000000000000055511151231257827", None),
+     ("-12345678901234567890.0", "-12345678901234567890"), ("1.50", "1.5"), ("0.1", None), ("1.5E3", "1500"),
+     ("1234567890.123456789E3", "1234567890123.456789")],
+)  # fmt: skip
+def test_a_number_keeps_the_digits_that_are_written(literal: str, text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [f'{{"problem": "x", "answer": {literal}, "other": {literal}}}',
+             f'{{"problem": "x", "reward_model": {{"ground_truth": {literal}}}}}']  # fmt: skip
+    path.write_text("\n".join(lines))
+    problems = load(path)
+    assert [p.answer for p in problems] == [text or literal] * 2
+    assert type(problems[0].columns["other"]) is float  # for reward functions
+
+
+@pytest.mark.parametrize("literal", ["1e999", "1e-999", "1e999999999", "1e-999999999"])
+def test_a_number_out_of_range_is_refused(literal: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"problem": "x", "answer": {literal}}}')
+    with pytest.raises(UserError, match=r"data\.jsonl:1: answer: expected a finite number"):
+        load(path)
 
 
 def test_every_shape_of_a_good_row(tmp_path: Path) -> None:
@@ -323,3 +437,16 @@ def test_parquet_files_that_are_none(tmp_path: Path) -> None:
     write_parquet(path, {"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
     with pytest.raises(UserError, match=r"data\.parquet: expected at least one row"):
         load(path)
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_numbers_of_a_column_are_the_shortest_in_its_type(kind: Any, tmp_path: Path) -> None:
+    import numpy as np
+
+    numbers = np.array([0.1, 3.3, 2.5, -1e-3, 7.0], dtype=kind.to_pandas_dtype())
+    answers = pa.array(numbers, kind)
+    inside = pa.StructArray.from_arrays([answers], ["ground_truth"])
+    texts = ["0.1", "3.3", "2.5", "-0.001", "7"]
+    for name, column in (("answer", answers), ("reward_model", inside)):
+        path = write_parquet(tmp_path / f"{name}.parquet", {"problem": ["x"] * 5, name: column})
+        assert [p.answer for p in load(path)] == texts

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from truestep.data import gym, procedural
+from truestep.data.files import files_of
 from truestep.data.problems import load_problems
 from truestep.errors import UserError
 from truestep.records import Problem
@@ -98,6 +99,72 @@ def test_a_folder_is_its_files_or_those_of_its_split(tmp_path: Path) -> None:
         load("none", tmp_path)
 
 
+TRAIN = ("train", "train_data", "train-b", "train_1", "gsm8k_train", "gsm8kTrain", "Train", "TRAIN", "my.train", "training",
+         "train-00000-of-00002", "train/part", "Train/0")  # fmt: skip
+TEST = ("test", "test_data", "test_2", "gsm8k-test", "MathTest", "x.test", "test/part", "testing")
+
+
+@pytest.mark.parametrize(("train", "test"), [*((t, TEST[0]) for t in TRAIN), *((TRAIN[0], t) for t in TEST)])
+def test_a_row_of_a_test_split_is_never_read_as_train(train: str, test: str, tmp_path: Path) -> None:
+    write(tmp_path / f"{train}.jsonl", 1, start=1)
+    write(tmp_path / f"{test}.jsonl", 1, start=7)
+    assert answers(load(str(tmp_path))) == ["1"]
+    assert answers(load(str(tmp_path), split="test")) == ["7"]
+    (tmp_path / f"{train}.jsonl").unlink()
+    with pytest.raises(UserError, match=r'no file for split "train" .*; this folder has test$'):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("other", ["contest", "latest", "trainer", "data", "validity"])
+def test_words_that_only_contain_a_split_say_none(other: str, tmp_path: Path) -> None:
+    write(tmp_path / f"{other}.jsonl", 1, start=1)
+    write(tmp_path / "b.jsonl", 1, start=2)
+    assert sorted(answers(load(str(tmp_path)))) == ["1", "2"]
+    with pytest.raises(UserError, match=r'no file for split "test" .*; no name of a file says a split'):
+        load(str(tmp_path), split="test")
+
+
+def test_a_name_with_train_and_another_split_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train_test.jsonl", 1)
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=r"train_test\.jsonl: the name says test and train"):
+            load(str(tmp_path), split=split)
+    assert len(load(str(tmp_path / "train_test.jsonl"))) == 1
+    write(tmp_path / "train_sft-00000-of-00001.jsonl", 1, start=5)
+    assert answers(load(str(tmp_path), split="train_sft")) == ["5"]
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    def said(path: Path, **settings: Any) -> str:
+        return files_of("d", DataSettings(source=str(path), **settings), Path())[2]
+
+    write(tmp_path / "a" / "a.jsonl")
+    assert said(tmp_path / "a") == said(tmp_path / "a" / "a.jsonl") == said(Path("procedural:addition")) == ""
+    for name in ("b.csv", "d.json", "e.jsonl.gz", "sub/c.jsonl", "README.md", "F.JSONL"):
+        write(tmp_path / "a" / name)
+    found = said(tmp_path / "a")
+    assert found.endswith("a.jsonl; not read: F.JSONL, b.csv, d.json, e.jsonl.gz, sub/c.jsonl")
+    assert "no name says a split" in found
+    for name in ("train.jsonl", "test.jsonl", "extra.jsonl"):
+        write(tmp_path / "b" / name)
+    assert said(tmp_path / "b").endswith(
+        '(split "train"): read train.jsonl; not read: extra.jsonl, test.jsonl'
+    )
+    assert said(tmp_path / "b", split="test").endswith("read test.jsonl; not read: extra.jsonl, train.jsonl")
+    write(tmp_path / "c" / "sub" / "x.jsonl")
+    with pytest.raises(UserError, match=r"c: expected \.jsonl .*, got none; it has sub/x\.jsonl"):
+        load(str(tmp_path / "c"))
+
+
+def test_default_ids_of_files_with_the_same_stem_differ(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "part.jsonl", 1)
+    pq.write_table(pa.table({"problem": ["x"], "answer": ["9"]}), tmp_path / "a" / "part.parquet")
+    assert [p.id for p in load(str(tmp_path / "a"))] == ["part.jsonl-1", "part.parquet-1"]
+    for name in ("x/train/part", "x/training/part"):
+        write(tmp_path / f"{name}.jsonl", 1)
+    assert [p.id for p in load(str(tmp_path / "x"))] == ["train/part.jsonl-1", "training/part.jsonl-1"]
+
+
 def test_ids_are_unique_over_all_files_of_a_folder(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"problem": "x", "answer": 1, "id": "same"}\n')
@@ -127,6 +194,22 @@ def test_hub_rows_are_checked_as_file_rows_are(monkeypatch: pytest.MonkeyPatch) 
         load("hub:org/absent")
     with pytest.raises(UserError, match=r"options\.subset: a hub source has only the option config"):
         load("hub:org/set", options={"subset": "main"})
+
+
+def test_hub_numbers_are_the_shortest_in_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table(list[dict[str, Any]]):
+        def __init__(self, rows: list[dict[str, Any]]) -> None:
+            super().__init__(rows)
+            self.features = {
+                name: types.SimpleNamespace(dtype=dtype)
+                for name, dtype in (("problem", "string"), ("answer", "float32"))
+            }
+
+    def load_dataset(*asked: Any, **options: Any) -> Table:
+        return Table([{"problem": "x", "answer": 0.10000000149011612}, {"problem": "y", "answer": 3.0}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert answers(load("hub:org/set")) == ["0.1", "3"]
 
 
 def test_reasoning_gym_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import HEARTBEAT_SECONDS, announce
 from truestep.data.describe import Description, not_used
+from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
 from truestep.errors import UserError
@@ -37,9 +39,12 @@ class _SetCheck:
     """The checks of one data set, made while its rows are read, so that the set need not fit into memory."""
 
     def __init__(
-        self, name: str, source: Iterator[Problem], needs: Collection[str], grader: Grader | None
-    ) -> None:
-        self.name, self.source, self.grader = name, source, grader
+        self, name: str, data: DataSettings, *, seed: int, base_dir: Path, needs: Collection[str],
+        grader: Grader | None,
+    ) -> None:  # fmt: skip
+        self.name, self.grader = name, grader
+        self.source = stream_problems(name, data, seed=seed, base_dir=base_dir, needs=needs)
+        self.files, self.left, self.said_of_files = files_of(name, data, base_dir)
         self.description = Description(needs)
         self.bad: BadRows | None = None
         self.verdicts: Counter[Verdict] = Counter()
@@ -88,7 +93,8 @@ class _SetCheck:
     def result(self) -> dict[str, Any]:
         """Return the description, the bad rows and the gold answers, ready for JSON."""
         bad = {"count": self.bad.count, "first": self.bad.first} if self.bad else {"count": 0, "first": []}
-        found = {**self.description.result(), "bad_rows": bad}
+        files = {"files": self.files, "files_not_read": self.left}
+        found = {**files, **self.description.result(), "bad_rows": bad}
         if self.grader:
             examples = [{"row": gold.problem.row, "answer": gold.problem.answer} for gold in self.unread]
             counts = {"n": self.verdicts.total(), **{v.value: self.verdicts[v] for v in Verdict}}
@@ -118,8 +124,8 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
             if overrides:
                 raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
             name, data = Path(source).stem, DataSettings(source=source)
-            rows = stream_problems(name, data, seed=0, base_dir=Path(), needs=())
-            checks, pairs = {name: _SetCheck(name, rows, (), grader)}, []
+            made = _SetCheck(name, data, seed=0, base_dir=Path(), needs=(), grader=grader)
+            checks, pairs = {name: made}, []
             others = {name: checks[name].problems()}
         for problems in others.values():
             deque(problems, maxlen=0)
@@ -136,13 +142,13 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
 
 
 def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | None) -> _SetCheck:
-    needs = _needs(settings, name)
-    rows = stream_problems(name, settings.data[name], seed=settings.seed, base_dir=base_dir, needs=needs)
-    return _SetCheck(name, rows, needs, grader)
+    needs, data = _needs(settings, name), settings.data[name]
+    return _SetCheck(name, data, seed=settings.seed, base_dir=base_dir, needs=needs, grader=grader)
 
 
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
-    """Print the first examples of every data set as the model sees them."""
+    """Print the first examples of every data set as the model sees them. A solution is shown only in a set
+    that a stage trains on solutions of."""
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
     from rich.text import Text
 
@@ -154,8 +160,10 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     tokenizer = load_tokenizer(settings.model)
     console = PlainConsole(soft_wrap=True)
     documents = []
+    demonstrated = _demonstrated(settings, Path(recipe).parent)
     for name, problems in _load_sets(settings, Path(recipe).parent).items():
         for problem in problems[:num]:
+            problem = problem if name in demonstrated else replace(problem, solution="")
             spans, document = _example(tokenizer, problem, settings)
             documents.append({"data": name, **document})
             if not as_json:
@@ -165,6 +173,17 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
                 console.print(spans, end="\n\n")
     if as_json:
         echo(json.dumps({"examples": documents}))
+
+
+def _demonstrated(settings: Settings, base_dir: Path) -> set[str]:
+    """Return the data sets whose solutions a stage trains on: those of SFT and of methods with demonstrations."""
+    from truestep.pipeline.prepare import method_of
+
+    return {
+        s.data
+        for s in settings.stages
+        if s.kind == "sft" or (s.kind == "rl" and method_of(s, base_dir).needs_demonstrations)
+    }
 
 
 def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
@@ -204,8 +223,9 @@ def _print_check(
     for name, d in described.items():
         for fault in d["bad_rows"]["first"]:
             console.print(f"{name}: bad row: {fault}", markup=False)
-        for said in not_used(d):
-            console.print(f"{name}: {said}", markup=False)
+        for said in (checks[name].said_of_files, *not_used(d)):
+            if said:
+                console.print(f"{name}: {said}", markup=False)
         if d.get("gold", {}).get("num_text_only"):
             console.print(
                 f"{name}: {said_of(checks[name].unread, checks[name].num_unread, d['gold']['n'])}",

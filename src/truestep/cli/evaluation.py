@@ -132,6 +132,8 @@ def import_logs(
     from truestep.report.evaluation import write_evaluation_report
 
     summary = import_evaluations(files, out, metric)
+    if not as_json:
+        echo("\n".join(summary["notes"]))
     show(out, summary, write_evaluation_report(out), as_json)
 
 
@@ -174,7 +176,7 @@ def overlap(
         for pair in report["pairs"]
     ]
     lines += [f"{id:<16} not checked, because --data has no file for it" for id in report["missing"]]
-    echo(json.dumps(report) if as_json else "\n".join(lines))
+    echo(json.dumps(report) if as_json else "\n".join([*lines, *report["notes"]]))
 
 
 def grade(
@@ -186,7 +188,8 @@ def grade(
     """Grade every (gold, pred) pair in a file, without a model. Optional fields: id, kind ("choice" for
     multiple choice), choices."""
     announce(f"truestep eval grade: grading the pairs in {pairs}")
-    from truestep.grade.pairs import grade_pairs, read_pairs, table
+    from truestep.evaluate.pair_rows import read_pairs
+    from truestep.grade.pairs import grade_pairs, table
 
     result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)
     echo(json.dumps(result) if as_json else table(result))

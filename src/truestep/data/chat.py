@@ -12,7 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from truestep.data.template import PLACE, control_tokens, has_chat_template, prompt_text, render
+from truestep.data.template import (
+    PLACE,
+    accepted_turns,
+    control_tokens,
+    has_chat_template,
+    prompt_text,
+    render,
+)
 from truestep.errors import UserError
 from truestep.records import Demonstration, Message, Problem, Prompt, Role
 from truestep.settings import ChatSettings
@@ -39,7 +46,8 @@ def prompt_messages(problem: Problem, chat: ChatSettings) -> tuple[Message, ...]
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, chat: ChatSettings) -> Prompt:
     """Return the problem as the token ids that every sample starts from. Raises UserError if a text contains
-    a special token, or a character that the tokenizer does not know."""
+    a special token, or a character that the tokenizer does not know, or if the chat template does not write
+    the text of every turn (only white space around it, and thoughts of earlier turns, may be left out)."""
     return Prompt(problem=problem, token_ids=tuple(_prompt(tokenizer, problem, chat)[0]))
 
 
@@ -92,11 +100,13 @@ def encode_demonstrations(
 def prompt_roles(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
     """Return the role that wrote each token of the prompt. If a token is in two turns, the role is that of
     its first character."""
-    return tuple(_prompt(tokenizer, problem, chat)[1])
+    return tuple(_prompt(tokenizer, problem, chat, lenient=True)[1])
 
 
-def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[int], list[Role]]:
-    """Return the token ids and roles of the prompt."""
+def _prompt(
+    tokenizer: Any, problem: Problem, chat: ChatSettings, *, lenient: bool = False
+) -> tuple[list[int], list[Role]]:
+    """Return the token ids and roles of the prompt. If ``lenient``, a template may leave out a turn."""
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is slow and has no offsets; use a model folder with a tokenizer.json")
     messages = prompt_messages(problem, chat)
@@ -106,7 +116,11 @@ def _prompt(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[list[
     for message in messages:
         _check_text(tokenizer, problem, "problem", message.content, encoding["input_ids"])
     marked = [Message(role=m.role, content=f"{_MARK}{i}.") for i, m in enumerate(messages)]
-    owners = _owners(text, prompt_text(tokenizer, marked, **asked), messages) or [Role.TEMPLATE] * len(text)
+    outline = prompt_text(tokenizer, marked, **asked)
+    owners = _owners(text, outline, messages)
+    if not owners and not lenient:
+        _check_turns(problem, text, outline, messages)
+    owners = owners or [Role.TEMPLATE] * len(text)
     roles = [owners[start] if start < end else Role.TEMPLATE for start, end in encoding["offset_mapping"]]
     bos, suffix = _bos(tokenizer), _ids(tokenizer, chat.generation_suffix)
     ids = [*bos, *encoding["input_ids"], *suffix]
@@ -126,6 +140,23 @@ def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
         if rebuilt + rest == text:
             return owners + [Role.TEMPLATE] * len(rest)
     return []
+
+
+def _check_turns(problem: Problem, text: str, outline: str, messages: Sequence[Message]) -> None:
+    """Raise UserError if a turn's text is not in the rendered text. A template may strip it, and may leave out
+    the thought of an earlier assistant turn; some write the system's turn after other turns."""
+    end = 0
+    for i, message in enumerate(messages):
+        content = message.content.strip()
+        if message.role == "assistant" and content not in text:
+            content = content.rpartition("</think>")[2].strip()
+        at = text.find(content, 0 if message.role == "system" else end)
+        if at < 0 or f"{_MARK}{i}." not in outline:
+            raise UserError(
+                f"{_where(problem)}: messages: the chat template leaves out or changes the text of turn {i + 1} "
+                f"({message.role}); use a template that writes every turn as it is, or remove the turn"
+            )
+        end = end if message.role == "system" else at + len(content)
 
 
 def _check_header(problem: Problem, written: str) -> None:
@@ -148,8 +179,9 @@ def _continued(problem: Problem, end: str, beginnings: Sequence[str]) -> str:
         solution = solution.lstrip().removeprefix(opened[1]).removeprefix(opened[2])
     thought = "<think>" if end.rstrip().endswith("<think>") else ""
     if solution.strip() and "<think>" in (thought + solution).rpartition("</think>")[2]:
+        opener = "<think>" if "<think>" in solution else "the end of the prompt (<think>)"
         raise UserError(
-            f"{_where(problem)}: solution: the thought that <think> opens is never closed, so the grader would find no "
+            f"{_where(problem)}: solution: the thought that {opener} opens is never closed, so the grader would find no "
             "answer in it; write </think> before the answer"
         )
     return solution
@@ -158,7 +190,8 @@ def _continued(problem: Problem, end: str, beginnings: Sequence[str]) -> str:
 def stop_token_ids(tokenizer: Any, model_eos: int | Sequence[int] | None = ()) -> tuple[int, ...]:
     """Return the tokens at which sampling stops: those that end a turn in the chat template, and the eos
     tokens of the tokenizer and the model. Raises UserError if there is none."""
-    problem = Problem(id="stop token", messages=(Message(role="user", content="1+1=?"),), answer="2")
+    turns = accepted_turns(tokenizer, str(getattr(tokenizer, "chat_template", None)))
+    problem = Problem(id="stop token", messages=turns, answer="2")
     end = _turn_end(tokenizer, _answered(tokenizer, problem, problem.messages, ChatSettings())[2])
     found = [end, tokenizer.eos_token_id, *([model_eos] if isinstance(model_eos, int) else model_eos or ())]
     stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -21,6 +22,8 @@ _REWRITES = tuple(
         (r"\\[][,;:! ]|~|\$\$|\\q?quad(?![A-Za-z])", " "),
         (r"\\[dtc](?=frac)", r"\\"),
         (r"\\([lgn]e)q(?![A-Za-z])", r"\\\1"),
+        (r"(\\[A-Za-z]+)\s+(?![A-Za-z\s])", r"\1"),  # \times 4 is \times4
+        (r"([_^])\{(\w)\}", r"\1\2"),
     )
 )
 _BESIDE_A_SIGN = re.compile(r" (?:\B|(?<=\B ))")  # a space with a sign before or after it
@@ -28,14 +31,14 @@ _BESIDE_A_SIGN = re.compile(r" (?:\B|(?<=\B ))")  # a space with a sign before o
 
 def problem_text(problem: Problem) -> str:
     r"""Return the text of the user's turns in one spelling: case-folded, with single spaces, ASCII quotation
-    marks and dashes, and without the delimiters of formulas, so that \(x\) is $x$."""
+    marks and dashes, and without the delimiters of formulas, so that \(x\) is $x$ and x_{1} is x_1."""
     if len(problem.messages) == 1:
         text = problem.messages[0].content
     else:
         text = " ".join(m.content for m in problem.messages if m.role == "user")
     if not text.isascii():
-        text = text.translate(_TYPOGRAPHY)
-    if "$" in text or "\\" in text or "~" in text:
+        text = unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY)
+    if "$" in text or "\\" in text or "~" in text or "{" in text:
         for pattern, replacement in _REWRITES:
             text = pattern.sub(replacement, text)
     return " ".join(text.casefold().split())

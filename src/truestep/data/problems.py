@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from truestep.data import gym, procedural
+from truestep.data.files import find_source, source_files
 from truestep.data.row_schema import problem_of
-from truestep.data.rows import SUFFIXES, Row, RowError, read_rows
+from truestep.data.rows import Row, RowError, read_rows, shortest
 from truestep.errors import UserError
 from truestep.records import Problem
 from truestep.settings import DataSettings
 
 SHOWN_FAULTS = 10  # bad rows that are shown; all are counted
-SCHEMES = ("procedural", "reasoning_gym", "hub")
-# File names of splits. From a folder that has such files, only those of the split are read.
-SPLIT_NAMES = ("train", "test", "dev", "val", "valid", "validation", "eval", "evaluation")
 
 
 class BadRows(UserError):
@@ -50,14 +47,15 @@ def stream_problems(
     if scheme == "hub":
         label = f"hub:{rest}[{settings.split}]"
         rows = _hub_rows(name, rest, settings)
-        problems = _validated([(label, rows)], rest.split("/")[-1], settings, needs)
+        problems = _validated([(label, rest.split("/")[-1], rows)], settings, needs)
     else:
         if settings.options:
             found = ", ".join(settings.options)
             raise UserError(f"data.{name}.options: a file has no options, got {found}; remove them")
         path = find_source(name, settings.source, base_dir)
-        files = _files(name, path, settings.split)
-        problems = _validated([(str(file), read_rows(file)) for file in files], "", settings, needs)
+        files = source_files(name, path, settings.split)[0]
+        named = zip(files, _prefixes(path, files), strict=True)
+        problems = _validated([(str(f), prefix, read_rows(f)) for f, prefix in named], settings, needs)
         label = str(path)
     yield from _cut(name, label, problems, settings)
 
@@ -86,20 +84,28 @@ def _generated(
         raise UserError(f"{where}: {error}") from None
 
 
+def _prefixes(path: Path, files: Sequence[Path]) -> list[str]:
+    """Return what the default ids of each file's rows begin with: its stem if no other file has the same one,
+    otherwise its whole name, or its path in the folder."""
+    inside = [file.relative_to(path).as_posix() for file in files] if path.is_dir() else []
+    for prefixes in ([file.stem for file in files], [file.name for file in files]):
+        if len(set(prefixes)) == len(files):
+            return prefixes
+    return inside
+
+
 def _validated(
-    sources: Iterable[tuple[str, Iterable[tuple[int, Row | RowError]]]],
-    stem: str,
+    sources: Iterable[tuple[str, str, Iterable[tuple[int, Row | RowError]]]],
     settings: DataSettings,
     needs: Collection[str],
 ) -> Iterator[Problem]:
-    """Yield every good row of every (label, rows) pair as a problem. Raises BadRows at the end if there are
-    bad rows. Ids are compared by 64-bit hashes."""
+    """Yield every good row of every (label, prefix of default ids, rows) as a problem. Raises BadRows at the
+    end if there are bad rows. Ids are compared by 64-bit hashes."""
     used: dict[int, int] = {}  # hash of an id → its row: 2**20 × the row's number + the file's
     labels: list[str] = []
     first: list[str] = []
     num_bad = 0
-    for label, rows in sources:
-        prefix = stem or Path(label).stem
+    for label, prefix, rows in sources:
         labels.append(label)
         for number, row in rows:
             where = f"{label}:{number}"
@@ -141,45 +147,6 @@ def _cut(name: str, label: str, problems: Iterable[Problem], settings: DataSetti
         )
 
 
-def find_source(name: str, source: str, base_dir: Path) -> Path:
-    """Return the path of a file or folder, looked up in the recipe's folder and then in the current one."""
-    wanted = Path(source).expanduser()
-    candidates = [wanted] if wanted.is_absolute() else [base_dir / wanted, wanted]
-    for path in candidates:
-        if path.exists():
-            return path
-    scheme, colon, _ = source.partition(":")
-    if close := difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else []:
-        known = f'no such kind of source; did you mean "{close[0]}:..."?'
-        raise UserError(f'data.{name}.source = "{source}": {known}')
-    beside = [p for c in candidates if c.parent.is_dir() for p in c.parent.iterdir()]
-    siblings = [str(p) for p in beside if p.is_dir() or p.suffix in SUFFIXES]
-    near = [m for c in candidates for m in difflib.get_close_matches(str(c), siblings, n=1, cutoff=0.6)]
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise UserError(f"{candidates[0]}: no such file or folder (data.{name}.source){hint}")
-
-
-def _files(name: str, path: Path, split: str) -> list[Path]:
-    """Return the files of a source. If a folder has files named after splits, return those of ``split``."""
-    if not path.is_dir():
-        if path.suffix not in SUFFIXES:
-            found = path.suffix or "no extension"
-            raise UserError(f"{path}: expected a .jsonl or .parquet file, got {found}; convert it")
-        return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    if not files:
-        raise UserError(
-            f"{path}: expected .jsonl or .parquet files in this folder (data.{name}.source), got none"
-        )
-    named = {file: file.stem.split("-")[0] for file in files}
-    chosen = [file for file in files if split in (named[file], file.stem)]
-    present = sorted({s for s in named.values() if s in SPLIT_NAMES})
-    if not chosen and present:
-        known = ", ".join(present)
-        raise UserError(f'{path}: no file for split "{split}" (data.{name}.split); this folder has {known}')
-    return chosen or files
-
-
 def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a Hugging Face hub data set, from its local cache if HF_HUB_OFFLINE=1 is set."""
     where = f'data.{name}.source = "hub:{repository}"'
@@ -196,5 +163,8 @@ def _hub_rows(name: str, repository: str, settings: DataSettings) -> Iterator[tu
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where} cannot be loaded: {reason}") from None
+    types = {
+        name: str(getattr(f, "dtype", "")) for name, f in (getattr(table, "features", None) or {}).items()
+    }
     for number, row in enumerate(table, start=1):
-        yield number, dict(row)
+        yield number, {name: shortest(value, types.get(name, "")) for name, value in row.items()}

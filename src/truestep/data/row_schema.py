@@ -36,19 +36,35 @@ _UNSUPPORTED_IN_TURNS = (
 _UNSUPPORTED_ROW = frozenset(UNSUPPORTED)
 _BARE: tuple[Any, ...] = (None, "", [], {})  # parquet writes None for a key that only other rows have
 # The rest of a LaTeX command whose backslash and first letter JSON has read as a control character.
-_EATEN_LINE = re.compile(r"\n(?:eq\b|abla|otin|ewline|oindent|onumber)")
-_EATEN = r"\t(?:ext|frac|imes|heta|herefore|riangle|ilde|anh)|\r(?:ight|ho\b|angle|ceil|floor|brace|vert)"
+_EATEN_LINE = re.compile(
+    r"\n(?:abla|atural|eq|earrow|ewline|ewcommand|geq|gtr|leq|oindent|onumber|ormalsize|ot|otin|subseteq|supseteq|warrow)(?![a-z])"
+)
+_EATEN = (
+    r"\t(?:ext(?:bf|it|rm|sf|tt|sc|up|md|sl|normal|color)?\s*\{|extstyle|(?:frac|anh)(?![a-z])|binom|imes|heta|herefore|hick(?:approx|sim|space)|hinspace"
+    r"|riangle|ilde|oprule|wohead)|\r(?:ight|(?:ho|angle|ceil|floor|brac[ek]|[vV]ert|hd|m|oot|ule|ef|times|elax)(?![a-z]))"
+)
+# A rest that is also a word or a variable: eaten only in a formula, in an answer, or directly after {, (, ^, _, $.
+_PERHAPS_EATEN = re.compile(
+    r"\t(?:an|ag|au|iny|o|op|t)(?![A-Za-z])|\n(?:e|eg|exists|i|less|mid|parallel|prec|sim|u)(?![A-Za-z])"
+)
+_IN_FORMULA = re.compile(r"\$+[^$]+\$+|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
+_OPENED = re.compile(r"(?:[{(^_]|(?<!\$)\$)\Z")
+_ANSWERS = ("answer", "reward_model.ground_truth", "gold")
 _UNPRINTABLE = re.compile(rf"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|{_EATEN}")
+_EATEN_OUTPUT = re.compile(rf"[\ud800-\udfff]|[\b\f](?=[A-Za-z])|{_EATEN}")
 _ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 # A letter with which an answer names a choice: (C), C. Cecile, c
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[).:])(?:\s.*)?$|([A-Za-z])$", re.DOTALL)
+LETTERS = "ABCDEFGHIJ"  # the letters that the grader reads
+_NUMBER = re.compile(r"\+?(\d{1,9})(?:\.0*)?")
+_ANY_NUMBER = re.compile(r"[-+]?\d*\.?\d+\.?")
 
 
 def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
     """Return the problem in a row. ``needs`` names what the row must have: "answer", "solution" or both.
     With "problem", neither is needed; if ``needs`` is empty, one of them is enough. Raises RowError with the
     first fault."""
-    _check_characters(row)
+    check_characters(row)
     if not _UNSUPPORTED_ROW.isdisjoint(row):
         _refuse(row, UNSUPPORTED, "")
     messages, solution, given = _turns(row)
@@ -69,7 +85,8 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     if checker == "countdown":
         meta |= _countdown(row)
     if checker == "choice" and row.get("choices") is not None:
-        meta |= {"choices": _choices(row["choices"], answer)}
+        choices, answer = choice_answer(row["choices"], answer)
+        meta |= {"choices": choices}
     given_id = row.get("id")
     if given_id is not None:
         if isinstance(given_id, bool) or not isinstance(given_id, str | int):
@@ -101,14 +118,14 @@ def unused_columns(row: Mapping[str, Any], checker: str, needs: Collection[str])
             yield "messages[-1]"
 
 
-def _check_characters(row: Row) -> None:
+def check_characters(row: Row) -> None:
     """Raise RowError for a control character or a lone surrogate in any text of a row."""
     left: list[tuple[str, Any]] = []
     parts: Iterable[tuple[str, Any]] = row.items()
     while True:  # not recursive, because a row may be nested deeply
         for field, value in parts:
             if isinstance(value, str):
-                if not value.isprintable() and (found := _control_character(value)):
+                if not value.isprintable() and (found := _control_character(field, value)):
                     raise RowError(field, _unprintable(value, found))
             elif isinstance(value, dict | list):
                 left.append((field, value))
@@ -121,10 +138,28 @@ def _check_characters(row: Row) -> None:
         ]
 
 
-def _control_character(text: str) -> re.Match[str] | None:
+def check_output(field: str, text: str) -> None:
+    """Raise RowError if a model's output has a lone surrogate or a LaTeX command that JSON has eaten. Control
+    characters may be what the model wrote."""
+    if not text.isprintable() and (found := _EATEN_OUTPUT.search(text)):
+        raise RowError(field, _unprintable(text, found))
+
+
+def _control_character(field: str, text: str) -> re.Match[str] | None:
     """Return the first control character or lone surrogate that is not an ordinary tab or line break."""
     found = None if text.replace("\n", "").isprintable() else _UNPRINTABLE.search(text)
-    return found or _EATEN_LINE.search(text)
+    perhaps = (m for m in _PERHAPS_EATEN.finditer(text) if _is_eaten(field, text, m))
+    return found or _EATEN_LINE.search(text) or next(perhaps, None)
+
+
+def _is_eaten(field: str, text: str, found: re.Match[str]) -> bool:
+    """Return whether a tab or line break before a short word is the beginning of a LaTeX command. A line break in
+    a formula, or in an answer of several lines, is ordinary."""
+    at = found.start()
+    if _OPENED.search(text, max(0, at - 2), at) or (field in _ANSWERS and not at):
+        return True
+    formulas = (span.span() for span in _IN_FORMULA.finditer(text))
+    return text[at] == "\t" and (field in _ANSWERS or any(start < at < end for start, end in formulas))
 
 
 def _unprintable(text: str, found: re.Match[str]) -> str:
@@ -152,20 +187,28 @@ def _refuse(keys: Row, names: Iterable[str], prefix: str) -> None:
             raise RowError(f"{prefix}{name}", f"is not supported and would be lost; {remedy}")
 
 
-def _choices(value: Any, answer: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+def choice_answer(value: Any, answer: str, field: str = "answer") -> tuple[list[str], str]:
+    """Return the choices and the answer. An answer that is the number (from 1) or the text of one choice becomes
+    its letter; other answers are returned as they are. Raises RowError if the choices are no list of strings, or
+    if the answer is a letter or a number of none of them or names two of them."""
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v.strip() for v in value):
         raise RowError("choices", f"expected a list of strings, got {shown(value)}")
-    letter, place = _LETTER.match(answer.strip()), 0
-    if letter:
-        place = ord(letter[letter.lastindex or 0].upper()) - ord("A") + 1
-    elif re.fullmatch(r"\s*-?\d{1,9}\s*", answer):
-        place = int(answer)
-    else:
-        return list(value)
-    if not 1 <= place <= len(value):
+    text, choices = answer.strip(), [choice.strip().casefold() for choice in value]
+    letter, number = _LETTER.match(text), _NUMBER.fullmatch(text)
+    named = ord(letter[letter.lastindex or 0].upper()) - ord("A") if letter else -1
+    named = int(number[1]) - 1 if number else named
+    same = [place for place, choice in enumerate(choices) if choice == text.casefold()]
+    places = {*same, named} if 0 <= named < len(value) else {*same}
+    if len(places) > 1:
+        found = " and ".join(LETTERS[place] for place in sorted(places) if place < len(LETTERS))
+        raise RowError(
+            "answer", f"expected the letter of one choice, got {shown(answer)}, which can mean {found}"
+        )
+    if not places and (letter or _ANY_NUMBER.fullmatch(text)):
         expected = f"expected a letter or a number (from 1) of one of the {len(value)} choices"
-        raise RowError("answer", f"{expected}, got {shown(answer)}")
-    return list(value)
+        raise RowError(field, f"{expected}, got {shown(answer)}")
+    place = max(places, default=len(LETTERS))
+    return list(value), answer if (place == named and letter) or place >= len(LETTERS) else LETTERS[place]
 
 
 def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
@@ -238,7 +281,7 @@ def _solution(row: Row, from_turns: str) -> str:
 
 def _answer(row: Row) -> str:
     """Return the gold answer as text, from ``answer`` or verl's ``reward_model``; "" if there is none."""
-    answer = "" if row.get("answer") is None else _scalar(row["answer"], "answer")
+    answer = "" if row.get("answer") is None else scalar(row["answer"], "answer")
     reward = row.get("reward_model")
     if reward is None:
         return answer
@@ -253,13 +296,13 @@ def _answer(row: Row) -> str:
         if answer:
             return answer
         raise RowError(key, "expected an answer, got nothing" + _near(reward, "ground_truth"))
-    truth = _scalar(reward["ground_truth"], key)
+    truth = scalar(reward["ground_truth"], key)
     if answer and answer != truth:
         raise RowError("answer", f"expected reward_model's {shown(truth)}, got {shown(answer)}; keep one")
     return truth
 
 
-def _scalar(value: Any, field: str) -> str:
+def scalar(value: Any, field: str) -> str:
     """Return a value as text. A number becomes plain decimal text (1e-05 → 0.00001, 3.0 → 3)."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise RowError(field, f"expected text or a number, got {shown(value)}")
@@ -267,9 +310,12 @@ def _scalar(value: Any, field: str) -> str:
         return _text(value, field)
     if isinstance(value, int):
         return str(value)
-    if not math.isfinite(value):
-        raise RowError(field, f"expected a finite number, got {value}")
-    return str(int(value)) if value == int(value) else format(Decimal(str(value)), "f")
+    if not math.isfinite(value) or (value and not float(value)):
+        raise RowError(
+            field, f"expected a finite number that a float can hold, got {value}; write it as text"
+        )
+    number = Decimal(str(value))
+    return str(int(number)) if number == int(number) else format(number, "f")
 
 
 def _text(value: Any, field: str) -> str:

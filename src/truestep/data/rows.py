@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from truestep.errors import UserError
 MAX_ROW_BYTES = 10 * 2**20
 SUFFIXES = (".jsonl", ".parquet")
 Row = dict[str, Any]
+# Fields (also in an object) in which a number is an answer, so that its digits count and not its binary value.
+_ANSWERS = ("answer", "ground_truth", "gold", "pred")
 
 
 class RowError(ValueError):
@@ -19,6 +22,7 @@ class RowError(ValueError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
+        self.field, self.message = field, message
 
 
 def shown(value: Any) -> str:
@@ -64,7 +68,9 @@ def _too_long() -> RowError:
 
 def _parsed(line: bytes) -> Row | RowError:
     try:
-        value = _DECODER.decode(line.decode("utf-8"))
+        value = _DECODER.decode(text := line.decode("utf-8"))
+        if isinstance(value, dict):
+            _keep_digits(value, text)
     except RowError as error:
         return error
     except UnicodeDecodeError as error:
@@ -94,6 +100,29 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
             shown(twice).strip('"'), "expected the key once, got it twice in one object; remove one"
         )
     return row
+
+
+def _keep_digits(row: Row, text: str) -> None:
+    """Replace answers that are numbers with more digits than a float has by their exact value."""
+    inside = row.get("reward_model")
+    holders = [row, inside] if isinstance(inside, dict) else [row]
+    if not any(type(holder.get(name)) is float for holder in holders for name in _ANSWERS):
+        return
+    exact = json.loads(text, parse_float=Decimal)
+    for holder, found in zip(holders, (exact, exact.get("reward_model")), strict=False):
+        for name in _ANSWERS:
+            if type(holder.get(name)) is float and Decimal(repr(holder[name])) != found[name]:
+                holder[name] = found[name]
+
+
+def shortest(value: Any, dtype: str) -> Any:
+    """Return a number of a column of type ``dtype`` as the float with its shortest decimal in that type, so that
+    0.1 in a float32 column is 0.1 and not 0.10000000149011612. Other values are returned unchanged."""
+    if dtype not in ("float", "float32", "halffloat", "float16") or value is None:
+        return value
+    import numpy as np
+
+    return float(str((np.float16 if dtype in ("halffloat", "float16") else np.float32)(value)))
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
@@ -127,9 +156,17 @@ def _parquet_row(batch: Any, index: int) -> Row | RowError:
         if name in row:
             return RowError(shown(name).strip('"'), "expected one column with that name, got two; remove one")
         try:
-            row[name] = column[0].as_py()
+            row[name] = _value(column[0].as_py(), column.type)
         except UnicodeDecodeError:
             return RowError(name, "expected UTF-8 text, got other bytes; write the column as UTF-8")
         except ValueError:  # a date or a duration out of Python's range; no used column has such a type
             row[name] = None
     return row
+
+
+def _value(value: Any, kind: Any) -> Any:
+    """Return a value of a column or, if it is a struct, its fields, with numbers as their ``shortest``."""
+    if not isinstance(value, dict):
+        return shortest(value, str(kind))
+    types: Mapping[str, Any] = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    return {name: _value(part, types[name]) for name, part in value.items()}

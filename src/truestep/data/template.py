@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SECONDS = 5.0  # of processor time for one rendering; an ordinary one takes less than a millisecond
 PLACE = "PLACEOFTHESOLUTION"  # replaces the assistant's text when the template is examined
 _PROBE = (Message(role="user", content="1+1=?"),)
+_PROBES = (_PROBE, (Message(role="system", content="."), *_PROBE))
 _MARK = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|\[/?[A-Z_]{2,30}\]|<</?SYS>>|</?s>")
 _NO_MARK = re.compile(r"</?(?:think|answer)>")  # part of what a model writes
 
@@ -57,6 +58,7 @@ def render(
             text = tokenizer.apply_chat_template(
                 turns, add_generation_prompt=opens and answer is None, **options
             )
+            text.encode()  # a template may have a lone surrogate, which is no text
     except _TooLong:
         raise UserError(
             f"{fault} does not end within {SECONDS:.0f} s; use a template without such a loop"
@@ -82,13 +84,27 @@ def prompt_text(tokenizer: Any, messages: Sequence[Message], *, where: str, toda
 
 
 @lru_cache(maxsize=8)
+def accepted_turns(tokenizer: Any, template: str) -> tuple[Message, ...]:
+    """Return turns to examine a template with: a user's turn, after a system turn if the template needs one. If
+    the template refuses both, return the user's turn."""
+    for turns in _PROBES if has_chat_template(tokenizer) else ():
+        try:
+            render(tokenizer, turns, where="the chat template", today="2000-01-01")
+        except UserError:
+            continue
+        return turns
+    return _PROBE
+
+
+@lru_cache(maxsize=8)
 def _ignores_generation_prompt(tokenizer: Any, template: str) -> bool:
     if not has_chat_template(tokenizer):
         return False
     asked: dict[str, Any] = {"where": "the chat template", "today": "2000-01-01"}
     try:
-        closed, opened = (render(tokenizer, _PROBE, opens=opens, **asked) for opens in (False, True))
-        return closed == opened and render(tokenizer, _PROBE, answer=PLACE, **asked).startswith(opened)
+        turns = accepted_turns(tokenizer, template)
+        closed, opened = (render(tokenizer, turns, opens=opens, **asked) for opens in (False, True))
+        return closed == opened and render(tokenizer, turns, answer=PLACE, **asked).startswith(opened)
     except UserError:
         return False  # the template refuses this probe; a problem's own turns may still be rendered
 
@@ -99,8 +115,7 @@ def control_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
     marks (such as [INST]) that the chat template writes around the turns."""
     added = list(getattr(tokenizer, "added_tokens_decoder", {}).values())
     found = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    turns = (Message(role="system", content="."), *_PROBE)
-    for messages in (turns, _PROBE) if has_chat_template(tokenizer) else ():
+    for messages in _PROBES if has_chat_template(tokenizer) else ():
         try:
             text = render(tokenizer, messages, where="the chat template", today="2000-01-01", answer=".")
         except UserError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.errors import UserError, did_you_mean
@@ -150,7 +151,8 @@ def take(problems: Sequence[Problem], limit: int | Literal["all"], name: str) ->
 def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
     """Return the overlap of a training set with each benchmark. Only the bare questions are compared, because
     options would hide matches. Without ``ids``, every benchmark in the folder ``data`` is compared, and the
-    others are listed as missing. Examples are only ids, so private benchmarks stay private."""
+    others are listed as missing. ``notes`` name the files that were read. Examples are only ids, so private
+    benchmarks stay private."""
     folder = Path(data) if data else None
     tested, missing = {}, []
     for id in ids or BY_ID:
@@ -160,5 +162,7 @@ def contamination(source: str, ids: Sequence[str], data: str) -> dict[str, Any]:
             if ids:
                 raise
             missing.append(id)
-    trained = load_problems("train", DataSettings(source=source), seed=0, base_dir=Path(), needs=())
-    return {**overlap_report({source: trained}, tested), "missing": missing}
+    settings = DataSettings(source=source)
+    trained = load_problems("train", settings, seed=0, base_dir=Path(), needs=())
+    notes = [said] if (said := files_of("train", settings, Path())[2]) else []
+    return {**overlap_report({source: trained}, tested), "missing": missing, "notes": notes}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -17,8 +18,10 @@ from typing import Any
 
 from truestep.data.rows import RowError, read_rows
 from truestep.errors import UserError
+from truestep.evaluate import log_fields
 from truestep.evaluate.benchmarks import BY_ID
 from truestep.evaluate.files import Row, read_samples, results_file, samples_file
+from truestep.evaluate.log_fields import AS_WRITTEN, check_fields
 from truestep.records import Verdict
 from truestep.rundir import file_sha256, read_json, write_atomic
 
@@ -26,7 +29,7 @@ MAX_LOG_BYTES = 2**30  # for one unpacked file in an inspect log
 _SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")  # fmt: skip
 _OF_LM_EVAL = {"filter", "resps", "filtered_resps"}  # logs before lm-eval 0.4.3 have no filter
 JUDGED = "as judged by its harness"
-AS_WRITTEN = "pass a log as its harness wrote it"
+_NO_VERDICT = re.compile(r"its score is -?[\d.]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,8 @@ class Evaluation:
 
 def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
     """Return every evaluation in a file or folder written by truestep, lm-eval, lighteval or inspect.
-    ``metric`` names the score to use if a log has several. Raises UserError for anything else."""
+    ``metric`` names the score to use if a log has several. Raises UserError for anything else, for a field of
+    the wrong type, and for a score that is not right or wrong (such as BLEU)."""
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
@@ -54,16 +58,30 @@ def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; pass a run directory or a log file")
     if path.suffix in (".eval", ".json"):
-        return [_inspect(path, *(_unpacked if path.suffix == ".eval" else _inspect_json)(path), metric)]
-    return [_lighteval(path, metric)] if path.suffix == ".parquet" else _jsonl(path, metric)
+        found = [_inspect(path, *(_unpacked if path.suffix == ".eval" else _inspect_json)(path), metric)]
+    else:
+        found = [_lighteval(path, metric)] if path.suffix == ".parquet" else _jsonl(path, metric)
+    for evaluation in found if found[0].made_by != "truestep" else ():
+        _require_verdicts(evaluation)
+    return found
+
+
+def _require_verdicts(evaluation: Evaluation) -> None:
+    """Raise UserError if the score is a number between right and wrong in some samples and right in none."""
+    strange = [row["reason"] for row in evaluation.rows if _NO_VERDICT.match(row.get("reason", ""))]
+    if strange and not any(row["verdict"] == Verdict.CORRECT for row in evaluation.rows):
+        count = f"{len(strange)} of {len(evaluation.rows)} samples of {evaluation.task}"
+        metric = f"{evaluation.metric} says neither right nor wrong for {count} ({strange[0]})"
+        raise UserError(f"{evaluation.source}: {metric}; pass --metric with a score of 0 and 1")
 
 
 def _jsonl(path: Path, metric: str) -> list[Evaluation]:
-    rows = []
+    rows, numbers = [], []
     for number, row in read_rows(path):
         if isinstance(row, RowError):
             raise UserError(f"{path}:{number}: {row}; {AS_WRITTEN}")
         rows.append(row)
+        numbers.append(number)
     if not rows:
         raise UserError(f"{path} is empty; {AS_WRITTEN}")
     first, own = rows[0], bool(rows[0].get("header"))
@@ -71,9 +89,11 @@ def _jsonl(path: Path, metric: str) -> list[Evaluation]:
         raise UserError(f"{path}:1: expected a sample from truestep or lm-eval, got {sorted(first)[:6]}")
     fields: tuple[str, ...] = ("problem_id", "sample_index", "verdict") if own else ("doc_id",)
     fields += ("filter",) if not own and any("filter" in row for row in rows) else ()
-    for number, row in enumerate(rows[own:], start=1 + own):
-        if lacking := [field for field in fields if field not in row]:
+    check_fields(f"{path}:{numbers[0]}", first, log_fields.OWN_HEADER if own else log_fields.LM_EVAL)
+    for number, row in list(zip(numbers, rows, strict=True))[own:]:
+        if lacking := [field for field in fields if row.get(field) is None]:
             raise UserError(f"{path}:{number}: {lacking[0]} is missing; {AS_WRITTEN}")
+        check_fields(f"{path}:{number}", row, log_fields.OWN if own else log_fields.LM_EVAL)
         if own and row["verdict"] not in set(Verdict):
             raise UserError(f"{path}:{number}: verdict: expected one of {', '.join(Verdict)}")
     if own:
@@ -88,6 +108,7 @@ def _made(key: tuple[Any, int], value: Any, **more: Any) -> Row:
     scores |= dict.fromkeys((1, "C"), Verdict.CORRECT)
     verdict = scores.get(value if isinstance(value, bool | int | float) else str(value), Verdict.UNSCORED)
     reason = f"its score is {value!r:.60}" if verdict is Verdict.UNSCORED else JUDGED
+    reason = "it has no score" if value is None else reason
     row: Row = {"problem_id": str(key[0]), "sample_index": key[1], "prompt": "", "completion": "", "gold": ""}
     known = {k: v for k, v in more.items() if v is not None}  # the row contains only what the log contains
     return {**row, "verdict": verdict.value, "reason": reason, **known}
@@ -135,7 +156,11 @@ def _lm_eval(path: Path, rows: Sequence[Row], metric: str) -> list[Evaluation]:
         answers = ["" if a == "[invalid]" else str(a) for a in row.get("filtered_resps") or [""]]
         texts = _replies(row)
         if "truestep" in row:  # written by truestep eval export
-            verdicts = [Verdict(verdict).value for verdict in row["truestep"]["verdicts"]]
+            verdicts = (row["truestep"] or {}).get("verdicts") or []
+            if len(verdicts) != len(texts) or len(texts) != len(answers) or not {*verdicts} <= {*Verdict}:
+                raise UserError(
+                    f"{path}: doc_id {row['doc_id']}: truestep.verdicts: expected one for each of resps"
+                )
             for i, (verdict, text, answer) in enumerate(zip(verdicts, texts, answers, strict=True)):
                 facts |= {"completion": text, "extracted": answer, "reason": JUDGED, "verdict": verdict}
                 own.append(_made((key, i), None, **facts))
@@ -181,11 +206,12 @@ def _lighteval(path: Path, metric: str) -> Evaluation:
     for number, row in read_rows(path):
         if isinstance(row, RowError) or not ({"__doc__", "doc"} & row.keys()):
             raise UserError(f"{path}:{number}: expected lighteval details with __doc__ and __metric__")
+        check_fields(f"{path}:{number}", row, log_fields.LIGHTEVAL)
         reply = row.get("__model_response__") or row.get("model_response") or {}
         texts = [str(text) for text in reply.get("text") or [""]]
         tokens = [len(ids) for ids in reply.get("output_tokens") or []]
         scores = row.get("__metric__") or row.get("metric") or {}
-        read.append((row.get("__doc__") or row["doc"], texts, tokens, scores))
+        read.append((row.get("__doc__") or row.get("doc") or {}, texts, tokens, scores))
     logged = read[0][-1] if read else {}
     best_first = sorted(logged, key=lambda m: _SCORES.index(m) if m in _SCORES else len(_SCORES))
     judge = _metric(path, metric, best_first)
@@ -238,12 +264,16 @@ def _inspect_json(path: Path) -> tuple[Row, Iterator[Row]]:
         results = isinstance(log, dict) and "results" in log
         hint = "pass the samples_*.jsonl in the same folder" if results else AS_WRITTEN
         raise UserError(f"{path}: expected an inspect log with eval and samples; {hint}")
-    return log, iter(log["samples"] or [])
+    return log, iter(log["samples"] if isinstance(log["samples"], list) else [])
 
 
 def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metric: str) -> Evaluation:
     rows, judge = [], ""
-    for sample in samples:
+    check_fields(str(path), header, log_fields.INSPECT_HEADER)
+    for number, sample in enumerate(samples, start=1):
+        check_fields(f"{path}: sample {number}", sample, log_fields.INSPECT)
+        if sample.get("id") is None:
+            raise UserError(f"{path}: sample {number}: id is missing; {AS_WRITTEN}")
         scores = sample.get("scores") or {}
         judge = judge or (_metric(path, metric, list(scores)) if scores else "")
         score: Row = scores.get(judge) or {}
@@ -251,7 +281,7 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
         choice = (output.get("choices") or [{}])[0]
         error, target = sample.get("error"), sample.get("target") or ""
         made = _made(
-            (sample.get("id"), int(sample.get("epoch", 1)) - 1), None if error else score.get("value"),
+            (sample["id"], (sample.get("epoch") or 1) - 1), None if error else score.get("value"),
             prompt=_said(sample.get("input")), completion=_said([choice.get("message") or {}]),
             extracted=str(score["answer"] or "") if "answer" in score else None,
             gold=", ".join(map(str, target if isinstance(target, list) else [target])),
@@ -262,7 +292,7 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
             made["reason"] = f"inspect: {error.get('message', '')!s:.200}"
         rows.append(made)
     about, status = header.get("eval") or {}, header.get("status")
-    task = str(about.get("task", path.stem)).rpartition("/")[2]
+    task = str(about.get("task") or path.stem).rpartition("/")[2]
     total, num = (about.get("dataset") or {}).get("samples"), len({row["problem_id"] for row in rows})
     missing = f"its status is {status}" if status not in (None, "success") else ""
     if isinstance(total, int) and num < total:
@@ -273,9 +303,9 @@ def _inspect(path: Path, header: Mapping[str, Any], samples: Iterator[Row], metr
 
 def _said(turns: Any) -> str:
     """Return the text of the last turn, which is plain text or a list of parts, some of which are text."""
-    content = turns if isinstance(turns, str) else (turns or [{}])[-1].get("content", "")
+    content = turns if isinstance(turns, str) else (turns or [{}])[-1].get("content") or ""
     if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return str(content)
 
 

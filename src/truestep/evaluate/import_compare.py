@@ -17,6 +17,7 @@ from truestep.evaluate.run import task_results, write_samples
 from truestep.records import RecordError
 from truestep.rundir import provenance, read_json, write_json
 
+MAX_TASK_BYTES = 200  # a name of a file has at most 255
 _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
 
@@ -64,6 +65,9 @@ def import_evaluations(paths: Sequence[Path], out: Path, metric: str = "") -> di
 def _estimated(evaluation: Evaluation) -> tuple[str, list[Any], dict[str, Any]]:
     """Return the task's name as a file name, the samples in the order of their problems, and the estimate."""
     task = "".join(c if c.isalnum() or c in "._-" else "-" for c in evaluation.task).strip(".-") or "task"
+    if (num := len(task.encode())) > MAX_TASK_BYTES:
+        at_most = f"a name of at most {MAX_TASK_BYTES} bytes, as it becomes a file's name, got {num}"
+        raise UserError(f"{evaluation.source}: task: expected {at_most}; shorten it")
     private = is_private(evaluation.task)
     groups = _grouped(evaluation)
     rows = [_without_texts(row) if private else row for group in groups.values() for row in group]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 
 from truestep.grade import structure
 from truestep.grade.bases import same_base
@@ -17,6 +16,7 @@ from truestep.grade.normal import TEXT_COMMAND, canonical, plain
 from truestep.grade.numeric import Number, european, parse_number, same_number, split_unit
 from truestep.grade.phrase import num_words
 from truestep.grade.quantity import same_quantity, with_digits
+from truestep.grade.sides import right_side, split_left
 from truestep.grade.structure import brackets, different_signs, elements, is_restated, matrix
 from truestep.grade.units import conversion, same_unit
 from truestep.grade.words import same_date, same_time
@@ -24,20 +24,7 @@ from truestep.grade.words import same_date, same_time
 MAX_LENGTH = 2_000  # characters; longer answers are compared only as text
 MAX_ELEMENTS = 60  # elements of a list, including nested lists; a longer list is left to algebra
 MAX_PROSE = 2  # words next to the mathematics; an answer with more is a sentence and is compared as text
-_LEFT_SIDE = re.compile(
-    r"(?:m\s?)?(?:\\(?:angle|Delta) )?"
-    r"(?:\\?[A-Za-z]+|\\text\s*\{(?!\s?(?i:wrong|incorrect|false|not|half|negative|minus|twice|"
-    r"double|square|cube|root|no)\b)[A-Za-z ]{1,40}\}|\[[A-Z]{2,6}\])?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
-)
-_MEASURED = re.compile(  # the left side of a probability, an expectation or a variance
-    r"(?:\\mathbb\{[PE]\}|\\Pr|[PE]|(?:\\(?:text|operatorname|mathrm)\s*\{)?(?:Pr|Var|Cov)\}?)\s*[(\[][^()\[\]]{1,60}[)\]]\s*"
-    r"=\s*(?=[^=]+$)"
-)
-_POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}
-    r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z](?:_(?:\w|\{\w{1,20}\}))?'?|[|{}:/\s])+$"
-)
 _LABEL = re.compile(rf"(?:{TEXT_COMMAND}\{{\s*)?(?:\(([A-J])\)|([A-J])[:)])\s*(?:\}}\s*)?(?=[^\s}}])")
-_ARITHMETIC = re.compile(r"(?:[\d\s.+*/^(){}$-]|\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z]))+$", re.ASCII)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?$|\(([A-J])\)\s(?!.*\b[A-HJ-Z]\b)|([A-J])[.:)]\s(?!.*\b[A-HJ-Z]\b)")
 _WORDS_ONLY = re.compile(r"[A-Za-z][A-Za-z' -]*$")
 _NOTHING = [  # phrases that are one answer
@@ -93,7 +80,7 @@ def ballot(answer: str) -> str:
 def same_integer(gold: str, found: str) -> bool | None:
     """Return whether two answers are the same number; None if the gold answer is not a number."""
     left = parse_number(plain(gold)) or parse_number(gold)
-    right = parse_number(found) or parse_number(_right_side(found))
+    right = parse_number(found) or parse_number(right_side(found))
     return None if left is None else right is not None and same_number(left, right)
 
 
@@ -303,7 +290,7 @@ def _word_form(text: str) -> str:
 
 def _without_left_side(gold: str, found: str) -> tuple[str, str] | None:
     r"""Return both answers without "x =" or "x \in" if only one has it, or if it is the same in both."""
-    sides = [_split_left(text) for text in (gold, found)]
+    sides = [split_left(text) for text in (gold, found)]
     if sides[0][0] and sides[1][0]:
         names = [re.sub(r"\([a-z]\)$", "()", canonical(side)) for side, _ in sides]
         constant = all(parse_number(value) is not None for _, value in sides)  # then f(n) is the same as f(x)
@@ -327,45 +314,6 @@ def _without_units(gold: str, found: str) -> tuple[str, str] | None:
         if factor is None
         else (rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({left})", right)
     )
-
-
-def _split_left(text: str) -> tuple[str, str]:
-    opening, inside, _ = brackets(text)
-    if opening == "(" and "=" in inside and len(elements(inside)) == 1:
-        text = inside
-    if measured := _MEASURED.match(text):
-        return measured[0], text[measured.end() :]
-    for relation in (r"\in ", "=", r"\approx "):
-        left, _, right = text.partition(relation)
-        if relation == "=" and _is_false(text):
-            return "", text
-        left, right = left.strip(), _right_side(right)
-        if not left or not right or len(elements(text)) > 1 or left.count("{") != left.count("}"):
-            continue
-        middle = text.split("=")[-2:-1]  # 9 + 5 = 14, m + n = 9 + 5 = 14
-        is_step = middle and (_ARITHMETIC.match(middle[0]) or _LEFT_SIDE.match(middle[0].strip()))
-        is_sum = is_step and parse_number(right) is not None
-        if re.fullmatch(r"\\?[A-Za-z]+", left) and re.search(
-            rf"(?<![A-Za-z\\]){re.escape(left)}(?![A-Za-z])", right
-        ):
-            continue  # x = 2x says what x is, not 2x
-        if is_sum or _LEFT_SIDE.match(left) or _POINTS.match(left):
-            return left, right
-        if relation == "=" and _LEFT_SIDE.match(right):
-            return right, left
-    return "", text
-
-
-def _is_false(text: str) -> bool:
-    """Return whether a chain of equalities has two different numbers, such as 4 = 5."""
-    numbers = [None if "$" in side else parse_number(side) for side in re.split(r"(?<![<>!\\])=", text)]
-    return any(one and other and not same_number(one, other) for one, other in pairwise(numbers))
-
-
-def _right_side(text: str) -> str:
-    """Return the last part of a chain of equalities if it is a number, such as 14 in 9 + 5 = 14."""
-    last = re.split(r"(?<![<>!\\])=", text)[-1].strip()
-    return last if parse_number(last) is not None else text.strip()
 
 
 def _same_lists(gold: str, found: str, depth: int) -> bool | None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from truestep.errors import UserError
 from truestep.grade.extract import gold_answer
 from truestep.grade.formula import refusal, symbolic_form
 from truestep.grade.policy import Judgment
@@ -26,43 +23,6 @@ class Pair:
     pred: str
     kind: str = ""  # "choice" if the gold answer is a letter among choices
     choices: tuple[str, ...] = ()
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """Return the pairs in a file of JSON lines (gold, pred, id, kind, choices). The default id is the row."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); pass a UTF-8 file of JSON lines") from None
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise UserError(
-            f'{path} is empty; write one object such as {{"gold": "1/2", "pred": "0.5"}} on each line'
-        )
-    return [_pair(f"{path}: row {number}", number, line) for number, line in rows]
-
-
-def _pair(where: str, number: int, line: str) -> Pair:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); write one object per line") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: expected an object; write, for example, {{"gold": "1/2", "pred": "0.5"}}')
-    for name in ("gold", "pred"):
-        if type(row.get(name)) not in (str, int, float):
-            was = f"but found {row[name]!r:.60}" if name in row else "but it is missing"
-            raise UserError(
-                f"{where}: field {name}: expected text or a number, {was}; "
-                f'write, for example, "{name}": "1/2"'
-            )
-    choices = row.get("choices") or ()
-    if not isinstance(choices, list | tuple) or any(not isinstance(choice, str) for choice in choices):
-        raise UserError(
-            f'{where}: field choices: expected a list of strings; write, for example, "choices": ["12", "15"]'
-        )
-    known = {k: str(row[k]) for k in ("id", "kind", "gold", "pred") if row.get(k) is not None}
-    return Pair(choices=tuple(choices), **{"id": str(number), "kind": "", **known})
 
 
 def grade_pairs(

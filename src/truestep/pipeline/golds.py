@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from truestep.data.row_schema import LETTERS
+from truestep.grade.choices import choice_letters
 from truestep.grade.extract import Extraction, gold_answer
 from truestep.grade.normal import plain
 from truestep.grade.numeric import parse_number
 from truestep.grade.phrase import num_words
 from truestep.grade.words import spelled_number
-from truestep.records import Problem, Score, Verdict
+from truestep.records import Problem, Score, Verdict, judged
 
 if TYPE_CHECKING:
     from truestep.grade.score import Grader
@@ -38,6 +40,10 @@ def grade_golds(grader: Grader, problems: Sequence[Problem]) -> list[Gold]:
     for i, problem in enumerate(answered):
         if problem.checker == "countdown":  # the answer may be the target, without a solution
             scores[i] = grader.check_gold(problem)
+        elif problem.meta.get("choices") and not _names_a_choice(grader, problem):
+            num = len(problem.meta["choices"])
+            reason = f"names none of the {num} choices; write its letter, A to {LETTERS[:num][-1]}"
+            scores[i] = judged(Verdict.INCORRECT, reason=reason)
     asked = {p.answer: p for p in answered if p.checker == "math" and not _is_plain(p.answer)}
     read = dict.fromkeys(asked, True)
     others = grader.score_answers([(problem, _OTHER) for problem in asked.values()])
@@ -49,6 +55,15 @@ def grade_golds(grader: Grader, problems: Sequence[Problem]) -> list[Gold]:
         Gold(problem=p, score=s, text_only=p.checker == "math" and not read.get(p.answer, True))
         for p, s in zip(answered, scores, strict=True)
     ]
+
+
+def _names_a_choice(grader: Grader, problem: Problem) -> bool:
+    """Return whether the letter of a choice is correct, or the gold answer consists of letters of choices."""
+    letters = LETTERS[: len(problem.meta["choices"])]
+    if several := choice_letters(gold_answer(problem.answer)):
+        return set(several) <= set(letters)
+    asked = [(problem, Extraction(answer=letter, how="boxed")) for letter in letters]
+    return any(score.verdict is Verdict.CORRECT for score in grader.score_answers(asked))
 
 
 def said_of(unread: Sequence[Gold], num_unread: int, num: int) -> str:

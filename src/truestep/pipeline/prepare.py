@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep.data.chat import encode_demonstrations, encode_prompt, stop_token_ids
 from truestep.data.describe import describe, not_used
+from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.device import world
@@ -226,7 +227,8 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
     problems = load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
     prepared.problems[name] = problems
     prepared.content[name] = _content_hash(problems)
-    prepared.notes += [f"data.{name}: {said}" for said in not_used(describe(problems, wanted))]
+    remarks = [files_of(name, data, base_dir)[2], *not_used(describe(problems, wanted))]
+    prepared.notes += [f"data.{name}: {said}" for said in remarks if said]
     if wanted & {"answer", "problem"}:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
     if "solution" in wanted:

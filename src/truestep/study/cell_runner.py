@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep import rundir
-from truestep.data.problems import find_source
+from truestep.data.files import find_source
 from truestep.errors import UserError
 from truestep.pipeline.code import code_of
 from truestep.settings import RejectionSettings, RlSettings, Settings, Stage, load_settings, settings_hash

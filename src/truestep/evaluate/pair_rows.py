@@ -1,0 +1,82 @@
+"""Reads the rows of ``truestep eval grade``: a gold answer and a prediction, checked as rows of data are."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from truestep.data.row_schema import check_characters, check_output, choice_answer, scalar
+from truestep.data.rows import Row, RowError, read_rows
+from truestep.errors import UserError
+from truestep.grade.pairs import Pair
+
+_FIELDS = ("id", "kind", "gold", "pred", "choices")
+_EXAMPLE = '{"gold": "1/2", "pred": "0.5"}'
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Return the pairs in a file of JSON lines (gold, pred, id, kind, choices). The default id is the row.
+    Raises UserError with file, row and field."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); pass a UTF-8 file of JSON lines") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; write one object such as {_EXAMPLE} on each line")
+    pairs = []
+    for number, row in read_rows(path):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            pairs.append(_pair(number, row))
+        except RowError as error:
+            fault = f"field {error}"
+            if error.field == "JSON":
+                is_json = error.message.startswith("expected an object")
+                fault = (
+                    f"expected an object such as {_EXAMPLE}"
+                    if is_json
+                    else f"not valid JSON: {error.message}"
+                )
+            raise UserError(f"{path}: row {number}: {fault}") from None
+    return pairs
+
+
+def _pair(number: int, row: Row) -> Pair:
+    """Return the pair in a row. A prediction may be empty, and may have control characters that a model wrote."""
+    check_characters({name: value for name, value in row.items() if name != "pred"})
+    for name in ("gold", "pred"):
+        if row.get(name) is None:
+            found = "nothing" if name in row else "no such field"
+            raise RowError(
+                name, f'expected text or a number, got {found}; write, for example, "{name}": "1/2"'
+            )
+    pred = row["pred"] if isinstance(row["pred"], str) else scalar(row["pred"], "pred")
+    check_output("pred", pred)
+    for name in row:
+        if near := _meant(name):
+            raise RowError(name, f'no such field; did you mean "{near}"?')
+    kind, id, choices = row.get("kind") or "", row.get("id"), row.get("choices")
+    if not isinstance(kind, str) or (kind != "choice" and _is_misspelt(kind.lower())):
+        raise RowError("kind", f'expected "choice", or another word for other answers, got {kind!r:.60}')
+    if id is not None and (isinstance(id, bool) or not isinstance(id, str | int)):
+        raise RowError("id", f"expected text or a whole number, got {id!r:.60}")
+    gold: Any = scalar(row["gold"], "gold")
+    if choices:
+        choices, gold = choice_answer(choices, gold, "gold")
+    return Pair(
+        id=str(number if id is None else id), gold=gold, pred=pred, kind=kind, choices=tuple(choices or ())
+    )
+
+
+def _meant(name: str) -> str:
+    """Return the optional field that a similar name means. Other names are the user's own."""
+    if name in _FIELDS:
+        return ""
+    close = difflib.get_close_matches(name.lower(), ["kind", "choices"], n=1, cutoff=0.8)
+    return "kind" if name == "checker" else next(iter(close), "")
+
+
+def _is_misspelt(kind: str) -> bool:
+    return "choice" in kind or bool(difflib.get_close_matches(kind, ["choice"], cutoff=0.7))
