@@ -191,7 +191,7 @@ def grade(
     from truestep.evaluate.pair_rows import read_pairs
     from truestep.grade.pairs import grade_pairs, table
 
-    result = grade_pairs(read_pairs(pairs), workers=workers, second_opinion=second)
+    result = grade_pairs(read_pairs(pairs, announce), workers=workers, second_opinion=second)
     echo(json.dumps(result) if as_json else table(result))
 
 

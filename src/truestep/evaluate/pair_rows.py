@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ _FIELDS = ("id", "kind", "gold", "pred", "choices")
 _EXAMPLE = '{"gold": "1/2", "pred": "0.5"}'
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """Return the pairs in a file of JSON lines (gold, pred, id, kind, choices). The default id is the row.
-    Raises UserError with file, row and field."""
+def read_pairs(path: Path, note: Callable[[str], None] = lambda text: None) -> list[Pair]:
+    """Return the pairs in a file of JSON lines (gold, pred, id, kind, choices). The default id is the row. A
+    prediction may be null: there is none. Characters that JSON has probably damaged are kept, and ``note`` is told
+    about them. Raises UserError with file, row and field for any other fault."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -30,6 +32,14 @@ def read_pairs(path: Path) -> list[Pair]:
             if isinstance(row, RowError):
                 raise row
             pairs.append(_pair(number, row))
+            for check in (
+                lambda row=row: check_characters({**row, "pred": ""}),
+                lambda: check_output("pred", pairs[-1].pred or ""),
+            ):
+                try:
+                    check()
+                except RowError as error:
+                    note(f"{path}: row {number}: field {error}; graded as it is")
         except RowError as error:
             fault = f"field {error}"
             if error.field == "JSON":
@@ -44,16 +54,13 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def _pair(number: int, row: Row) -> Pair:
-    """Return the pair in a row. A prediction may be empty, and may have control characters that a model wrote."""
-    check_characters({name: value for name, value in row.items() if name != "pred"})
     for name in ("gold", "pred"):
-        if row.get(name) is None:
+        if row.get(name) is None and (name == "gold" or name not in row):
             found = "nothing" if name in row else "no such field"
             raise RowError(
                 name, f'expected text or a number, got {found}; write, for example, "{name}": "1/2"'
             )
-    pred = row["pred"] if isinstance(row["pred"], str) else scalar(row["pred"], "pred")
-    check_output("pred", pred)
+    pred = row["pred"] if isinstance(row["pred"], str | None) else scalar(row["pred"], "pred")
     for name in row:
         if near := _meant(name):
             raise RowError(name, f'no such field; did you mean "{near}"?')

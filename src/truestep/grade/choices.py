@@ -84,7 +84,10 @@ def extract_choice(text: str, choices: Sequence[str] = (), *, strict: bool = Fal
     if (
         len(named) != 1
         or _DENIAL.search(last)
-        or re.search(r"(?:\b[A-J]\)? is (?:also|possible)|\bor (?:possibly|maybe)\b)", last)
+        or re.search(
+            r"(?:\b[A-J]\)? is (?:also|possible)|\bor (?:possibly|maybe)\b|\b[A-J] (?:if|when)\b.*\b[A-J]\b|\botherwise [A-J]\b)",
+            last,
+        )
     ):
         return found
     return Extraction(answer=named.pop(), how="last_choice")

@@ -15,6 +15,7 @@ STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
 
 MAX_BARE = 200  # most characters of a completion that may consist only of an answer
 MAX_FORMULA = 1_000
+MAX_ANSWER = 20_000  # characters of a marked answer that are kept
 MAX_TAIL = 10_000  # characters at the end of a completion that are searched for a last number or formula
 MAX_GOLD_WORDS = 8  # a gold text with more words is a whole solution
 MAX_WORDS = 2  # text with more words next to an answer is prose
@@ -37,7 +38,10 @@ ANSWER_IS = re.compile(
     r"(?:答案|答え|答|정답|उत्तर|الجواب|الإجابة)\s{0,3}(?:应该|應該)?(?:是|为|為|は|은|는|है|هي|هو|[:：])\s{0,3}[*_]{0,3}[:：]?",
     re.IGNORECASE,
 )
-_FINAL_ANSWER = re.compile(r"\bfinal answer\b", re.IGNORECASE)
+_FINAL_ANSWER = re.compile(  # with a number
+    r"\bfinal answer\b[*_]{0,3}(?:\s{1,3}(?:is|=))?[\s:*_$\\(\[{-]{0,8}(?:(?:frac|sqrt)\s?\{|[A-Za-z]\s?=\s?-?)?\d",
+    re.IGNORECASE,
+)
 _LETTER = re.compile(
     r"\W{0,3}(?:(?:[Cc]hoice|[Oo]ption|[Ll]etter)\s\W{0,2})?([A-J])(?:\)|(?=[.,:;*'\"。、，]|$|\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
     r"(?!\W{0,3}\s*(?:and|or|,)?\s*(?:possibly |maybe |perhaps |also |even )?\W{0,3}[A-J]\b)(?!\s*[=+*/^-])"
@@ -45,9 +49,16 @@ _LETTER = re.compile(
 )
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _REASON = re.compile(
-    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|who|whose|when|where|if|given|thus|in base (?:10|ten)|"
+    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|who|whose|when|where|if|given|thus|rather than|instead of|not|"
+    r"in base (?:10|ten)|"
     r"for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])"
 )
+_QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
+_ASIDE = re.compile(  # 18 (dollars), but not 18 (thousand) or (1, 2)
+    r"(.*\d.*\S)\s\((?!mod|base|dozen|hundred|thousand|[a-z]{1,8}illion)[^()]*[A-Za-z]{2}[^()]*\)"
+)
+_BUT = re.compile(r"not \S{1,20} but (.+)")
+_ALTERNATIVE = re.compile(r"\W{0,4}(?:or|and|nor)\b")
 _LEADING = re.compile(r"([$€£]?-?(?:\d[\d,./]*)?\d%?)\s+(?!and\b|or\b)([A-Za-z].*)", re.ASCII)
 _MATH = re.compile(  # a lone dollar is money: a formula after it has no space at either end, or one at both
     r"(?<!\\)\$\$([^$]{1,1000})\$\$|(?<![\\$])\$(?![\s$])((?:[^$\n\\]|\\.){0,999}(?<!\s))\$(?!\d)|"
@@ -61,24 +72,27 @@ _NUMBER = re.compile(
 )
 # Signs and words outside of a box that change what is in it; most of them only inside of $…$, \(…\) or \[…\].
 _BOX_BEFORE = re.compile(
-    r"(?:=\s?-|\\(?:neq?|[lg]eq?|sqrt|not\s*=|frac\{[^{}]{0,9}\}\{)|(?<=[\w)}] )[<>≠]|\b(?:not|never)(?: equal to)?|n't be)\s*$"
+    r"(?:(?<=\S)\s-(?=$)|=\s?-|\bminus|\\(?:neq?|[lg]eq?|sqrt|not\s*=|frac\{[^{}]{0,9}\}\{)|(?<=[\w)}] )[<>≠]|"
+    r"\b(?:not|never)(?: equal to)?|n't(?: be)?)\s*$"
 )
 _BOX_BEFORE_IN_MATH = re.compile(
     r"(?:(?:^|[=$(\[{])\s*-|[\d)}A-Za-z]\s?(?:[-+*/^<>≠]|\\(?:times|cdot)(?![a-z])))\s*$"
 )
 _BOX_AFTER = re.compile(
-    r"\$?\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b|\$?\s?\\?%|\$?\s(?:or|and) (?:more|less|fewer)\b"
+    r"\$?\s(?:dozen|hundred|thousand|million|billion|trillion|lakh|crore)s?\b|\$?\s?\\?%|"
+    r"\$?\s(?:or|and) (?:more\b|less\b|fewer\b|\$?\d\S*)|\s?(?:\\sqrt|\\pi|/\s?\d|_\{?\d)\S{0,8}"
 )
 _BOX_AFTER_IN_MATH = re.compile(r"\s?(?:\^\S{1,8}|!)")
+_MINUS = re.compile(r"\b(?:negative|minus)\s$", re.IGNORECASE)
 _SCALED = re.compile(r"\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b")
-_BOLD_MARKS = re.compile(r"(?<!\d)\*\*|\*\*(?!\d)")
+_BOLD_MARKS = re.compile(r"(?<!\d)\*\*()|\*\*(?!\d)()|(?<![\w*])\*([^*\s][^*\n]{0,40})\*(?![\w*])")
 _WRONG = re.compile(
-    r"\b(?:wrong|incorrect|false|bad)\s+$|\b(?:doubt|not|unlikely|never|deny)\b[^.\n,;:]{0,24}$|n't\b[^.\n,;:]{0,24}$",
+    r"\b(?:wrong|incorrect|false|bad)\s+$|\b(?:doubt|not|unlikely|never|deny|if|suppose|assum(?:e|ing)|whether)\b[^.\n,;:]{0,24}$|n't\b[^.\n,;:]{0,24}$",
     re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not|non|nicht|never|cannot|isn't)|n't|, no|不是)\s{0,3}(?:(?:be|equal|exactly|equal to)\s)?[$(]?$|"
-    r"\b(?:doubt|(?:not|n't|never) (?:think|believe|say|claim|agree))\b[^,;:]*$",
+    r"\b(?:doubt|(?:not|n't|never) (?:think|believe|say|claim|agree)|(?:if|suppose|whether) the answer)\b[^,;:]*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
@@ -110,7 +124,7 @@ def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> 
         found = rule(text)
         if found is not None and found[1] == "none":
             return NOTHING
-        if found is not None and (answer := normalise(found[0])):
+        if found is not None and (answer := normalise(found[0][:MAX_ANSWER])):
             return Extraction(answer=answer, how=found[1])
     return NOTHING
 
@@ -151,7 +165,7 @@ def _boxed(text: str) -> tuple[str, How] | None:
     if not found:
         return ("", "none") if unclosed else None
     later = _answer_is(text[found[-1][1] :]) if _FINAL_ANSWER.search(text, found[-1][1]) else None
-    if later is not None and re.search(r"\d", later[0]):  # a final answer after the last box replaces it
+    if later is not None:  # a final answer after the last box replaces it
         return later
     parts = [found[-1]]
     for box in reversed(found[-32:-1]):
@@ -216,12 +230,14 @@ def _answer_is(text: str) -> tuple[str, How] | None:
     bare = tail.lstrip(" \t\r\n*_:")
     opening = re.search(r"[*_]*$", text[max(0, ends[-1] - 3) : ends[-1]] + tail[: len(tail) - len(bare)])
     marks = opening[0] if opening else ""
-    tail = bare
+    line = text[: ends[-1]].rpartition("\n")[2]
+    is_bold = not marks and line.count("**") % 2  # since before "answer"
+    tail = bare.replace("**", "", 1) if is_bold else bare
     if formula := _MATH.match(tail):
         rest = SENTENCE_END.split(tail[formula.end() :], maxsplit=1)[0]
-        return (
-            formula[0] + _without_bold(rest) if is_changed("", rest, is_marked=True) else _content(formula)
-        ), "answer_is"
+        if not is_changed("", rest, is_marked=True):
+            return _content(formula), "answer_is"
+        return _MATH.sub(_content, formula[0] + _without_bold(rest)), "answer_is"
     sentence = SENTENCE_END.split(tail, maxsplit=1)[0].strip()
     if tail[len(sentence) : len(sentence) + 1] == "?":
         return None
@@ -229,11 +245,13 @@ def _answer_is(text: str) -> tuple[str, How] | None:
         return letter[1], "answer_is"
     if marks[:2] == "**" and "**" in sentence:
         inside, _, rest = sentence.partition("**")
-        sentence, marks = (
-            (inside if not is_changed("", rest, is_marked=True) else sentence.replace("**", "")),
-            "",
-        )
+        is_number = re.search(r"\d", inside)
+        changed = is_changed("", rest, is_marked=True) if is_number else _ALTERNATIVE.match(rest)
+        sentence, marks = (sentence.replace("**", "") if changed else inside), ""
     sentence = _without_bold(marks + sentence)
+    for pattern in (_QUOTED, _ASIDE, _BUT):
+        if found := pattern.fullmatch(sentence):
+            sentence = found[1]
     head = typographic(sentence)
     head = head if PIECEWISE.search(head) else _REASON.split(head, maxsplit=1)[0]
     if re.search(r"\d", head) or (head and num_words(head) <= MAX_WORDS and re.search(r"\d", sentence)):
@@ -272,7 +290,7 @@ def _whole(text: str) -> tuple[str, How] | None:
 def _last(text: str) -> tuple[str, How] | None:
     """Return the last number that is not denied, with the operators and brackets that it stands between, or the
     formula that contains it; the whole sentence if its words make another number of it."""
-    text = _BOLD_MARKS.sub(" ", _THOUSANDS.sub(",", typographic(text[-MAX_TAIL:])))
+    text = _BOLD_MARKS.sub(lambda m: f" {m[3] or ''}", _THOUSANDS.sub(",", typographic(text[-MAX_TAIL:])))
     formulas = list(_MATH.finditer(text))
     numbers = list(_NUMBER.finditer(text))
     if formulas and not numbers:
@@ -285,6 +303,8 @@ def _last(text: str) -> tuple[str, How] | None:
         is_asked = text[end + len(after) : end + len(after) + 1] == "?"
         if is_asked or _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
             continue
+        if (minus := _MINUS.search(before)) and not re.search(r"\d\s*$", before[: minus.start()]):
+            start, before = start - len(minus[0]), before[: minus.start()]
         if scaled := _SCALED.match(after):  # 18 million
             end, after = end + scaled.end(), after[scaled.end() :]
         if is_changed(before, after):

@@ -52,7 +52,7 @@ _SYSTEM = re.compile(
     re.DOTALL,
 )
 _EQUATION = re.compile(r"[^=<>,]+=[^=<>,]+")
-_TAGS = re.compile(r"</?(?:b|strong|i|em|u|span|p|br|sub)\s?/?>")
+_TAGGED = re.compile(r"<(b|strong|i|em|u|span|p)>([^<>]*)</\1>([.!]?)")
 _LABEL_WORDS = r"(?:the\s+)?(?:final\s+)?(?:answer|result|solution)\s*(?::|=|is\b:?)\s*"
 _LABEL = re.compile(  # "Answer: 18" in a box or after a marker
     rf"^(?:\\text(?:bf|rm|it)?\s*\{{\s*{_LABEL_WORDS}\}}|\*\*{_LABEL_WORDS}\*\*|{_LABEL_WORDS})\s*(?=\S)",
@@ -142,7 +142,9 @@ def normalise(text: str) -> str:
     text = typographic(text).strip()
     if _NUMBER.fullmatch(text):
         return text
-    text = _finished(_LABEL.sub("", _THEREFORE.sub("", _TAGS.sub("", text)))) or text
+    if tagged := _TAGGED.fullmatch(text):
+        text = tagged[2] + tagged[3]
+    text = _finished(_LABEL.sub("", _THEREFORE.sub("", text))) or text
     if emphasis := _EMPHASIS.fullmatch(text):
         text = emphasis[2] + emphasis[3]
     if text.count("$") == 2 and (formula := _IN_DOLLARS.fullmatch(text)):

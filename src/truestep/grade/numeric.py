@@ -16,6 +16,7 @@ from truestep.grade.units import (
     WORDS,
     conversion,
     is_unit,
+    measure,
     same_unit,
     scale,
     unit_name,
@@ -152,7 +153,10 @@ def _unit(rest: str, *, letters: bool) -> str | None:
         return PERCENT if "%" in rest else "degree"
     if degrees := re.match(r"\^\{\\circ\}\s*(?:\\(?:text|mathrm)\s*\{\s*)?([CF])\s*\}?$", rest):
         return f"degree {degrees[1].lower()}"
+    rest = re.sub(r"^/\s?(?=[A-Za-z])", "per ", rest)  # $18/day
     match = _UNIT.match(rest)
+    if match is None and letters and is_spaced and r"\cdot" in rest and measure(rest) is not None:  # N·m
+        return unit_name(rest)
     if match is None:
         is_counter = _COUNTER.fullmatch(rest) and not NOT_COUNTERS.intersection(rest)
         return unit_name(rest) if is_counter else None

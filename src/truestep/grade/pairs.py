@@ -20,7 +20,7 @@ class Pair:
 
     id: str
     gold: str
-    pred: str
+    pred: str | None  # None if the model gave no answer, because of a failure
     kind: str = ""  # "choice" if the gold answer is a letter among choices
     choices: tuple[str, ...] = ()
 
@@ -33,8 +33,8 @@ def grade_pairs(
     ``second_opinion`` is True, math-verify also grades all answers that our rules decided, and
     ``counts["second_opinion"]`` counts the differences."""
     with Grader(workers=workers, seconds=seconds) as grader:
-        judged = grader.judge_many([(_problem(pair), pair.pred) for pair in pairs])
-        samples = [_sample(*each) for each in zip(pairs, judged, strict=True)]
+        judged = iter(grader.judge_many([(_problem(p), p.pred) for p in pairs if p.pred is not None]))
+        samples = [_nothing(pair) if pair.pred is None else _sample(pair, next(judged)) for pair in pairs]
         second = _second_opinion(grader, pairs, samples) if second_opinion else None
     counts: dict[str, Any] = {"n": len(samples)}
     for policy in ("verdict", "strict", "lenient"):
@@ -48,6 +48,18 @@ def _problem(pair: Pair) -> Problem:
     checker = "choice" if pair.kind == "choice" or pair.choices else "math"
     messages, meta = (Message(role="user", content=""),), {"choices": pair.choices}
     return Problem(id=pair.id or "?", messages=messages, answer=pair.gold, checker=checker, meta=meta)
+
+
+def _nothing(pair: Pair) -> dict[str, Any]:
+    """Return the sample of a pair without a prediction, which is a failure and not a wrong answer."""
+    verdicts = dict.fromkeys(("verdict", "strict", "lenient"), Verdict.UNSCORED.value)
+    return {
+        "id": pair.id,
+        **verdicts,
+        "reason": "there is no prediction (null)",
+        "extracted": "",
+        "how": "none",
+    }
 
 
 def _sample(pair: Pair, judged: Judgment) -> dict[str, Any]:

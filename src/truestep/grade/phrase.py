@@ -11,7 +11,7 @@ from truestep.grade.words import VALUES
 _WORDS = re.compile(
     r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff\u2070-\u209f]|^[A-Z]:\s"
 )
-SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|!(?=\s|$)")
+SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|!(?=\s|$)(?!\s*[=+*/])")  # 5! = 120 goes on
 # A word in front of a number that makes another number of it (the sum of, greater than, never), unless it only says
 # what the number is (equal to, a total of). English has few words of these classes, so that the list is whole.
 _BEFORE_END = re.compile(
@@ -63,7 +63,7 @@ _STUCK = re.compile(
     r"(?!\s?[ck]?m[²³])(?:[\^!_²³¹⁰-⁹π√∛(]|\\(?!%|\)|\]|,|;|text|mathrm|\s)|[A-Za-z]{1,20}(?=[^A-Za-z]|$))"
 )
 _OPERATOR = re.compile(
-    r"\s*(?:[+*/×·⋅÷<>≤≥≠±^]|\\(?:times|cdot|div|pm|neq?|[lg]eq?)(?![a-z])|[-−–]\s?\d|:\s?\d)"
+    r"\s*(?:[+*×·⋅÷<>≤≥≠±^]|/(?!\s?[A-Za-z])|\\(?:times|cdot|div|pm|neq?|[lg]eq?)(?![a-z])|[-−–]\s?\d|:\s?\d)"
 )
 _GROUP = re.compile(r"[(\[][^()\[\]A-Za-z\n]{1,40},[^()\[\]A-Za-z\n]{1,60}[)\]]")
 # The pieces of a formula without delimiters.
@@ -116,7 +116,10 @@ def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
             and _OPERATION.match(more[1])
         ):
             return more[1].lower() != "or"
-        if word[3] == "," and re.match(r"\s*[*(]*\$?-?\d", after[word.end() :]):
+        if word[3] == "," and re.match(
+            r"\s*(?:[*(]*\$?-?\d[\d.]*(?!\S?\s(?:of|%|days|years|hours|minutes)\b)(?![\d.])|\$)",
+            after[word.end() :],
+        ):
             return True  # a list
         if not word[1] or _HARMLESS.match(word[1]):
             return False
@@ -127,6 +130,8 @@ def run_of(text: str, number: re.Match[str]) -> tuple[int, int]:
     """Return the start and end of the pair, interval or formula without delimiters that contains a number:
     (3, 18), 2^18, 3 × 10⁸, x < 18. A formula starts after its last "="."""
     start, end = number.start(), number.start() + len(number[0].rstrip())
+    if "/" in number[0] and (mixed := re.search(r"(?<![\d.,/])\d{1,6}\s$", text[max(0, start - 8) : start])):
+        start -= len(mixed[0])  # 2 1/2
     for group in _GROUP.finditer(text, max(0, start - 60), end + 60):
         if group.start() < start < group.end():
             return group.span()
@@ -146,7 +151,9 @@ def _reach(pieces: Sequence[str]) -> int:
         spaced = (
             piece == "-" and pieces[place - 1 : place] == [" "] and pieces[place + 1 : place + 2] == [" "]
         )
-        if piece == " ":
+        if piece == ":" and pieces[place + 1 : place + 2] and pieces[place + 1].isdigit():
+            is_joined = True  # 2:30
+        elif piece == " ":
             is_joined, is_tight = is_joined and place > 0, False
         elif _SIGN.fullmatch(piece) and not spaced:
             taken, is_joined = (taken if _INFIX.fullmatch(piece) else length), True

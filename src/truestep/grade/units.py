@@ -24,7 +24,7 @@ NOT_COUNTERS = frozenset(
 )  # they change a number
 FUNCTIONS = frozenset(_DATA["functions"].split())
 LETTERS = frozenset("mgshlLNJWVAKC")  # units that a formula would read as variables
-CURRENCIES = "$€£¥"
+CURRENCIES = "$€£¥₹₩₽"
 _NOUN = re.compile(r"[^\W\d_]+(?:[-'][^\W\d_]+)*(?:\(e?s\))?")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
