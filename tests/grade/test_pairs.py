@@ -136,4 +136,9 @@ def test_eval_with_a_recipe_is_still_eval() -> None:
         *(["eval", name, "x"] for name in COMMANDS if name != DEFAULT),
     ):
         assert with_default(words) == words
-    assert with_default(["eval", DEFAULT, "--json"]) == ["eval", DEFAULT, DEFAULT, "--json"]  # a folder of that name
+    assert with_default(["eval", DEFAULT, "--json"]) == [
+        "eval",
+        DEFAULT,
+        DEFAULT,
+        "--json",
+    ]  # a folder of that name

@@ -14,7 +14,9 @@ from truestep.cli.output import echo
 from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
 
-DEFAULT = "model"  # what ``truestep eval WORD`` means if WORD is not another command; WORD may be a folder "model"
+DEFAULT = (
+    "model"  # what ``truestep eval WORD`` means if WORD is not another command; WORD may be a folder "model"
+)
 HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
 
 
