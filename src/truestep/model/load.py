@@ -17,6 +17,7 @@ from truestep.flops import ModelShape
 from truestep.model import attention
 from truestep.model.packaged import PACKAGED, packaged_file
 from truestep.model.tiny import tiny_model, tiny_tokenizer
+from truestep.redaction import redact
 from truestep.rundir import NO_SPACE, UNFINISHED, cache_folder, file_sha256, mark_export, verify_export
 from truestep.settings import ModelSettings
 
@@ -197,7 +198,7 @@ def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
-        first = (str(error).strip().splitlines() or [""])[0][:300]
+        first = redact((str(error).strip().splitlines() or [""])[0])[:300]
         if "custom code" in first:  # transformers' words then say how to run it
             first = (
                 "it needs Python code of its folder, which is never run; use a model of transformers' classes"
