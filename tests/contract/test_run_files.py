@@ -290,6 +290,54 @@ def test_weights_in_bin_are_part_of_the_identity(plain: ModelSettings) -> None:
 
 
 @pytest.mark.parametrize(
+    ("index", "part"),
+    [
+        ("model.safetensors.index.json", "part.safetensors"),
+        ("model.safetensors.index.json", "sub/part.safetensors"),
+        ("model.safetensors.index.json", "../part.safetensors"),
+        ("pytorch_model.bin.index.json", "weights.pt"),
+        ("pytorch_model.bin.index.json", "sub/deep/weights.bin"),
+        ("config.json", "sub/part.safetensors"),
+        ("sub/own.safetensors.index.json", "sub/part.safetensors"),
+    ],
+)
+def test_weights_that_a_file_names_are_part_of_the_identity(
+    plain: ModelSettings, index: str, part: str
+) -> None:
+    folder = Path(plain.path)
+    (folder / part).parent.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "sub").mkdir(exist_ok=True)
+    if index.startswith(("config", "sub/")):
+        config = json.loads((folder / "config.json").read_text())
+        named = part if index == "config.json" else index
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    if index != "config.json":
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, part)}))
+    found = []
+    for change in (0.0, 1.0):
+        tensors[NORM] = tensors[NORM] + change
+        if part.endswith(".safetensors"):
+            save_file(tensors, folder / part, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, folder / part)
+        found.append(model_content(plain))
+        assert torch.equal(loaded(plain).model.model.norm.weight.detach(), tensors[NORM])
+    (folder / "sub/notes.txt").write_text("no index names this file")
+    assert model_content(plain) == found[1] != found[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"weight_map": 5}', '{"weight_map": {"a": 5, "b": "missing", "c": "."}}']
+)
+def test_an_index_that_cannot_be_read_does_not_stop_the_identity(plain: ModelSettings, text: str) -> None:
+    kept = model_content(plain)
+    (Path(plain.path) / "model.safetensors.index.json").write_text(text)
+    assert model_content(plain) != kept
+
+
+@pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "x.gguf"]
 )
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\x00\x01garbage", b'{"model_type": 5}', b"\xff{"])

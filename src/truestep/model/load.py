@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -73,10 +74,32 @@ def model_content(settings: ModelSettings) -> str:
         return str(getattr(read_config(source), "_commit_hash", "") or "")
     verify_export(Path(source))
     digest, folder = hashlib.sha256(), Path(source)
-    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
-        if file.suffix in _READ_BY_TRANSFORMERS and file.is_file():
-            digest.update(f"{file.name}:{file_sha256(file)};".encode())
+    read = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
+    read = [file for file in read if file.suffix in _READ_BY_TRANSFORMERS and file.is_file()]
+    named = {file: file.name for file in read}
+    named |= {folder / name: name for name in _named_weights(folder) if folder / name not in named}
+    for file, name in named.items():
+        digest.update(f"{name}:{file_sha256(file)};".encode())
     return digest.hexdigest()[:16]
+
+
+def _named_weights(folder: Path) -> list[str]:
+    """Return the paths in the folder of files that config.json, or an index of weights, names."""
+    given = _object(folder / "config.json").get("transformers_weights")
+    found = [given] if isinstance(given, str) else []
+    for index in [*folder.glob("*index*.json"), *(folder / name for name in found)]:
+        weights = _object(index).get("weight_map") if index.suffix == ".json" else None
+        found += [w for w in weights.values() if isinstance(w, str)] if isinstance(weights, dict) else []
+    return sorted(name for name in set(found) if (folder / name).is_file())
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return a JSON object, or {} if it cannot be read: who loads the model then says why."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_config(source: str) -> Any:
