@@ -226,6 +226,8 @@ def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
             first = (
                 "it needs Python code of its folder, which is never run; use a model of transformers' classes"
             )
+        if "weights_only" in str(error):  # torch's words then say how to run it
+            first = "its weights have Python objects in them, which are never run; use a model in .safetensors files"
         kind = "" if isinstance(error, OSError | ValueError) and first else f"{type(error).__name__}: "
         named = Path(source, options["gguf_file"]) if "gguf_file" in options else source
         raise UserError(f"model.path = {str(named)!r} cannot be loaded: {kind}{first}") from None
@@ -263,7 +265,7 @@ def _converted(gguf: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    with (target.parent / f".{target.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts the file, and the others wait
         if not (target / "config.json").is_file():
             _convert(gguf, target)

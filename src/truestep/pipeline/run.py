@@ -120,9 +120,8 @@ def _stages(session: Session) -> None:
         _require_identity(folder, identity)
         if (folder / "done.json").exists():
             done = read_done(folder)
-            rundir.verify_files(
-                folder, {n: e for n, e in done.get("files", {}).items() if n.startswith("export/")}
-            )
+            marks = {n: e for n, e in done.get("files", {}).items() if n.startswith("export/")}
+            rundir.verify_files(folder, marks, f"restore it, or {rundir.train_again(folder)}")
             session.reporter.say(f"{stage.name}: already done, skipped")
         else:
             done = _train(session, index, path, ledger, steps_before)
