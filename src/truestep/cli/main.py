@@ -100,7 +100,7 @@ def _of_system(error: OSError) -> str:
     name = error.filename2 or error.filename  # the second is the target of a renaming
     if isinstance(name, str) and name.endswith(UNFINISHED):
         name = os.path.dirname(name)  # a temporary file, in the folder that is written to
-    where = f"{name}: " if isinstance(name, str | bytes) and name else ""
+    where = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) and name else ""
     return f"{where}{error.strerror or str(error) or type(error).__name__}; check the path, its kind and permissions"
 
 
