@@ -2,6 +2,7 @@
 
 Limits on time and size apply to a whole answer with its headers, however it is sent. Redirects are not followed
 and nothing is decompressed, so a key is sent only to the given address and a small answer stays small.
+A server may send the key back. It is hidden in every answer and in every error, before any text is cut.
 Held by: tests/evaluate/test_hostile_endpoint.py"""
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ import http.client
 import io
 import json
 import math
+import os
 import random
 import re
 import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
-from truestep.rundir import redact
+from truestep.errors import UserError
+from truestep.redaction import HIDDEN, redact
 
 MAX_BYTES = 8 << 20  # 131,072 tokens of ten characters, each written as an escape of six
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 POLL_SECONDS = 0.5  # between two looks at whether the client was closed
+SHOWN, SEARCHED = 300, 20_000  # characters of a server's words in an error, and those searched for secrets
+LEAST_KEY = 8  # characters of a key that is hidden in answers
 LONGEST_PAUSE = 8.0  # seconds, if the server does not say how long to wait
 # A pair of surrogates, a single one, or any other escape in JSON.
 _ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
@@ -43,12 +49,40 @@ class Rejected(BadAnswer):
         self.status, self.wait = status, wait
 
 
+def key_from(*names: str) -> str:
+    """Return the first key that one of these environment variables has, without white space around it, or "".
+    Raises UserError if it has a character that cannot be sent."""
+    given = ((name, os.environ.get(name, "").strip()) for name in names)
+    name, key = next((pair for pair in given if pair[1]), ("", ""))
+    if not (key.isascii() and key.isprintable()):
+        fault = "has a line end, a control character or a letter that is not ASCII, so it is no key"
+        raise UserError(f"the environment variable {redact(name)} {fault}; set it again")
+    return key
+
+
+def check_address(url: str) -> None:
+    """Raise ValueError, with the fault, if no request can ever be sent to this address."""
+    parts = urllib.parse.urlsplit(url)
+    path = url.partition("://")[2].removeprefix(parts.netloc)
+    if bad := re.search(r"[\x00-\x20\x7f]", url) or re.search(r"[^!-~]", path):
+        raise ValueError(f"it has the character {bad[0]!r}; write it as {urllib.parse.quote(bad[0])}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it has no host; write http://HOST:PORT/v1")
+    if parts.username is not None:
+        raise ValueError("it has a user name; put a key into the environment")
+    try:
+        parts.hostname.encode("idna")
+    except UnicodeError:
+        raise ValueError("its host is not a valid name") from None
+    _ = parts.port  # raises ValueError if it is no port
+
+
 @dataclass(frozen=True, kw_only=True)
 class Client:
     """Asks one server, from any number of threads. ``seconds`` is the time for an answer with all its retries."""
 
     base: str
-    key: str = ""
+    key: str = field(default="", repr=False)
     seconds: float
     max_bytes: int = MAX_BYTES
     retries: int = 0
@@ -57,6 +91,16 @@ class Client:
     def close(self) -> None:
         """End all requests that are in progress in other threads."""
         self._closed.set()
+
+    def hide(self, text: str) -> str:
+        """Return a text without the key and anything that looks like a secret."""
+        return redact(text.replace(self.key, HIDDEN) if self.key else text)
+
+    def words(self, said: object) -> str:
+        """Return the beginning of an error, or of a server's words, as one line without secrets."""
+        text = str(said) or type(said).__name__
+        line = " ".join((text.replace(self.key, HIDDEN) if self.key else text).split())
+        return redact(line[:SEARCHED])[:SHOWN]  # half a secret is not found, so it is hidden before the cut
 
     def ask(self, path: str, body: Any = None) -> Any:
         """Return the answer to a POST request, or to a GET request without a body. An overloaded server is
@@ -101,14 +145,29 @@ class Client:
         except (http.client.HTTPException, UnicodeError) as error:
             if isinstance(error, OSError):
                 raise
-            raise BadAnswer(f"not an HTTP answer: {_short(str(error) or type(error).__name__)}") from None
+            raise BadAnswer(f"not an HTTP answer: {self.words(error)}") from None
         if not 200 <= reply.status < 300:
             asked = re.fullmatch(r"\d{1,9}(?:\.\d{1,9})?", reply.headers.get("Retry-After", ""))
-            text = _short(found[:2000].decode("utf-8", "replace"))
-            raise Rejected(reply.status, text, float(asked[0]) if asked else None)
+            text = found.decode("utf-8", "replace").strip()
+            raise Rejected(reply.status, text and self.words(text), float(asked[0]) if asked else None)
         if (coding := reply.headers.get("Content-Encoding", "identity")) != "identity":
-            raise BadAnswer(f"the answer is compressed ({_short(coding)}), which was not asked for")
-        return parse(found)
+            raise BadAnswer(f"the answer is compressed ({self.words(coding)}), which was not asked for")
+        try:
+            return self._without_key(parse(found))
+        except RecursionError:
+            raise BadAnswer("the answer is nested too deeply") from None
+        except BadAnswer as error:
+            raise BadAnswer(self.words(error)) from None
+
+    def _without_key(self, value: Any) -> Any:
+        """Hide the key in all texts of an answer. A shorter key could be a word of an answer."""
+        if len(self.key) < LEAST_KEY:
+            return value
+        if isinstance(value, dict):
+            return {self._without_key(name): self._without_key(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._without_key(inner) for inner in value]
+        return value.replace(self.key, HIDDEN) if isinstance(value, str) else value
 
 
 def parse(data: bytes) -> Any:
@@ -123,7 +182,7 @@ def parse(data: bytes) -> Any:
     except RecursionError:
         raise BadAnswer("the answer is nested too deeply") from None
     except ValueError:
-        raise BadAnswer(f"the answer is not JSON: {_short(text[:2000])}") from None
+        raise BadAnswer(f"the answer is not JSON: {text}") from None
 
 
 def _finite(text: str) -> float:
@@ -132,11 +191,7 @@ def _finite(text: str) -> float:
 
 
 def _not_finite(text: str) -> NoReturn:
-    raise BadAnswer(f"the answer contains the number {_short(text)}")
-
-
-def _short(text: str) -> str:
-    return redact(" ".join(text.split())[:300])
+    raise BadAnswer(f"the answer contains the number {text}")
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):

@@ -49,6 +49,8 @@ _VALUE = re.compile(
 _RUN = re.compile(r"(?<![\w+/-])(?<!(?i:sha)\d{3}[:=])[\w+/-]{32,}(?![\w+/-])", re.ASCII)
 _WEAK = re.compile(r"(?:^|\W)_*(?:token|auth|pat|bearer)$", re.IGNORECASE)  # also common words
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+_FOLDERS = ("PWD", "OLDPWD")  # set by the shell to a folder, which may no longer exist
+_WORD = re.compile(r"[A-Za-z][a-z]{0,14}")  # app passwords of letters alone have 16
 _NOTHING = ("", "none", "null", "empty", "true", "false", HIDDEN)
 _given: set[str] = set()  # values that settings take from environment variables
 
@@ -70,11 +72,17 @@ def redact(text: str) -> str:
 @lru_cache(maxsize=4)
 def _known(environment: tuple[tuple[str, str], ...], given: tuple[str, ...]) -> list[str]:
     """Return the values of the environment's secrets, the longest first."""
-    names = {
-        name for name, _ in environment if is_secret_name(name) or name.endswith(("_KEY", "_TOKEN", "_PASS"))
-    }
-    named = {value for name, value in environment if len(value) >= 8 and name in names}
+    named = {value.strip() for name, value in environment if _is_secret_variable(name, value.strip())}
     return sorted({*named, *given}, key=len, reverse=True)
+
+
+def _is_secret_variable(name: str, value: str) -> bool:
+    """Return whether an environment variable holds a secret. The names of other settings end with such words
+    too, so a plain word (SECRET_STORE=kubernetes), or the path of an existing file, is none."""
+    named = is_secret_name(name) or name.upper().endswith(("_KEY", "_TOKEN", "_PASS"))
+    if not named or name in _FOLDERS or len(value) < 8 or _WORD.fullmatch(value):
+        return False
+    return not ("/" in value and os.path.exists(os.path.expanduser(value)))
 
 
 def _named(text: str) -> str:
@@ -150,6 +158,6 @@ def from_environment(value: Any, name: str) -> Any:
         return value
     if not (found := os.environ.get(match[1])):
         raise UserError(f"{name}: the environment variable {match[1]} is not set; set it")
-    if len(found) >= 4:
-        _given.add(found)
+    if len(found.strip()) >= 4:
+        _given.add(found.strip())
     return found

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from truestep.errors import UserError
 from truestep.redaction import redact as redact
@@ -72,12 +72,7 @@ def locked(folder: Path, *, apart: str = "") -> Iterator[None]:
     """Hold a run directory, which is created, and remove what killed writers left there, except in folders
     called ``apart``. The kernel releases the lock when the process ends, and no child process inherits it.
     Raises UserError that names the holder if another process has the lock, or if the folder is not writable."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    with file:
+    with _open_lock(folder) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -100,6 +95,23 @@ def locked(folder: Path, *, apart: str = "") -> Iterator[None]:
             file.truncate(0)
 
 
+def _open_lock(folder: Path) -> IO[str]:
+    """Open the folder's lock, whose content is then replaced. So it must be a plain file of its own."""
+    path, flags = folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if not path.is_symlink() and (path.is_file() or not path.exists()):
+            raise unwritable(folder, error) from None
+    else:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+            return os.fdopen(descriptor, "a+", encoding="utf-8")
+        os.close(descriptor)
+    raise UserError(f"{path} is a link, or no plain file, so it cannot be the lock of the folder; delete it")
+
+
 def remove_leftovers(folder: Path, apart: str = "") -> None:
     """Remove the unfinished files and folders of killed writers. Requires the folder's lock."""
     for root, folders, names in os.walk(folder):
@@ -115,7 +127,7 @@ def unwritable(folder: Path, error: OSError) -> Exception:
     return (
         error
         if error.errno in NO_SPACE
-        else UserError(f"cannot write to {folder} ({error.strerror}); {ELSEWHERE}")
+        else UserError(f"cannot write to {folder} ({error.strerror or error}); {ELSEWHERE}")
     )
 
 
@@ -156,7 +168,7 @@ def read_settings_text(folder: Path) -> str:
     if not head.startswith(_SETTINGS_MARK):
         return text
     if _sha256(body) != head.removeprefix(_SETTINGS_MARK):
-        raise UserError(f"{path} is not what was written (SHA-256 differs); {AGAIN}")
+        raise UserError(f"{path} is not what was written (SHA-256 differs); restore it, or {ELSEWHERE}")
     return body
 
 
@@ -268,10 +280,16 @@ def mark_export(folder: Path) -> None:
     write_json(folder / EXPORT_MARK, {"format": 2, "files": record_files(folder, files)})
 
 
+def train_again(stage: Path) -> str:
+    return f"delete {stage} and run the same command again with --resume, which trains the stage again"
+
+
 def verify_export(folder: Path) -> None:
     """Raise UserError if a model that truestep exported has changed. Other folders are not checked."""
     if (mark := folder / EXPORT_MARK).is_file():
         remedy = f"restore it or export again; if you changed it on purpose, delete {mark}"
+        if (folder.parent / "done.json").is_file():
+            remedy = f"restore it, or {train_again(folder.parent)}"
         verify_files(folder, read_json(mark).get("files", {}), remedy)
 
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from truestep.errors import UserError, did_you_mean
+from truestep.redaction import redact
 from truestep.rundir import file_sha256
 
 
@@ -151,4 +152,4 @@ def raised(error: BaseException) -> Raised:
     elif frames:
         reason += f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})"
     detail = "".join([*traceback.format_list(frames), *only])
-    return Raised(reason=reason[:1000], detail=detail[-MAX_DETAIL:])
+    return Raised(reason=redact(reason)[:1000], detail=redact(detail)[-MAX_DETAIL:])

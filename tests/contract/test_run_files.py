@@ -3,6 +3,7 @@ process at a time works in a run directory, and what killed writers left is remo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import differing, files, fingerprint, go, interrupted_at, prepared, write_recipe
 
 from truestep import rundir
+from truestep.cli import main as cli
 from truestep.cli.main import main
 from truestep.errors import UserError
 from truestep.model.load import load_model, model_content
@@ -219,6 +221,21 @@ def test_a_finished_run_is_verified_to_its_last_export(made: Prepared, whole: Pa
             go(made, run, resume=True)
 
 
+@pytest.mark.parametrize("lost", ["", rundir.EXPORT_MARK, "model.safetensors"])
+def test_what_the_error_of_a_lost_export_advises_works(
+    made: Prepared, half: Path, whole: Path, tmp_path: Path, lost: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    stage = run / "stages/01-sft"
+    shutil.rmtree(stage / "export") if not lost else (stage / "export" / lost).unlink()
+    with pytest.raises(UserError, match=f"restore it, or delete {stage} and run the same command again"):
+        go(made, run, resume=True)
+    shutil.rmtree(stage)
+    go(made, run, resume=True)
+    assert differing(fingerprint(run), fingerprint(whole)) == []
+
+
 def test_an_exported_model_is_verified_wherever_it_is(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(whole / "stages/02-rl/export", folder)
@@ -299,6 +316,69 @@ def test_weights_in_bin_are_part_of_the_identity(plain: ModelSettings) -> None:
 
 
 @pytest.mark.parametrize(
+    ("index", "part"),
+    [
+        ("model.safetensors.index.json", "part.safetensors"),
+        ("model.safetensors.index.json", "sub/part.safetensors"),
+        ("model.safetensors.index.json", "../part.safetensors"),
+        ("pytorch_model.bin.index.json", "weights.pt"),
+        ("pytorch_model.bin.index.json", "sub/deep/weights.bin"),
+        ("config.json", "sub/part.safetensors"),
+        ("sub/own.safetensors.index.json", "sub/part.safetensors"),
+    ],
+)
+def test_weights_that_a_file_names_are_part_of_the_identity(
+    plain: ModelSettings, index: str, part: str
+) -> None:
+    folder = Path(plain.path)
+    (folder / part).parent.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "sub").mkdir(exist_ok=True)
+    if index.startswith(("config", "sub/")):
+        config = json.loads((folder / "config.json").read_text())
+        named = part if index == "config.json" else index
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    if index != "config.json":
+        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, part)}))
+    found = []
+    for change in (0.0, 1.0):
+        tensors[NORM] = tensors[NORM] + change
+        if part.endswith(".safetensors"):
+            save_file(tensors, folder / part, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, folder / part)
+        found.append(model_content(plain))
+        assert torch.equal(loaded(plain).model.model.norm.weight.detach(), tensors[NORM])
+    (folder / "sub/notes.txt").write_text("no index names this file")
+    assert model_content(plain) == found[1] != found[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"weight_map": 5}', '{"weight_map": {"a": 5, "b": "missing", "c": "."}}']
+)
+def test_an_index_that_cannot_be_read_does_not_stop_the_identity(plain: ModelSettings, text: str) -> None:
+    kept = model_content(plain)
+    (Path(plain.path) / "model.safetensors.index.json").write_text(text)
+    assert model_content(plain) != kept
+
+
+class Harmless:
+    pass
+
+
+def test_a_pickle_of_other_objects_is_refused_in_our_words(plain: ModelSettings) -> None:
+    folder = Path(plain.path)
+    (folder / "model.safetensors").unlink()
+    torch.save({NORM: Harmless()}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"Python objects in them, which are never run; use .*safetensors"
+    ) as caught:
+        loaded(plain)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "x.gguf"]
 )
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\x00\x01garbage", b'{"model_type": 5}', b"\xff{"])
@@ -346,6 +426,41 @@ def test_one_process_at_a_time(recipe: Path, whole: Path, tmp_path: Path, capsys
             assert f"process {os.getpid()} on " in (folder / rundir.LOCK).read_text()
         os.killpg(holder.pid, signal.SIGKILL)
     assert (folder / rundir.LOCK).read_text() == ""
+
+
+def link_to(lock: Path, kept: Path) -> None:
+    lock.symlink_to(kept)
+
+
+NO_LOCKS: dict[str, Any] = {
+    "symbolic link": link_to,
+    "link to nothing": lambda lock, kept: lock.symlink_to(kept.with_name("new")),
+    "hard link": lambda lock, kept: os.link(kept, lock),
+    "pipe": lambda lock, kept: os.mkfifo(lock),
+    "folder": lambda lock, kept: lock.mkdir(),
+    "device": lambda lock, kept: lock.symlink_to("/dev/null"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LOCKS)
+def test_a_lock_that_is_no_plain_file_of_its_own_is_refused(tmp_path: Path, kind: str) -> None:
+    kept, lock = tmp_path / "kept.txt", tmp_path / "run" / rundir.LOCK
+    kept.write_text("precious")
+    lock.parent.mkdir()
+    NO_LOCKS[kind](lock, kept)
+    with (
+        pytest.raises(UserError, match=r"/\.lock is a link, or no plain file.*delete it"),
+        rundir.locked(lock.parent),
+    ):
+        pass
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir() if p.is_file()] == [("kept.txt", "precious")]
+    lock.rmdir() if kind == "folder" else lock.unlink()
+    for _ in range(2):  # an own lock is opened again, and a linked folder is no linked lock
+        with rundir.locked(lock.parent):
+            assert "process" in lock.read_text()
+    (tmp_path / "linked").symlink_to(lock.parent)
+    with rundir.locked(tmp_path / "linked"):
+        assert "process" in lock.read_text()
 
 
 def test_what_a_killed_writer_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
@@ -417,7 +532,79 @@ def test_settings_that_were_damaged_are_not_shown(whole: Path, tmp_path: Path, c
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run/resolved.toml"
     path.write_text(path.read_text().replace("steps = 14", "steps = 15"))
-    assert_one_line(capsys, path, "report", tmp_path / "run")
+    assert "restore it, or pass --out" in assert_one_line(capsys, path, "report", tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------ errors of the system
+
+
+def in_place_of(path: Path, kind: str) -> None:
+    """Put something else in the place of a file."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.mkdir() if kind == "folder" else path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("commands", "name", "kind"),
+    [
+        ("report run", "report.html", "folder"), ("report run", "summary.json", "folder"),
+        ("report run", "stages/01-sft/metrics.jsonl", "folder"),
+        ("report run", "stages/02-rl/rollouts.jsonl", "circle"),
+        ("report run", "evaluations/rl/test.samples.jsonl", "folder"), ("run", "evaluations/rl", "circle"),
+        ("report run", "resolved.toml", "folder"), ("report run", "provenance.json", "folder"),
+    ],
+)  # fmt: skip
+def test_what_is_no_file_is_one_line(
+    recipe: Path, whole: Path, tmp_path: Path, capsys: Any, commands: str, name: str, kind: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / name).exists() or (folder / name).touch()
+    in_place_of(folder / name, kind)
+    for command in commands.split():
+        words = ["report", folder] if command == "report" else ["run", recipe, "--out", folder, "--resume"]
+        assert_one_line(capsys, folder, *words)
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "RECIPE", "--out", "OUT"), ("report", "OUT"), ("eval", "export", "OUT", "--out", "x")]
+)
+def test_a_name_that_is_too_long_is_one_line(recipe: Path, tmp_path: Path, capsys: Any, words: Any) -> None:
+    given = {"RECIPE": recipe, "OUT": tmp_path / ("x" * 300)}
+    assert_one_line(capsys, tmp_path, *(given.get(word, word) for word in words))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may read and write everything")
+@pytest.mark.parametrize("name", ["stages/01-sft", "stages/01-sft/metrics.jsonl", "evaluations/rl", "."])
+def test_what_may_not_be_read_is_one_line(whole: Path, tmp_path: Path, capsys: Any, name: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / name).chmod(0o555 if name == "." else 0)
+    try:
+        assert_one_line(capsys, folder, "report", folder)
+    finally:
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/.b.x.tmp-write"), "/a: Read-only file system"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a/.b.tmp-write", None, "/a/b"), "/a/b: Is a directory"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (ConnectionResetError("the server hung up"), "the server hung up"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_names_its_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, error: OSError, words: str
+) -> None:
+    def fails() -> Any:
+        raise error
+
+    monkeypatch.setattr(cli, "_app", fails)
+    assert assert_one_line(capsys, Path("check the path"), "report").startswith(f"error: {words}; check")
 
 
 def test_a_repaired_folder_gives_the_same_run(

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from truestep.errors import UserError
-from truestep.http_client import MAX_BYTES, BadAnswer, Client, parse
+from truestep.http_client import MAX_BYTES, BadAnswer, Client, check_address, key_from, parse
 from truestep.records import Message, Problem, RewardInput, Stop
-from truestep.rewards.judge import Judge, JudgeSettings
+from truestep.rewards.judge import Judge, JudgeSettings, judge
 from truestep.rollout.engine import SamplingParameters
 from truestep.rollout.engine_endpoint import EndpointEngine, TextRequest, TextSample, connect
 from truestep.rundir import append_jsonl, read_jsonl
@@ -222,17 +222,118 @@ def test_a_bad_judge_fails_one_sample(url: str) -> None:
     assert "HTTP 429" in str(value(url, "wait an hour", 3))
 
 
-def value(url: str, mode: str, attempts: int) -> object:
+def value(url: str, mode: str, attempts: int, key_env: str = "", folder: str = "") -> object:
     settings = JudgeSettings(
-        url=url, model="m", attempts=attempts, request_seconds=SECONDS, prompt="{completion}"
+        url=url, model="m", attempts=attempts, request_seconds=SECONDS, prompt="{completion}", key_env=key_env
     )
-    judge = Judge(settings.model_dump_json(), "")
+    judge = Judge(settings.model_dump_json(), folder)
     problem = Problem(id=mode, messages=turns(mode), answer="1")
     asked = RewardInput(
         problem=problem, messages=turns(mode), completion=f"mode: {mode}.", completion_ids=(1,),
         stop=Stop.STOP_TOKEN, seed=0, step=0, sample=0, limit=9,
     )  # fmt: skip
     return judge.value(asked)
+
+
+def cut_at(place: int) -> str:
+    """A text whose character ``place`` is in the middle of the key."""
+    return "x" * (place - len(SENT_KEY) // 2) + SENT_KEY
+
+
+SENT_KEY = "Zq7wlp-plainkey-4471-hhtr"
+SENT_BACK: dict[str, bytes] = {
+    **{f"error cut at {n}": http(cut_at(n), "400 No") for n in (120, 300, 2000, 20_000)},
+    "error of white space": http(" \n" * 1500 + cut_at(300), "400 No"),
+    "error of 500": http(cut_at(300), "500 No"),
+    "no json": http(cut_at(300)),
+    "coding": http("{}", "200 OK", f"Content-Encoding: {cut_at(300)}"),
+    "status": f"HTTQ/1.1 {cut_at(300)} OK\r\n\r\n".encode(),
+    "finish": http(completion(finish=f'"{SENT_KEY}"')),
+    "finish cut": http(completion(finish=f'"{cut_at(40)}"')),
+    "finish of object": http(completion(finish=json.dumps({"a": [SENT_KEY], SENT_KEY: 1}))),
+    "text": http(says(f'"my key is {SENT_KEY}"')),
+    "escaped text": http(says(f'"\\u005a{SENT_KEY[1:]}"')),
+    "thought": http(completion(json.dumps({"content": "a", "reasoning_content": SENT_KEY}))),
+    "score": http(says(f'"{"x" * 50}{SENT_KEY}{"y" * 110}"')),
+}
+
+
+@pytest.mark.parametrize("name", SENT_BACK)
+def test_a_key_that_a_server_sends_back_is_hidden(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SendsBack(Hostile):
+        def send(self, data: bytes) -> None:
+            super().send(SENT_BACK[name])
+
+    monkeypatch.setenv("SOME_NAME", SENT_KEY)  # by its name alone, it is no secret
+    with Server(("127.0.0.1", 0), SendsBack) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        client = Client(base=base, key=SENT_KEY, seconds=SECONDS)
+        asked = TextRequest(problem_id="p", sample_index=0, seed=1, messages=turns("plain"))
+        (sample,) = EndpointEngine(client, "m").answer([asked], SAMPLING)
+        judged = value(base, "plain", 1, key_env="SOME_NAME", folder=str(tmp_path))
+        server.shutdown()
+    kept = tmp_path / "judge.jsonl"
+    for said in (repr(sample), str(judged), kept.read_text() if kept.exists() else "", repr(client)):
+        assert not any(SENT_KEY[at : at + 6] in said for at in range(len(SENT_KEY) - 5)), said
+    if name.startswith(("finish", "text", "escaped", "thought", "score")):
+        assert "[redacted]" in repr(sample)
+
+
+@pytest.mark.parametrize("given", ["{}\n", "{}\r\n", " {} ", "\t{}"])
+def test_white_space_around_a_key_is_not_sent(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", given.format(SENT_KEY))
+    assert key_from("NO_SUCH_NAME", "A_KEY") == SENT_KEY
+
+
+@pytest.mark.parametrize("given", ["", " \r\n"])
+def test_an_empty_key_is_none(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", given)
+    assert key_from("A_KEY") == ""
+
+
+@pytest.mark.parametrize("given", ["Zq7wlp\nplain", "Zq7wlp\rplain", "Zq7wlp\x1b", "Zq7wlpł", "Zq7\ufeff"])
+def test_a_key_that_cannot_be_sent_is_refused_in_one_line(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUESTEP_API_KEY", given)
+    with (
+        pytest.raises(
+            UserError, match=r"^the environment variable TRUESTEP_API_KEY has a line end"
+        ) as caught,
+        connect("http://127.0.0.1:9"),
+    ):
+        pass
+    assert "Zq7" not in str(caught.value)
+    with pytest.raises(UserError, match="TRUESTEP_API_KEY has a line end"):
+        judge([], url="http://127.0.0.1:9/v1", model="m", key_env="TRUESTEP_API_KEY")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:abc/v1", "http://127.0.0.1:99999/v1", "http://127.0.0.1/a b/v1", "http://a b/v1",
+        "http://a..b/v1", f"http://{'a' * 300}/v1", "http://127.0.0.1/ü/v1", "http:///v1", "http://u@h/v1",
+        "http://[::1/v1", "http://127.0.0.1/\nv1",
+    ],
+)  # fmt: skip
+def test_an_address_that_can_never_work_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="is not the address of a server"), connect(address, seconds=SECONDS):
+        pass
+    with pytest.raises(UserError, match="is not the address of a server"):
+        judge([], url=address, model="m")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://h", "https://h:8000/v1/", "http://[::1]:80/v1", "http://bücher.example/v1", "http://h./a%20b/v1",
+     "http://h/v1?a=b&c", "http://a_b/~x/v1"],
+)  # fmt: skip
+def test_an_address_that_can_work_is_accepted(address: str) -> None:
+    check_address(address)
+    assert judge([], url=address, model="m") == []
 
 
 def test_a_rejected_key_or_model_stops_at_once_only_before_the_first_answer(url: str) -> None:

@@ -20,7 +20,7 @@ from truestep.cli.main import _app
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.benchmarks import Benchmark
-from truestep.evaluate.external_logs import read_evaluations
+from truestep.evaluate.external_logs import read_evaluations, write_lm_eval
 from truestep.evaluate.files import sealed
 from truestep.evaluate.import_compare import compare_evaluations
 from truestep.evaluate.jobs import changed, evaluation_settings
@@ -30,6 +30,8 @@ from truestep.evaluate.sources import content_hash, file_items
 from truestep.evaluate.suite import averages
 from truestep.model.load import load_tokenizer
 from truestep.pipeline.prepare import prepare
+from truestep.report.evaluation import write_evaluation_report
+from truestep.report.html import write_report
 from truestep.report.tables import ScoreRow, print_scores, score_table
 from truestep.rundir import to_toml
 from truestep.settings import ModelSettings, load_settings, read_recipe
@@ -253,6 +255,85 @@ def test_a_run_grows_and_never_loses_a_sample(run: Callable[..., Any], tmp_path:
         assert files(out) | {"resolved": (out / "resolved.toml").read_bytes()} == before
 
 
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True)
+
+
+# What happens to a samples file (its lines, and those of the other model's file), and what the error says.
+CONFUSED: dict[str, tuple[Callable[[list[str], list[str]], list[str]], str]] = {
+    "twice, another lost": (lambda own, other: [*own[:-1], own[1]], "occurs twice; run the same command"),
+    "twice": (lambda own, other: [*own, own[2]], "occurs twice; run the same command"),
+    "another model's": (lambda own, other: other, "has samples of identity .* next to it are of .*; restore"),
+    "another model's header": (lambda own, other: [other[0], *own[1:]], "has samples of identity"),
+    "another model's behind": (
+        lambda own, other: [*own, *other],
+        "the sample is damaged|problem_id is missing",
+    ),
+    "one of another model": (lambda own, other: [*own[:-1], other[-1]], "the sample is damaged"),
+    "one lost": (lambda own, other: own[:-1], r"has \d+ samples, but \d+ were made"),
+}
+
+
+@pytest.mark.parametrize("name", CONFUSED)
+def test_every_reader_refuses_samples_that_are_not_those_of_the_results(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    run("--benchmarks", "sums", "--out", str(out))
+    run("--benchmarks", "sums", "--out", str(other), "--set", "seed=1")
+    change, words = CONFUSED[name]
+    paths = [folder / "evaluations/plain/sums.samples.jsonl" for folder in (out, other)]
+    kept = lines_of(paths[0])
+    for command in (
+        ("compare", str(other), str(out)),
+        ("export", str(out), "--out", str(tmp_path / "exported")),
+    ):
+        assert CliRunner().invoke(_app(), ["eval", *command]).exit_code == 0
+    shutil.rmtree(tmp_path / "exported")
+    paths[0].write_text("".join(change(*map(lines_of, paths))))
+    readers = [
+        lambda: compare_evaluations(other, out),
+        lambda: compare_evaluations(paths[1], paths[0]),
+        lambda: write_lm_eval(out, tmp_path / "exported"),
+        lambda: write_evaluation_report(out),
+    ]
+    if name != "one lost":  # a run's page is also written while samples are made
+        readers.append(lambda: write_report(out))
+    for read in readers:
+        with pytest.raises(UserError, match=words):
+            read()
+    assert not (tmp_path / "exported").exists()
+    if "restore" in words or "header" in name:
+        paths[0].unlink()
+    run("--benchmarks", "sums", "--out", str(out), "--resume")
+    assert lines_of(paths[0]) == kept
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "{}", "null", '{"estimate": null}', '{"estimate": {"n": 1}}', '{"estimate": {"n": "x"}}', "{"],
+)
+def test_a_results_file_of_another_shape_is_one_line(
+    run: Callable[..., Any], tmp_path: Path, content: str
+) -> None:
+    out = tmp_path / "out"
+    run("--benchmarks", "sums", "--out", str(out))
+    path = out / "evaluations/plain/sums.results.json"
+    kept = path.read_bytes()
+    path.write_text(content)
+    for read in (
+        lambda: compare_evaluations(out, out),
+        lambda: write_lm_eval(out, tmp_path / "exported"),
+        lambda: write_evaluation_report(out),
+        lambda: write_report(out),
+    ):
+        with pytest.raises(UserError, match=r"sums\.results\.json"):
+            read()
+    path.unlink()
+    run("--benchmarks", "sums", "--out", str(out), "--resume")
+    assert path.read_bytes() == kept
+
+
 def test_a_foreign_line_in_a_samples_file_does_not_change_the_samples(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -370,8 +451,13 @@ def test_hostile_text_is_text_on_the_page(run: Callable[..., Any], tmp_path: Pat
     run("--benchmarks", "sums", "--samples", "1", "--out", str(out))
     path = out / "evaluations" / "plain" / "sums.samples.jsonl"
     hostile = "<script>document.title='owned'</script></pre><img src=x onerror=1>\x1b[2J\u202e{{ 7*7 }}"
-    fields = ("prompt", "completion", "extracted", "gold", "reason", "problem_id")
-    rewritten(path, lambda rows: [row.update(dict.fromkeys(fields, hostile)) for row in rows])
+    fields = ("prompt", "completion", "extracted", "gold", "reason")
+    rewritten(
+        path,
+        lambda rows: [
+            row.update(dict.fromkeys(fields, hostile), problem_id=hostile + row["problem_id"]) for row in rows
+        ],
+    )
     CliRunner().invoke(_app(), ["report", str(out)], catch_exceptions=False)
     page = (out / "report.html").read_text()
     assert "&lt;script&gt;" in page

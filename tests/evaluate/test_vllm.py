@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
@@ -24,6 +25,20 @@ def test_without_vllm_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(ENVIRONMENT, "/nowhere/python")
     with pytest.raises(UserError, match=f"{ENVIRONMENT} = /nowhere/python is not a Python"):
         python_with_vllm()
+
+
+def test_a_key_across_the_cut_of_vllms_last_words_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "plain-key-of-mine")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "ValueError: plain-key-of-mine{"z" * 290}"\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(ENVIRONMENT, str(python))
+    server = VllmServer(model="m", dtype="float32", context_length=9, max_running=1)
+    with pytest.raises(UserError, match=r"the server did not start: .*z{290}$") as caught, serve(server):
+        pass
+    assert "of-mine" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from reward_samples import same_text, sample
 from truestep.errors import UserError
 from truestep.records import RewardInput, Score, Stop
 from truestep.reward_settings import RewardSettings
-from truestep.rewards.pool import processes
+from truestep.rewards.pool import OUTPUT_TAIL, processes
 from truestep.rewards.scorer import RewardScorer
+from truestep.user_code import MAX_DETAIL
 
 BAD = 13  # the sample that the function fails on
 
@@ -215,6 +216,24 @@ def test_what_a_function_printed_is_shown_without_keys(tmp_path: Path) -> None:
     assert "ValueError: key [redacted]" in str(caught.value)
     assert "aaaa" not in str(caught.value)
     assert "bbbb" not in str(caught.value)
+
+
+def test_a_key_across_the_cut_of_what_a_function_said_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "plain-key-of-mine"
+    monkeypatch.setenv("MY_API_KEY", key)
+    said = "os.environ['MY_API_KEY'] + 'z' * {}"
+    write(
+        tmp_path,
+        f"print({said.format(OUTPUT_TAIL - 9)}, end=''); sys.stdout.flush(); "
+        f"raise ValueError('y' * 980 + {said.format(MAX_DETAIL - 9)})",
+    )
+    with opened(tmp_path, max_failure_share=0.0) as scorer, pytest.raises(UserError) as caught:
+        scorer.score([sample(BAD), *[sample(n) for n in range(100, 119)]])
+    assert "y" * 980 in str(caught.value)
+    assert "z" * (OUTPUT_TAIL - 9) in str(caught.value)
+    assert not [n for n in range(len(key) - 5) if key[n : n + 6] in str(caught.value)]
 
 
 def test_an_unreadable_answer_is_no_failure(tmp_path: Path) -> None:

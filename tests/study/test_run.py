@@ -444,3 +444,10 @@ def test_exit_codes_are_read_by_one_thread_at_a_time(tmp_path: Path, monkeypatch
     monkeypatch.setattr(cell_runner, "_forks", lambda: SimpleNamespace(Process=Quick))
     (tmp_path / "run.log").write_text("said\n")
     assert cell_runner.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")
+
+
+def test_a_process_that_ends_before_it_has_a_log_has_said_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_runner, "_forks", lambda: SimpleNamespace(Process=Quick))
+    assert cell_runner.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from truestep.errors import UserError
+from truestep.evaluate.files import read_samples
 from truestep.evaluate.run import EvaluationPlan, engine_answers, run_evaluation
 from truestep.flops import Ledger
 from truestep.grade.extract import NOTHING
@@ -193,6 +194,14 @@ def test_samples_of_another_identity_are_not_mixed_in(tmp_path: Path) -> None:
     results = run(plan, engine)
     assert len(engine.asked) == 18
     assert results["identity"] == rows_in(plan)[0]["identity"] == "def"
+
+
+def test_results_are_never_next_to_samples_of_another_identity(tmp_path: Path) -> None:
+    run(plan_in(tmp_path), FakeEngine())
+    with pytest.raises(Killed):
+        run(plan_in(tmp_path, identity="def"), FakeEngine(), check_stop=stop_after(3))
+    assert not plan_in(tmp_path).results_path.exists()
+    assert len(read_samples(plan_in(tmp_path).samples_path)) == 3
 
 
 def test_more_problems_under_the_same_identity_ask_only_for_the_new(tmp_path: Path) -> None:

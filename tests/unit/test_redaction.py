@@ -387,6 +387,44 @@ def test_the_environments_secrets_are_hidden_whatever_their_shape(
     assert redact("the horse battery is wrong") == "the [redacted] is wrong"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PWD", "/home/me/project"),
+        ("OLDPWD", "/a/folder/that/is/gone"),
+        ("SECRET_STORE_PASSWORD", "disabled"),
+        ("APP_TOKEN", "Kubernetes"),
+        ("TLS_KEY", __file__),
+        ("SERVICE_TOKEN", str(Path(__file__).parent)),
+        ("TOKENIZERS_PARALLELISM", "horse battery"),
+        ("SSH_ASKPASS", "/usr/bin/an-askpass"),
+        ("MONKEY", "horse battery"),
+        ("MAX_TOKENS_SEEN", "horse battery"),
+    ],
+)
+def test_what_of_the_environment_is_no_secret(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert redact(f"cannot read {value}/train.jsonl") == f"cannot read {value}/train.jsonl"
+    assert find_secret({"source": f"{value}/train.jsonl"}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DB_PWD", "horse battery"),
+        ("PWD_API_KEY", "battery-horse"),
+        ("APP_TOKEN", "abcdefghijklmnop"),
+        ("APP_TOKEN", "Kubernetes1"),
+        ("APP_TOKEN", "/9j/4AAQSkZJRgAB"),
+        ("APP_TOKEN", "  horse battery\r\n"),
+    ],
+)
+def test_what_of_the_environment_is_a_secret(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert redact(f"<{value.strip()}>") == "<[redacted]>"
+    assert find_secret({"source": f"{value.strip()}/train.jsonl"}) == "source"
+
+
 def test_resolved_settings_stay_runnable(tmp_path: Path) -> None:
     raw = next(r for r in settings_of("x", "${MY_KEY}") if r.get("stages"))
     raw["stages"][0]["rewards"][0]["options"]["body"] = {"api_key": "${MY_KEY}"}

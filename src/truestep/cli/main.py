@@ -88,7 +88,20 @@ def main() -> None:
             name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
             remedy = "free disk space and run the same command again, with --resume if it was a run"
             _fail(f"{name}no space left on the disk; {remedy}", 5)
+        if isinstance(error, OSError):
+            _fail(_of_system(error), 2)
         raise
+
+
+def _of_system(error: OSError) -> str:
+    """Describe an error of the operating system, with the path that it is about."""
+    from truestep.rundir import UNFINISHED
+
+    name = error.filename2 or error.filename  # the second is the target of a renaming
+    if isinstance(name, str) and name.endswith(UNFINISHED):
+        name = os.path.dirname(name)  # a temporary file, in the folder that is written to
+    where = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) and name else ""
+    return f"{where}{error.strerror or str(error) or type(error).__name__}; check the path, its kind and permissions"
 
 
 def _is_out_of_space(error: Exception) -> bool:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
-from truestep.rundir import jsonl_lines, read_json
+from truestep.rundir import AGAIN, jsonl_lines, read_json
 
 SCHEMA_VERSION = 2  # version 1: rows had no lenient verdict, and strict was a second extraction
 MAKE_AGAIN = "run the same command again with --resume, which makes what is missing"
 Row = dict[str, Any]
+# What is read again of a results file, with its type.
+_RESULTS: dict[str, Any] = {"results": dict, "n-samples": dict, "samples_per_problem": int, "estimate": dict}
 
 
 def samples_file(folder: Path, name: str) -> Path:
@@ -52,25 +54,55 @@ def samples_in(path: Path) -> Iterator[tuple[int, Row | None]]:
     for number, row in jsonl_lines(path):
         if row is None:
             yield number, None
-        elif row.get("header"):
+        elif row.get("header") and number == 1:
             identity = str(row.get("identity", ""))
         else:
             yield number, opened(row, identity)
 
 
 def read_samples(path: Path) -> list[Row]:
-    """Return the samples in a file, without its header. Raises UserError if a line is damaged, or if fewer
-    samples are left than the results next to the file were computed from."""
-    rows = []
+    """Return the samples in a file, without its header. Raises UserError as ``checked_samples`` does, or if
+    fewer samples are left than the results next to the file were computed from."""
+    rows, made = list(checked_samples(path)), _results_beside(path)
+    if made and len(rows) < (num := made["estimate"]["n"]):
+        raise UserError(f"{path} has {len(rows)} samples, but {num} were made; {MAKE_AGAIN}")
+    return rows
+
+
+def _results_beside(path: Path) -> Row:
+    results = results_file(path.parent, path.name.removesuffix(".samples.jsonl"))
+    return read_results(results) if results.is_file() else {}
+
+
+def checked_samples(path: Path) -> Iterator[Row]:
+    """Yield the samples in a file one by one. Raises UserError if a line is damaged, a sample occurs twice, or
+    the results next to the file are of other samples."""
+    header = next((row or {} for _, row in jsonl_lines(path)), {})
+    own = header.get("identity") if header.get("header") else None
+    theirs = _results_beside(path).get("identity")
+    if own != theirs and None not in (own, theirs):
+        others = f"{path} has samples of identity {own}, but the results next to it are of {theirs}"
+        raise UserError(f"{others}; {AGAIN}")
+    seen = set[str]()
     for number, row in samples_in(path):
         if row is None:
             raise UserError(f"{path}:{number}: the sample is damaged; {MAKE_AGAIN}")
-        rows.append(row)
-    results = results_file(path.parent, path.name.removesuffix(".samples.jsonl"))
-    num = read_json(results).get("estimate", {}).get("n", 0) if results.is_file() else 0
-    if len(rows) < num:
-        raise UserError(f"{path} has {len(rows)} samples, but {num} were made; {MAKE_AGAIN}")
-    return rows
+        key = json.dumps([row.get("problem_id"), row.get("sample_index")])
+        if key in seen and "sample_index" in row:
+            raise UserError(f"{path}:{number}: the sample {key} occurs twice; {MAKE_AGAIN}")
+        seen.add(key)
+        yield row
+
+
+def read_results(path: Path) -> Row:
+    """Return a results file's content. Raises UserError if it cannot be read or is not one."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object; {AGAIN}")
+    lacking = [key for key, kind in _RESULTS.items() if not isinstance(found.get(key), kind)]
+    if lacking or not isinstance(found["estimate"].get("n"), int):
+        raise UserError(f"{path} has no valid {(lacking or ['estimate.n'])[0]}; {AGAIN}")
+    return found
 
 
 def score_row(data: str, results: Mapping[str, Any], **group: str) -> Row:

@@ -21,6 +21,7 @@ from truestep.evaluate.files import (
     Row,
     header_of,
     opened,
+    read_results,
     results_file,
     samples_file,
     samples_in,
@@ -234,8 +235,18 @@ def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
     line is damaged are left out, so that they are requested again. The file is left ready for appending."""
     wanted = set(plan.sample_keys())
     done = {key: row for key, row in _kept(plan).items() if key in wanted and row["stop"] != Stop.ERROR}
+    if plan.results_path.is_file() and not _is_of(plan):
+        plan.results_path.unlink()  # first, because results must never be next to samples of another model
     write_samples(plan.samples_path, plan.name, plan.identity, done.values())
     return done
+
+
+def _is_of(plan: EvaluationPlan) -> bool:
+    """Return whether the results file was written for this plan's samples."""
+    try:
+        return bool(read_results(plan.results_path).get("identity") == plan.identity)
+    except UserError:  # damaged: it is written again
+        return False
 
 
 def write_samples(path: Path, name: str, identity: str, rows: Iterable[Row]) -> None:

@@ -20,7 +20,9 @@ _MEASURED = re.compile(  # the left side of a probability, an expectation or a v
 _POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}
     r"(?:\\(?:frac|overline|angle|triangle|colon)(?![A-Za-z])|[A-Z](?:_(?:\w|\{\w{1,20}\}))?'?|[|{}:/\s])+$"
 )
-_ARITHMETIC = re.compile(r"(?:[\d\s.+*/^(){}$-]|(?<=\d)!|\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z]))+$", re.ASCII)
+_ARITHMETIC = re.compile(
+    r"(?:[\d\s.+*/^(){}$-]|(?<=\d)!|\\(?:times|cdot|div|frac|sqrt)(?![A-Za-z]))+$", re.ASCII
+)
 
 
 def split_left(text: str) -> tuple[str, str]:

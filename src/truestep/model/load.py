@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from truestep.flops import ModelShape
 from truestep.model import attention
 from truestep.model.packaged import PACKAGED, packaged_file
 from truestep.model.tiny import tiny_model, tiny_tokenizer
+from truestep.redaction import redact
 from truestep.rundir import NO_SPACE, UNFINISHED, cache_folder, file_sha256, mark_export, verify_export
 from truestep.settings import ModelSettings
 
@@ -72,10 +74,32 @@ def model_content(settings: ModelSettings) -> str:
         return str(getattr(read_config(source), "_commit_hash", "") or "")
     verify_export(Path(source))
     digest, folder = hashlib.sha256(), Path(source)
-    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
-        if file.suffix in _READ_BY_TRANSFORMERS and file.is_file():
-            digest.update(f"{file.name}:{file_sha256(file)};".encode())
+    read = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
+    read = [file for file in read if file.suffix in _READ_BY_TRANSFORMERS and file.is_file()]
+    named = {file: file.name for file in read}
+    named |= {folder / name: name for name in _named_weights(folder) if folder / name not in named}
+    for file, name in named.items():
+        digest.update(f"{name}:{file_sha256(file)};".encode())
     return digest.hexdigest()[:16]
+
+
+def _named_weights(folder: Path) -> list[str]:
+    """Return the paths in the folder of files that config.json, or an index of weights, names."""
+    given = _object(folder / "config.json").get("transformers_weights")
+    found = [given] if isinstance(given, str) else []
+    for index in [*folder.glob("*index*.json"), *(folder / name for name in found)]:
+        weights = _object(index).get("weight_map") if index.suffix == ".json" else None
+        found += [w for w in weights.values() if isinstance(w, str)] if isinstance(weights, dict) else []
+    return sorted(name for name in set(found) if (folder / name).is_file())
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return a JSON object, or {} if it cannot be read: who loads the model then says why."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_config(source: str) -> Any:
@@ -197,11 +221,13 @@ def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise
-        first = (str(error).strip().splitlines() or [""])[0][:300]
+        first = redact((str(error).strip().splitlines() or [""])[0])[:300]
         if "custom code" in first:  # transformers' words then say how to run it
             first = (
                 "it needs Python code of its folder, which is never run; use a model of transformers' classes"
             )
+        if "weights_only" in str(error):  # torch's words then say how to run it
+            first = "its weights have Python objects in them, which are never run; use a model in .safetensors files"
         kind = "" if isinstance(error, OSError | ValueError) and first else f"{type(error).__name__}: "
         named = Path(source, options["gguf_file"]) if "gguf_file" in options else source
         raise UserError(f"model.path = {str(named)!r} cannot be loaded: {kind}{first}") from None
@@ -239,7 +265,7 @@ def _converted(gguf: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    with (target.parent / f".{target.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process converts the file, and the others wait
         if not (target / "config.json").is_file():
             _convert(gguf, target)

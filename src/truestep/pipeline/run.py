@@ -19,7 +19,7 @@ from truestep.checkpoint.store import latest_step
 from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.errors import UserError
 from truestep.evaluate.compare import compare
-from truestep.evaluate.files import read_samples, results_file, samples_file, score_row
+from truestep.evaluate.files import read_results, read_samples, results_file, samples_file, score_row
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
 from truestep.pipeline.evaluation import evaluate_checkpoint
@@ -120,9 +120,8 @@ def _stages(session: Session) -> None:
         _require_identity(folder, identity)
         if (folder / "done.json").exists():
             done = read_done(folder)
-            rundir.verify_files(
-                folder, {n: e for n, e in done.get("files", {}).items() if n.startswith("export/")}
-            )
+            marks = {n: e for n, e in done.get("files", {}).items() if n.startswith("export/")}
+            rundir.verify_files(folder, marks, f"restore it, or {rundir.train_again(folder)}")
             rundir.verify_export(folder / "export")  # it is a result, even if no later stage reads it
             session.reporter.say(f"{stage.name}: already done, skipped")
         else:
@@ -211,7 +210,7 @@ def score_rows(session: Session) -> list[dict[str, Any]]:
     """Return the score of every checkpoint on every data set that has results."""
     sets = session.prepared.settings.evaluate.data
     paths = [(c.name, d, results_file(c, d)) for c in _checkpoints(session) for d in sets]
-    return [score_row(d, rundir.read_json(path), checkpoint=c) for c, d, path in paths if path.exists()]
+    return [score_row(d, read_results(path), checkpoint=c) for c, d, path in paths if path.exists()]
 
 
 def comparisons(session: Session) -> list[dict[str, Any]]:

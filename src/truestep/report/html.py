@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jinja2
 
 from truestep import pages
 from truestep.errors import UserError
-from truestep.evaluate.files import MAKE_AGAIN, samples_in
+from truestep.evaluate.files import checked_samples
 from truestep.report import figures, tables
 from truestep.report.tables import ScoreRow, clip, duration, percent, scientific, visible, whole
 from truestep.rundir import read_settings_text, redact, write_atomic
@@ -193,10 +194,7 @@ def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]
 def _lines(path: Path) -> Iterator[Row]:
     """Yield the rows of a file one by one, because a file with many samples per problem may be larger than
     memory."""
-    for _, (number, row) in zip(range(_SEARCHED), samples_in(path), strict=False):
-        if row is None:
-            raise UserError(f"{path}:{number}: the sample is damaged; {MAKE_AGAIN}")
-        yield row
+    yield from islice(checked_samples(path), _SEARCHED)
 
 
 def pick_samples(rows: Iterable[Row]) -> list[Row]:

@@ -12,7 +12,6 @@ import concurrent.futures
 import functools
 import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -24,10 +23,10 @@ from pydantic import Field
 
 from truestep.errors import UserError
 from truestep.frozen import Frozen
-from truestep.http_client import RETRIED, Client, Rejected
+from truestep.http_client import RETRIED, Client, Rejected, check_address, key_from
 from truestep.records import RewardInput
+from truestep.redaction import redact
 from truestep.rewards.record import Unscored, Value
-from truestep.rundir import redact
 from truestep.settings import parse
 
 FRAME = (
@@ -64,7 +63,11 @@ def judge(samples: Sequence[RewardInput], *, folder: str = "", **options: Any) -
     """Return the judge's scores, from 0 to 1. A sample is unscored if the judge gives no score, and failed if
     all attempts fail. Answers are stored in ``judge.jsonl`` in the run's folder, by hash of the question."""
     settings = parse(JudgeSettings, options, where="options")
-    if settings.key_env and not os.environ.get(settings.key_env):
+    try:
+        check_address(settings.url)
+    except ValueError as error:
+        raise UserError(f"options.url = {settings.url!r} is not the address of a server: {error}") from None
+    if settings.key_env and not key_from(settings.key_env):
         raise UserError(f"options.key_env: the environment variable {redact(settings.key_env)} is not set")
     with concurrent.futures.ThreadPoolExecutor(settings.concurrency) as pool:
         return list(pool.map(Judge(settings.model_dump_json(), folder).value, samples))
@@ -91,7 +94,7 @@ def read_score(text: str, mark: str, scale: float) -> float | Unscored:
     """Return the score on the last line, divided by the scale."""
     found = re.search(rf"(?:^|\n)[ *]*SCORE-{mark}:[ *]*(\d+(?:\.\d+)?)[ *]*\Z", text.strip())
     if found is None:
-        return Unscored(f"the judge's answer does not end with a score: {redact(text.strip()[-120:])!r}")
+        return Unscored(f"the judge's answer does not end with a score: {redact(text.strip())[-120:]!r}")
     score = float(found[1])
     return score / scale if score <= scale else Unscored(f"the judge's score {score:g} is above {scale:g}")
 
@@ -105,9 +108,9 @@ class Judge:
         settings = self.settings = JudgeSettings.model_validate_json(settings_json)
         self._path = path = Path(folder) / "judge.jsonl" if folder else None
         self._lock, self._free_at = threading.Lock(), 0.0
-        self._key = os.environ.get(settings.key_env, "") if settings.key_env else ""
+        key = key_from(settings.key_env) if settings.key_env else ""
         limits: dict[str, Any] = {"seconds": settings.request_seconds, "max_bytes": MAX_ANSWER}
-        self._client = Client(base=settings.url.rstrip("/"), key=self._key, **limits)
+        self._client = Client(base=settings.url.rstrip("/"), key=key, **limits)
         self._known: dict[str, str] = {}
         for line in path.read_bytes().splitlines() if path and path.exists() else ():
             try:
@@ -122,7 +125,7 @@ class Judge:
             try:
                 text = self._ask(turns)
             except (OSError, ValueError, LookupError, TypeError) as error:
-                return RuntimeError(f"the request to the judge failed: {self._cleaned(error)}")
+                return RuntimeError(f"the request to the judge failed: {self._client.words(error)}")
             self._keep(mark, text)
         return read_score(self._known[mark], mark, self.settings.scale)
 
@@ -159,13 +162,10 @@ class Judge:
             self._free_at = max(self._free_at, time.monotonic() + asked)
 
     def _keep(self, mark: str, text: str) -> None:
-        text = self._cleaned(text)
+        text = self._client.hide(text)
         with self._lock:
             self._known[mark] = text
             if self._path:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("ab") as file:  # one write: lines stay whole even with several processes
                     file.write(b"\n" + json.dumps({"key": mark, "answer": text}).encode())
-
-    def _cleaned(self, what: object) -> str:
-        return redact(str(what).replace(self._key, "[redacted]") if self._key else str(what))

@@ -31,7 +31,7 @@ POLL_SECONDS = 0.1  # between two measurements of a worker's memory
 START_SECONDS = 600.0  # seconds to load a function and its state
 RETRY_TIME = 3.0  # in units of timeout_seconds: the time for all samples of a failed batch together
 MIN_SAMPLES = 20  # a share of fewer samples is noise, so steps are counted together until there are this many
-OUTPUT_TAIL = 4000  # bytes of a worker's output that are shown after a failure
+OUTPUT_TAIL = 4000  # characters of a worker's output that are shown after a failure
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -94,7 +94,7 @@ class Worker:
 
     def failed(self, *, reason: str, detail: str = "", **_: Any) -> Answer:
         """Return a failed Answer that also shows what the function printed last."""
-        printed = self._printed.decode("utf-8", "replace").strip()
+        printed = redact(self._printed.decode("utf-8", "replace").strip())[-OUTPUT_TAIL:]
         detail += f"\nThe function printed:\n{printed}" if printed else ""
         return Answer(reason=redact(reason), failed=True, detail=redact(detail.strip()))
 
@@ -134,7 +134,7 @@ class Worker:
 
     def _read_output(self) -> None:
         chunk = os.read(self._output.fileno(), 1 << 16)
-        self._printed = (self._printed + chunk)[-OUTPUT_TAIL:]
+        self._printed = (self._printed + chunk)[-2 * OUTPUT_TAIL :]  # half a secret would not be found
         if not chunk:
             self._selector.unregister(self._output)
 

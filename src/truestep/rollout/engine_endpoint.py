@@ -7,7 +7,6 @@ The API key comes only from the environment and is never written.
 from __future__ import annotations
 
 import concurrent.futures
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,11 +14,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from truestep.errors import UserError
-from truestep.http_client import BadAnswer, Client, Rejected
+from truestep.http_client import BadAnswer, Client, Rejected, check_address, key_from
 from truestep.records import Message, RecordError, Stop
-from truestep.redaction import HIDDEN
+from truestep.redaction import redact
 from truestep.rollout.engine import SampleRequest, SamplingParameters
-from truestep.rundir import redact
 from truestep.seeding import integer
 
 Request = TypeVar("Request")
@@ -69,18 +67,23 @@ def text_seed(request: SampleRequest) -> int:
 
 @contextmanager
 def connect(url: str, seconds: float = ANSWER_SECONDS, retries: int = RETRIES) -> Iterator[Client]:
-    """Connect a client to the endpoint. Raises UserError if no server answers or the key is rejected."""
+    """Connect a client to the endpoint. Raises UserError if the address or the key cannot be used, no server
+    answers, or the key is rejected."""
     base = url.rstrip("/")
     base = base if "/" in base.partition("://")[2] else f"{base}/v1"
-    key, where = _key(), f"engine = {redact(url)!r}"
-    client = Client(base=base, key=key, seconds=seconds, retries=retries)
+    where = f"engine = {redact(url)!r}"
+    try:
+        check_address(base)
+    except ValueError as error:
+        raise UserError(f"{where} is not the address of a server: {error}") from None
+    client = Client(base=base, key=key_from(*KEY_NAMES), seconds=seconds, retries=retries)
     try:
         replace(client, seconds=min(seconds, 30.0), retries=min(retries, 1)).ask("/models")
     except Rejected as error:  # not every server lists its models
         if error.status in (401, 403):
             raise UserError(f"{where}: the key was rejected; set {' or '.join(KEY_NAMES)}") from None
     except OSError as error:
-        reason = f"no server answers ({_reason(error)})"
+        reason = f"no server answers ({client.words(error)})"
         raise UserError(f"{where}: {reason}; start the server, or correct the URL") from None
     except BadAnswer:
         pass
@@ -88,10 +91,6 @@ def connect(url: str, seconds: float = ANSWER_SECONDS, retries: int = RETRIES) -
         yield client
     finally:
         client.close()
-
-
-def _key() -> str:
-    return next((os.environ[name] for name in KEY_NAMES if os.environ.get(name)), "")
 
 
 def each(
@@ -139,19 +138,23 @@ class EndpointEngine:
         try:
             found = self.client.ask(path, self._body(request, sampling))
             sample = _sample(request, found["choices"][0], found.get("usage"))
-            if len(key := self.client.key) >= 8:  # a server may send everything back
-                sample = replace(sample, text=sample.text.replace(key, HIDDEN))
         except Rejected as error:
             if error.status in (401, 403, 404) and not self._has_answered:
                 rejected = f"model {self.model!r} was rejected by the endpoint"
-                raise UserError(f"{rejected}: {_reason(error)}") from None
-            return _failed(request, _reason(error))
+                raise UserError(f"{rejected}: {self.client.words(error)}") from None
+            return self._failed(request, error)
         except (OSError, BadAnswer) as error:
-            return _failed(request, _reason(error))
-        except (TypeError, AttributeError, LookupError):
-            return _failed(request, "the endpoint's answer is not a completion")
+            return self._failed(request, error)
+        except (TypeError, AttributeError, LookupError, RecursionError):
+            return self._failed(request, "the endpoint's answer is not a completion")
         self._has_answered = True
         return sample
+
+    def _failed(self, request: TextRequest, reason: object) -> TextSample:
+        return TextSample(
+            problem_id=request.problem_id, sample_index=request.sample_index, text="", stop=Stop.ERROR,
+            num_tokens=0, error=self.client.words(reason),
+        )  # fmt: skip
 
     def _body(self, request: TextRequest, sampling: SamplingParameters) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.model, "seed": request.seed}
@@ -167,15 +170,16 @@ class EndpointEngine:
 
 
 def _sample(request: TextRequest, choice: dict[str, Any], usage: Any) -> TextSample:
+    """Return a completion as a sample. Raises BadAnswer if it has no text or did not end by itself."""
     message = choice["message"] if request.messages else {"content": choice["text"]}
     text, finish = message.get("content"), choice.get("finish_reason")
     thought = message.get("reasoning_content") or message.get("reasoning")
     if isinstance(thought, str) and (text is None or isinstance(text, str)):
         text = f"<think>\n{thought}\n</think>\n{text}" if text else f"<think>\n{thought}"
     if not isinstance(text, str):
-        return _failed(request, "the endpoint sent no text")
+        raise BadAnswer("the endpoint sent no text")
     if finish not in ("stop", "length"):
-        return _failed(request, f"the endpoint ended the answer for the reason {finish!s:.40}")
+        raise BadAnswer(f"the endpoint ended the answer for the reason {finish}")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return TextSample(
         problem_id=request.problem_id,
@@ -184,16 +188,3 @@ def _sample(request: TextRequest, choice: dict[str, Any], usage: Any) -> TextSam
         stop=Stop.LENGTH if finish == "length" else Stop.STOP_TOKEN,
         num_tokens=int(count) if isinstance(count, int | float) and 0 < count <= MOST_TOKENS else 0,
     )
-
-
-def _failed(request: TextRequest, reason: str) -> TextSample:
-    return TextSample(
-        problem_id=request.problem_id, sample_index=request.sample_index, text="", stop=Stop.ERROR, num_tokens=0,
-        error=reason or "no reason given",
-    )  # fmt: skip
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line what went wrong, without anything that looks like a key."""
-    text, key = " ".join(str(error).split())[:300] or type(error).__name__, _key()
-    return redact(text.replace(key, "[redacted]") if key else text)

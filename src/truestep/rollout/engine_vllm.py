@@ -27,6 +27,7 @@ from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.http_client import Client
 from truestep.records import Rollout
+from truestep.redaction import redact
 from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.engine_endpoint import each, text_seed
 
@@ -99,7 +100,9 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         if process.poll() is not None:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             telling = [line for line in lines if "Error" in line] or lines or ["its log is empty"]
-            raise UserError(f'engine = "vllm": the server did not start: {telling[-1].strip()[-300:]}')
+            raise UserError(
+                f'engine = "vllm": the server did not start: {redact(telling[-1].strip())[-300:]}'
+            )
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return

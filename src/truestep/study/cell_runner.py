@@ -91,7 +91,8 @@ def start(order: Order) -> tuple[int, str]:
     with ONE_AT_A_TIME:
         process.join()
         _RUNNING.discard(process)
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    # A process that is told to end while it starts has no log yet.
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
     return process.exitcode or 0, said[-1] if said else ""
 
 

@@ -211,7 +211,7 @@ def run_script(path: Path, python: Path, ranks: int, home: Path) -> tuple[bool |
     except SubjectFailed as error:
         return None, str(error)
     shown = last_line(said, r"weights \[")
-    return (code == 1, shown) if shown.startswith("weights [") else (None, shown[:200])
+    return (code == 1, shown) if shown.startswith("weights [") else (None, redact(shown)[:200])
 
 
 def sweep(python: Path, *, timeout: float) -> dict[str, Any]:

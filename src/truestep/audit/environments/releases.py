@@ -19,6 +19,7 @@ from truestep.audit.environments.launch import audit_one
 from truestep.audit.measure.findings import Verdict
 from truestep.audit.subjects import Configuration, Subject
 from truestep.errors import UserError
+from truestep.redaction import redact
 
 Probe = Callable[[str], bool | None]  # version → whether it is faulty; None if it could not be run
 
@@ -119,7 +120,7 @@ def _releases(python: Path, package: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     listed = re.search(r"Available versions:(.*)", done.stdout)
     if done.returncode or not listed:
-        why = (done.stderr.strip() or "no answer")[-200:]
+        why = redact(done.stderr.strip() or "no answer")[-200:]
         raise UserError(f"cannot list the releases of {package} ({why})")
     return [v.strip() for v in listed[1].split(",") if re.fullmatch(r"\s*\d+(\.\d+)*\s*", v)]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
+from truestep.redaction import redact
 
 PACKAGES = ("deepspeed", "transformers", "openrlhf", "verl")
 LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml")
@@ -161,7 +162,7 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise Broken(f"not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raise Broken(f"not valid YAML: {redact(' '.join(str(error).split()))[:200]}") from None
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Broken(f"not valid YAML: {type(error).__name__}") from None
 
@@ -197,7 +198,7 @@ def _lock(text: str, name: str, evidence: Evidence) -> None:
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Broken(f"not valid TOML: {str(error)[:200]}") from None
+        raise Broken(f"not valid TOML: {redact(str(error))[:200]}") from None
     for key in ("package", "packages"):
         entries = document.get(key)
         for entry in entries if isinstance(entries, list) else []:
