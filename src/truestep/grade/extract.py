@@ -49,10 +49,10 @@ _LETTER = re.compile(
 )
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _REASON = re.compile(
-    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|who|whose|when|where|if|given|thus|rather than|instead of|not|"
-    r"in base (?:10|ten)|"
-    r"for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])"
+    r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|when|where|if|given|thus|in base (?:10|ten)|"
+    r"for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])|,?\s(?:not|rather than|instead of)\s\$?-?[\d.,]+\W*$"
 )
+_WHO = re.compile(r",\s(?:who|whose)\b")
 _QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
 _ASIDE = re.compile(  # 18 (dollars), but not 18 (thousand) or (1, 2)
     r"(.*\d.*\S)\s\((?!mod|base|dozen|hundred|thousand|[a-z]{1,8}illion)[^()]*[A-Za-z]{2}[^()]*\)"
@@ -254,7 +254,10 @@ def _answer_is(text: str) -> tuple[str, How] | None:
             sentence = found[1]
     head = typographic(sentence)
     head = head if PIECEWISE.search(head) else _REASON.split(head, maxsplit=1)[0]
-    if re.search(r"\d", head) or (head and num_words(head) <= MAX_WORDS and re.search(r"\d", sentence)):
+    named = _WHO.split(sentence, maxsplit=1)[0]
+    if named != sentence and num_words(named) <= MAX_WORDS and not re.search(r"\d", named):
+        sentence = named  # Evelyn, who ran 5 km
+    elif re.search(r"\d", head):
         sentence = head
     if (leading := _LEADING.match(typographic(sentence))) and num_words(leading[2]):
         return (sentence if is_changed("", sentence[leading.end(1) :]) else leading[1]), "answer_is"

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 from truestep.grade.units import FUNCTIONS, WORDS
-from truestep.grade.words import VALUES
 
 _WORDS = re.compile(
     r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff\u2070-\u209f]|^[A-Z]:\s"
@@ -20,7 +19,8 @@ _BEFORE_END = re.compile(
     r"log|ln|root|mod|modulo|factorial|(?:divided|multiplied) by|different from|(?:all|anything|everything|none) but|"
     r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than or equal to|"
     r"(?:anywhere|somewhere|rang(?:es?|ing)|vary|varies) from \S{1,12} to)|n't|[<>≤≥≠^_√∛∜*/×·⋅÷+±~]|"
-    r"\b(?:half|halves|thirds?|quarters?|[a-z]{3,9}ths?|squares?|cubes?|roots?|factorial|multiples?|powers?|factors?|divisors?|"
+    r"\b(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
+    r"tenths?|hundredths?|squares?|cubes?|roots?|factorial|multiples?|powers?|factors?|divisors?|"
     r"digits?|reciprocal|opposite|inverse|negative|logarithm|percent(?:age)?|product|quotient|primes?|\d%?) of|"
     r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:and|or))\s*[$(]{0,2}$",
     re.IGNORECASE,
@@ -38,27 +38,43 @@ _NOT = re.compile(
 _OPERATION = re.compile(
     r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|recurring|point|"
     r"mod|modulo|power|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|crores?|"
-    r"gross|googol|halves|half|thirds|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|"
-    r"twelfths?|thousandths?|octal|binary|hex|hexadecimal)$",
+    r"gross|googol|halves|half|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|"
+    r"twelfths|thousandths|octal|binary|hex|hexadecimal)$",
     re.IGNORECASE,
 )
 _HARMLESS = re.compile(
     r"(?:because|since|as|so|which|who|that|when|where|while|after|before|for|with|in|on|at|given|thus|if|assuming|and|of|"
-    r"to|the|by|but|not|is|are|was|were|will|would|can|has|have)$",
+    r"to|the|by|but|during|from|per|each|every|between|among|until|not|is|are|was|were|will|would|can|has|have)$",
     re.IGNORECASE,
 )
-PIECEWISE = re.compile(
-    r"\b(?:if|when|for)\b.*(?:\d.*\b(?:if|when|for)|\b(?:otherwise|else))\b", re.IGNORECASE
-)
+PIECEWISE = re.compile(r"\b(?:if|when|for)\b.*(?:\d\s(?:if|when|for)|\b(?:otherwise|else))\b", re.IGNORECASE)
 _CONTINUES = re.compile(  # a harmless word with these words behind it is not harmless
     r"\s*(?:in base (?!10\b|ten\b)|and (?:(?:an?|one|two|three|four|five|seven|nine) [a-z]+|"
     r"[$*\\(]{0,3}[\d$]|[a-z]\s?=)|"
     r"or (?:more|less|fewer|greater|higher|lower|above|below|over|under|so|[a-z]\s?=|\W{0,3}\d|[$\\])|"
-    r"of \S*\d|for (?:every|each)\b|"
-    r"to (?:the|\S*\d)|by \S*\d|at (?:least|most)\b|with (?:a )?remainder|(?:is|was|are) (?:[a-z]+ )?(?:not|wrong|incorrect|"
+    r"of \S*\d|for (?:every|each) \S*\d|"
+    r"to (?:the (?:power|\S*\d|[a-z]{2,9}(?:th|ird)\b)|\S*\d)|from \S*\d|by \S*\d|at (?:least|most)\b|with (?:a )?remainder|"
+    r"(?:is|was|are) (?:wrong|incorrect|"
     r"false)\b|isn't|but not)",
     re.IGNORECASE,
 )
+_ORDINAL = re.compile(
+    r"\s(?:[a-z]+\s)?(?:primes?|roots?|power|terms?|squares?|cubes?|digits?|number|element|odd|even)\b"
+)
+GLUED = (
+    "g",
+    "s",
+    "L",
+    "V",
+    "A",
+    "W",
+    "J",
+    "N",
+    "m",
+    "am",
+    "pm",
+)  # units that prose writes without a space: 100g
+_NO_FACTOR = re.compile(rf"\b(?:st|nd|rd|th)\b|[ck]?m[²³]|(?<![A-Za-z])(?:{'|'.join(GLUED)})(?![\w^²³⁰-⁹])")
 _STUCK = re.compile(
     r"(?!\s?[ck]?m[²³])(?:[\^!_²³¹⁰-⁹π√∛(]|\\(?!%|\)|\]|,|;|text|mathrm|\s)|[A-Za-z]{1,20}(?=[^A-Za-z]|$))"
 )
@@ -91,10 +107,8 @@ def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
         return False
     stuck = _STUCK.match(after)
     if stuck and stuck[0] in ("st", "nd", "rd", "th"):
-        return bool(
-            re.match(r"\s(?!of\b|day\b|and\b|or\b|is\b|at\b|in\b)[a-z]", after[2:])
-        )  # the 18th prime is not 18
-    if stuck and stuck[0].lower() not in WORDS:
+        return bool(_ORDINAL.match(after[2:]))  # the 18th prime is not 18
+    if stuck and stuck[0].lower() not in WORDS and stuck[0] not in GLUED:
         return True
     if re.match(r"[\s,]*(?:or|nor)\b", after):
         return True
@@ -106,7 +120,7 @@ def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
     ):
         return True
     for word in re.finditer(r"\s*(?:([A-Za-z][A-Za-z'-]*)|(\$?\d)|(.))", after[:200]):
-        if word[2] or (word[1] and (_OPERATION.match(word[1]) or word[1].lower() in VALUES)):
+        if word[2] or (word[1] and _OPERATION.match(word[1])):
             return True
         if _CONTINUES.match(after, word.start()):
             return True
@@ -132,11 +146,13 @@ def run_of(text: str, number: re.Match[str]) -> tuple[int, int]:
     start, end = number.start(), number.start() + len(number[0].rstrip())
     if "/" in number[0] and (mixed := re.search(r"(?<![\d.,/])\d{1,6}\s$", text[max(0, start - 8) : start])):
         start -= len(mixed[0])  # 2 1/2
+    if len(number[0]) == 2 and (hour := re.search(r"(?<!\d)\d{1,2}:$", text[max(0, start - 3) : start])):
+        return start - len(hour[0]), end  # 2:30
     for group in _GROUP.finditer(text, max(0, start - 60), end + 60):
         if group.start() < start < group.end():
             return group.span()
     first = start - _reach(_PIECE.findall(text[max(0, start - 60) : start])[::-1])
-    last = end + _reach(_PIECE.findall(re.split(r"\b(?:st|nd|rd|th)\b|[ck]?m[²³]", text[end : end + 60])[0]))
+    last = end + _reach(_PIECE.findall(_NO_FACTOR.split(text[end : end + 60])[0]))
     run = text[first:last]
     is_whole = all(run.count(a) == run.count(b) for a, b in ("()", "{}")) and not num_words(run)
     return (first, last) if is_whole else (start, end)
@@ -151,9 +167,7 @@ def _reach(pieces: Sequence[str]) -> int:
         spaced = (
             piece == "-" and pieces[place - 1 : place] == [" "] and pieces[place + 1 : place + 2] == [" "]
         )
-        if piece == ":" and pieces[place + 1 : place + 2] and pieces[place + 1].isdigit():
-            is_joined = True  # 2:30
-        elif piece == " ":
+        if piece == " ":
             is_joined, is_tight = is_joined and place > 0, False
         elif _SIGN.fullmatch(piece) and not spaced:
             taken, is_joined = (taken if _INFIX.fullmatch(piece) else length), True
