@@ -480,6 +480,18 @@ def test_what_a_killed_writer_left_is_removed_at_the_next_start(tmp_path: Path) 
         assert [str(p.relative_to(run)) for p in files(run)] == [".lock", "kept"]
 
 
+def test_a_report_removes_what_a_killed_one_left(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, run := tmp_path / "run")
+    (left := run / ".report.html.abc.tmp-write").write_text("half")
+    monkeypatch.setattr(sys, "argv", ["truestep", "report", str(run)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert not left.exists()
+
+
 def test_a_run_killed_before_its_first_file_can_be_started_again(tmp_path: Path) -> None:
     with rundir.locked(tmp_path):
         pass

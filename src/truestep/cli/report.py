@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,12 @@ def _report(run: Path, as_json: bool) -> None:
     from truestep.report.evaluation import write_evaluation_report
     from truestep.report.html import write_report
     from truestep.report.tables import print_scores, read_summary, score_table
+    from truestep.rundir import locked
 
+    if (run / "results.json").is_file() or (run / "resolved.toml").is_file():
+        # What a killed writer left goes, unless the folder is in use.
+        with contextlib.suppress(UserError), locked(run, apart="run"):
+            pass
     if (run / "results.json").is_file():
         from truestep.report.study import write_study
 
