@@ -480,12 +480,20 @@ def test_what_a_killed_writer_left_is_removed_at_the_next_start(tmp_path: Path) 
         assert [str(p.relative_to(run)) for p in files(run)] == [".lock", "kept"]
 
 
-def test_a_report_removes_what_a_killed_one_left(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("words", [["report", "run"], ["eval", "export", "run", "--out", "out"]])
+def test_a_writer_removes_what_a_killed_one_left(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     shutil.copytree(whole, run := tmp_path / "run")
-    (left := run / ".report.html.abc.tmp-write").write_text("half")
-    monkeypatch.setattr(sys, "argv", ["truestep", "report", str(run)])
+    left = (
+        run / ".report.html.abc.tmp-write"
+        if len(words) == 2
+        else tmp_path / "out/rl/.results.json.a.tmp-write"
+    )
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_text("half")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["truestep", *words])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code

@@ -23,7 +23,7 @@ from truestep.evaluate.benchmarks import BY_ID
 from truestep.evaluate.files import Row, read_samples, results_file, samples_file
 from truestep.evaluate.log_fields import AS_WRITTEN, check_fields
 from truestep.records import Verdict
-from truestep.rundir import file_sha256, read_json, write_atomic
+from truestep.rundir import UNFINISHED, file_sha256, read_json, write_atomic
 
 MAX_LOG_BYTES = 2**30  # for one unpacked file in an inspect log
 _SCORES = ("exact_match", "acc", "acc_norm", "math_verify", "extractive_match", "em", "quasi_exact_match", "pass@1")  # fmt: skip
@@ -320,6 +320,8 @@ def write_lm_eval(run: Path, out: Path) -> list[Path]:
         found = {task: _results_of(folder, task) for task in tasks}
         if not found:
             continue
+        for left in (out / folder.name).glob(f".*{UNFINISHED[0]}"):  # by a killed export
+            left.unlink(missing_ok=True)
         for task in found:
             lines = _documents(read_samples(samples_file(folder, task)))
             path = out / folder.name / f"samples_{task}.jsonl"
