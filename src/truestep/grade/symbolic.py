@@ -29,7 +29,10 @@ UNREADABLE = "unreadable: the answer is not a formula"
 UNREADABLE_GOLD = "the gold answer is not a readable formula: compared as text"
 DIGITS = 50  # digits that two equal constants have in common
 ROUNDED_DIGITS = 6  # as in grade.numeric, which is not imported into the processes
-WARM_UP = ((r"\frac{x^2-1}{x-1}", "x+1"), ("x=2y+1", "x+y^2=1"), (r"[0,1) \cup (2,\infty)", "[0,2]"))
+WARM_UP = (
+    (r"\frac{x^2-1}{x-1}", "x+1"), ("x=2y+1", "x+y^2=1"), (r"[0,1) \cup (2,\infty)", "[0,2]"), (r"f(x)", r"a_{1} x^{2}"),
+    (r"\sin(2x)", r"2\sin(x)\cos(x)"), (r"1, -\sqrt{2}", r"\{1, 2\}"), (r"\sum_{k=1}^{n} k", r"\sqrt[3]{2}"),
+)  # fmt: skip
 PRIMES = (3, 5, 2, 7, 11, 13, 17, 19)
 # Names that the parser reads as √-1, as e, or as the small letter.
 _CAPITAL = re.compile(

@@ -242,7 +242,8 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = Tr
 
     names = _names(rows)
     kept = _TERMINAL["prompt" if names[1][0] == "Prompt" else "checkpoint"] + ((_PUBLISHED,) if wide else ())
-    kept += ("Unreadable",) if any(row.unreadable_rate for row in rows) else ()
+    if any(row.unreadable_rate for row in rows):  # it takes the place of a column that then says less
+        kept = (*(heading for heading in kept if heading != "Answer found"), "Unreadable")
     columns = [*score_columns(rows)[2:], *pass_columns(rows)[2:], ("Right/wrong/unscored", counted)]
     shown = [(h, c) for h, c in columns if h in kept or (h.startswith("pass@") and "pass@k" in kept)]
     headings, cells = cells_of(rows, [*names, *shown])
