@@ -242,8 +242,6 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = Tr
 
     names = _names(rows)
     kept = _TERMINAL["prompt" if names[1][0] == "Prompt" else "checkpoint"] + ((_PUBLISHED,) if wide else ())
-    if any(row.unreadable_rate for row in rows):  # it takes the place of a column that then says less
-        kept = (*(heading for heading in kept if heading != "Answer found"), "Unreadable")
     columns = [*score_columns(rows)[2:], *pass_columns(rows)[2:], ("Right/wrong/unscored", counted)]
     shown = [(h, c) for h, c in columns if h in kept or (h.startswith("pass@") and "pass@k" in kept)]
     headings, cells = cells_of(rows, [*names, *shown])
@@ -251,6 +249,11 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = Tr
     table = Table(title=Text(visible(title)) if title else None, **shape)
     for number, heading in enumerate(headings):
         table.add_column(Text(textwrap.fill(heading, 11)), justify="left" if number < 2 else "right")
+    unread = [
+        f"{r.prompt or r.checkpoint} {r.data} {percent(r.unreadable_rate)}" for r in rows if r.unreadable_rate
+    ]
+    if unread:
+        table.caption = Text(visible(f"unreadable answers (incorrect): {', '.join(unread)}"), justify="left")
     for row in cells:
         table.add_row(*(Text(cell.replace(" [", "\n[").replace(" (", "\n(")) for cell in row))
     return table
