@@ -20,23 +20,28 @@ MAX_CHOICE = 400  # most characters of an answer that may name a choice
 _SAID_CHOICE = re.compile(  # (B), **B**, **B. copper**, option B; not P(A), **A word**, the choice I made
     r"(?<!\w)\(([A-J])\)|\*\*\(?([A-J])(?=[).:,]|\*\*|$)|"
     r"\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3}\*{0,2}[(\"']?([A-HJ](?![\w'])|I(?![\w']|\s[a-z]))|"
-    r"\b(?:pick|choose|select|is|be|leaving|leaves|so|thus|therefore|hence)\s{1,3}([B-HJ](?![\w'(])|[AI](?![\w'(]|\s[a-z]))|"
+    r"\b(?:pick|choose|select|is|be|leaving|leaves|so|thus|therefore|hence)\s{1,3}([B-HJ](?![\w'(])|"
+    r"[AI](?![\w'(]|\s[a-z]))|"
     r"(?<![\w'])([A-J]) (?:is (?:the )?(?:correct|right|best|better|true)|remains)\b|は([A-J])(?=です|。|$)"
 )
 _NEGATED = re.compile(
-    r"(?:\b(?:[Nn]ot|[Nn]either|non|nicht|no|pas|nor|isn't|[Cc]an't be|cannot be|[Ee]xcept|(?:anything|everything|all|any) but|"
-    r"[Rr]ul(?:e|es|ed|ing) out|[Ee]xclud(?:e|es|ed|ing)|[Ee]liminat(?:e|es|ed|ing)|[Rr]eject(?:s|ed|ing)?|[Dd]oubt|"
+    r"(?:\b(?:[Nn]ot|[Nn]either|non|nicht|no|pas|nor|isn't|[Cc]an't be|cannot be|[Ee]xcept|(?:anything|"
+    r"everything|all|any) but|"
+    r"[Rr]ul(?:e|es|ed|ing) out|[Ee]xclud(?:e|es|ed|ing)|[Ee]liminat(?:e|es|ed|ing)|[Rr]eject(?:s|ed|ing)?|"
+    r"[Dd]oubt|"
     r"[Ii]gnor(?:e|ed|ing)|[Bb]esides|other than|rather than|instead of|"
     r"worst (?:choice|option|answer) is|unlikely to be|(?:discard|avoid|drop|cross off|strike)(?:s|ed|ing)?|"
     r"[Nn]ever(?: choose| pick)?)\b|n't|"
     r"不是|而非|不选|ليس)\s*(?:\w{2,9}\s){0,2}\(?[A-J]\)?(?![A-Za-z'])(?:,?\s(?:and|or|nor)\s\(?[A-J]\b\)?|"
     r",\s\(?[A-J]\)?(?=,|\s(?:and|or|nor)))*|"
-    r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:(?:is|was|seems|looks|(?:must|would|could|can|may|has to) be) (?:[a-z]{2,9} )?"
+    r"\(?(?<![A-Za-z0-9])[A-J]\)? (?:(?:is|was|seems|looks|(?:must|would|could|can|may|"
+    r"has to) be) (?:[a-z]{2,9} )?"
     r"(?:incorrect|wrong|false|not|impossible|excluded|eliminated|rejected|ruled out|unlikely|out)\b|"
     r"(?:contradicts|fails|cannot|can't|doesn't|does not|isn't)\b)"
 )
 _CHOICE = re.compile(
-    r"(?<![A-Za-z0-9\\'=+*/^_|-])(?<![=+*/^-] )(?<![A-Za-z]\()\(?([A-J])\)?(?![A-Za-z0-9'_^(|]|\s*[=+*/^<>]|\s*-\s*\d)"
+    r"(?<![A-Za-z0-9\\'=+*/^_|-])(?<![=+*/^-] )(?<![A-Za-z]\()\(?([A-J])\)?(?![A-Za-z0-9'_^(|]|"
+    r"\s*[=+*/^<>]|\s*-\s*\d)"
 )
 _SPEAKER = re.compile(r"\bI(?= (?:choose|pick|select|think|believe|guess|say|would|will|can|am|go)\b)")
 _ARTICLE = re.compile(r"\b[AI](?= (?!or\b|and\b)[a-z])")
@@ -85,7 +90,8 @@ def extract_choice(text: str, choices: Sequence[str] = (), *, strict: bool = Fal
         len(named) != 1
         or _DENIAL.search(last)
         or re.search(
-            r"(?:\b[A-J]\)? is (?:also|possible)|\bor (?:possibly|maybe)\b|\b[A-J] (?:if|when)\b.*\b[A-J]\b|\botherwise [A-J]\b)",
+            r"(?:\b[A-J]\)? is (?:also|possible)|\bor (?:possibly|maybe)\b|\b[A-J] (?:if|"
+            r"when)\b.*\b[A-J]\b|\botherwise [A-J]\b)",
             last,
         )
     ):

@@ -21,36 +21,46 @@ MAX_GOLD_WORDS = 8  # a gold text with more words is a whole solution
 MAX_WORDS = 2  # text with more words next to an answer is prose
 
 _BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
-_JOINT = re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
-    r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:(?!(?:and|or|but|so|thus)\b)[a-z]{1,15} )?(?:\\text\{\s*)?"
-    r"(?:and|or|or else|or,? alternatively,?|otherwise,?|,|;|&|/|\\lor|\\land)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
-    r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
+_JOINT = (
+    re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
+        r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:(?!(?:and|or|but|so|"
+        r"thus)\b)[a-z]{1,15} )?(?:\\text\{\s*)?"
+        r"(?:and|or|or else|or,? alternatively,?|otherwise,?|,|;|&|/|\\lor|"
+        r"\\land)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
+        r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
+    )
 )
 _GAP = re.compile(r"[ $]*(?:\\q?quad|\n)?[ $]*")  # two boxes in one formula, or on adjacent lines
 _END_TOKENS = re.compile(r"(?:\s{0,9}(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>))+\s*$")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|(?<!\d{4}) )(?=\d{3}(?!\d))")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 ANSWER_IS = re.compile(
-    r"\banswers?\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}(?:is|are)\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])"
+    r"\banswers?\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}(?:is|are)\b(?:\s{1,3}(?:therefore|thus))?|"
+    r"\s{0,3}[:=])"
     r"\s{0,3}[*_]{0,3}:?|"
-    r"\b(?:réponse|reponse|respuesta|resposta|risposta|antwort|lösung|ответ|odpowiedź|cevap|svar|antwoord|đáp án)\b[*_]{0,3}"
-    r"(?:(?:\s{1,3}\w{1,15}){0,4}?\s{1,3}(?:est|es|é|è|ist|lautet|jest|är|is|là)\b|\s{0,3}[:：=])\s{0,3}[*_]{0,3}[:：]?|"
+    r"\b(?:réponse|reponse|respuesta|resposta|risposta|antwort|lösung|ответ|odpowiedź|cevap|svar|antwoord|"
+    r"đáp án)\b[*_]{0,3}"
+    r"(?:(?:\s{1,3}\w{1,15}){0,4}?\s{1,3}(?:est|es|é|è|ist|lautet|jest|är|is|là)\b|"
+    r"\s{0,3}[:：=])\s{0,3}[*_]{0,3}[:：]?|"
     r"(?:答案|答え|答|정답|उत्तर|الجواب|الإجابة)\s{0,3}(?:应该|應該)?(?:是|为|為|は|은|는|है|هي|هو|[:：])\s{0,3}[*_]{0,3}[:：]?",
     re.IGNORECASE,
 )
 _FINAL_ANSWER = re.compile(  # with a number
-    r"\bfinal answer\b[*_]{0,3}(?:\s{1,3}(?:is|=))?[\s:*_$\\(\[{-]{0,8}(?:(?:frac|sqrt)\s?\{|[A-Za-z]\s?=\s?-?)?\d",
+    r"\bfinal answer\b[*_]{0,3}(?:\s{1,3}(?:is|=))?[\s:*_$\\(\[{-]{0,8}(?:(?:frac|sqrt)\s?\{|"
+    r"[A-Za-z]\s?=\s?-?)?\d",
     re.IGNORECASE,
 )
 _LETTER = re.compile(
-    r"\W{0,3}(?:(?:[Cc]hoice|[Oo]ption|[Ll]etter)\s\W{0,2})?([A-J])(?:\)|(?=[.,:;*'\"。、，]|$|\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
+    r"\W{0,3}(?:(?:[Cc]hoice|[Oo]ption|[Ll]etter)\s\W{0,2})?([A-J])(?:\)|(?=[.,:;*'\"。、，]|$|"
+    r"\s?[\u0370-\u1fff\u3040-\uffef]|\s(?:because|since|as|not|non|nicht|no|pas)\b))"
     r"(?!\W{0,3}\s*(?:and|or|,)?\s*(?:possibly |maybe |perhaps |also |even )?\W{0,3}[A-J]\b)(?!\s*[=+*/^-])"
     r"(?![^.\n]*\b[A-J]\b\)? is (?:also|possible|another))"  # one choice, not two of them, and no variable
 )
 _BOLD = re.compile(r"(\*{1,3})([^\s*](?:[^*]|\*(?!\*))*)\1(\.?)")
 _REASON = re.compile(
     r"\s*(?:[,;(—]\s*|\s-{1,2}\s)?\b(?:because|since|as|so|which|when|where|if|given|thus|in base (?:10|ten)|"
-    r"for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])|,?\s(?:not|rather than|instead of)\s\$?-?[\d.,]+\W*$"
+    r"for(?! every| each))\b|\s*(?:\(mod \d+\)|\[\^\w{1,9}\])|,?\s(?:not|rather than|"
+    r"instead of)\s\$?-?[\d.,]+\W*$"
 )
 _WHO = re.compile(r",\s(?:who|whose)\b")
 _QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
@@ -72,7 +82,8 @@ _NUMBER = re.compile(
 )
 # Signs and words outside of a box that change what is in it; most of them only inside of $…$, \(…\) or \[…\].
 _BOX_BEFORE = re.compile(
-    r"(?:(?<=\S)\s-(?=$)|=\s?-|\bminus|\\(?:neq?|[lg]eq?|sqrt|not\s*=|frac\{[^{}]{0,9}\}\{)|(?<=[\w)}] )[<>≠]|"
+    r"(?:(?<=\S)\s-(?=$)|=\s?-|\bminus|\\(?:neq?|[lg]eq?|sqrt|not\s*=|frac\{[^{}]{0,9}\}\{)|"
+    r"(?<=[\w)}] )[<>≠]|"
     r"\b(?:not|never)(?: equal to)?|n't(?: be)?)\s*$"
 )
 _BOX_BEFORE_IN_MATH = re.compile(
@@ -87,12 +98,15 @@ _MINUS = re.compile(r"\b(?:negative|minus)\s$", re.IGNORECASE)
 _SCALED = re.compile(r"\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b")
 _BOLD_MARKS = re.compile(r"(?<!\d)\*\*()|\*\*(?!\d)()|(?<![\w*])\*([^*\s][^*\n]{0,40})\*(?![\w*])")
 _WRONG = re.compile(
-    r"\b(?:wrong|incorrect|false|bad)\s+$|\b(?:doubt|not|unlikely|never|deny|if|suppose|assum(?:e|ing)|whether)\b[^.\n,;:]{0,24}$|n't\b[^.\n,;:]{0,24}$",
+    r"\b(?:wrong|incorrect|false|bad)\s+$|\b(?:doubt|not|unlikely|never|deny|if|suppose|assum(?:e|ing)|"
+    r"whether)\b[^.\n,;:]{0,24}$|n't\b[^.\n,;:]{0,24}$",
     re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|non|nicht|never|cannot|isn't)|n't|, no|不是)\s{0,3}(?:(?:be|equal|exactly|equal to)\s)?[$(]?$|"
-    r"\b(?:doubt|(?:not|n't|never) (?:think|believe|say|claim|agree)|(?:if|suppose|whether) the answer)\b[^,;:]*$",
+    r"(?:\b(?:not|non|nicht|never|cannot|isn't)|n't|, no|不是)\s{0,3}(?:(?:be|equal|exactly|"
+    r"equal to)\s)?[$(]?$|"
+    r"\b(?:doubt|(?:not|n't|never) (?:think|believe|say|claim|agree)|(?:if|suppose|"
+    r"whether) the answer)\b[^,;:]*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(

@@ -40,7 +40,8 @@ _LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")
 _BRACED = re.compile(r"([\^_])\{([A-Za-z0-9])\}")
 _COMMAND_SPACE = re.compile(r"(\\[A-Za-z]+) (?=[^A-Za-z])")
 _HEDGE = re.compile(  # in front of a number or a formula
-    r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|around|roughly|exactly|\\approx|\\sim(?![a-z])|=)\s*\}?\s*"
+    r"^(?:\\text\s*\{\s*)?(?:approximately|approx\.?|about|around|roughly|exactly|\\approx|\\sim(?![a-z])|"
+    r"=)\s*\}?\s*"
     r"(?=[-\d.\\$])", re.IGNORECASE,
 )  # fmt: skip
 _THEREFORE = re.compile(r"^(?:therefore|thus|hence|so|finally),?[ \t]+", re.IGNORECASE)

@@ -37,7 +37,8 @@ _TEXT_UNIT = re.compile(rf"([^,;=<>]+?)\s*({TEXT_COMMAND}\{{[^{{}}]*\}}(?:\^\{{?
 
 
 _BARE_UNIT = re.compile(
-    r"((?=.*(?:\\pi|\\sqrt|\\frac))[^,;=<>]*[\w})])\s((?:(?:square|cubic|sq) )?[A-Za-z]{2,})(?:\^\{?([23])\}?)?",
+    r"((?=.*(?:\\pi|\\sqrt|\\frac))[^,;=<>]*[\w})])\s((?:(?:square|cubic|"
+    r"sq) )?[A-Za-z]{2,})(?:\^\{?([23])\}?)?",
     re.ASCII,
 )
 

@@ -8,43 +8,55 @@ from collections.abc import Sequence
 from truestep.grade.units import FUNCTIONS, WORDS
 
 _WORDS = re.compile(
-    r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|[^\W\d_\u0000-\u024f\u0370-\u03ff\u2070-\u209f]|^[A-Z]:\s"
+    r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|"
+    r"[^\W\d_\u0000-\u024f\u0370-\u03ff\u2070-\u209f]|^[A-Z]:\s"
 )
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|!(?=\s|$)(?!\s*[=+*/])")  # 5! = 120 goes on
 # A word in front of a number that makes another number of it (the sum of, greater than, never), unless it only says
 # what the number is (equal to, a total of). English has few words of these classes, so that the list is whole.
 _BEFORE_END = re.compile(
-    r"(?:\b(?:than|except|nor|not|never|without|until|till|through|least|most|up to|above|below|under|over|beyond|between|"
-    r"within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|minus|negative|plus|times|base|"
-    r"log|ln|root|mod|modulo|factorial|(?:divided|multiplied) by|different from|(?:all|anything|everything|none) but|"
+    r"(?:\b(?:than|except|nor|not|never|without|until|till|through|least|most|up to|above|below|under|over|"
+    r"beyond|between|"
+    r"within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|minus|negative|"
+    r"plus|times|base|"
+    r"log|ln|root|mod|modulo|factorial|(?:divided|multiplied) by|different from|(?:all|anything|everything|"
+    r"none) but|"
     r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than or equal to|"
     r"(?:anywhere|somewhere|rang(?:es?|ing)|vary|varies) from \S{1,12} to)|n't|[<>≤≥≠^_√∛∜*/×·⋅÷+±~]|"
     r"\b(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
     r"tenths?|hundredths?|squares?|cubes?|roots?|factorial|multiples?|powers?|factors?|divisors?|"
-    r"digits?|reciprocal|opposite|inverse|negative|logarithm|percent(?:age)?|product|quotient|primes?|\d%?) of|"
-    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:and|or))\s*[$(]{0,2}$",
+    r"digits?|reciprocal|opposite|inverse|negative|logarithm|percent(?:age)?|product|quotient|primes?|"
+    r"\d%?) of|"
+    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:and|"
+    r"or))\s*[$(]{0,2}$",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
-    r"[,;:]\s|=|\b(?:which|that|so|is|are|was|were|equals?|becomes?|gives?|gets?|yields?|has|have|had)\b(?!n't)"
+    r"[,;:]\s|=|\b(?:which|that|so|is|are|was|were|equals?|becomes?|gives?|gets?|yields?|has|have|"
+    r"had)\b(?!n't)"
 )
 _NOT = re.compile(
-    r"\b(?:not|never|cannot|nor|neither|except|unless|anything but|other than|different from|rather than|instead of|"
+    r"\b(?:not|never|cannot|nor|neither|except|unless|anything but|other than|different from|rather than|"
+    r"instead of|"
     r"(?:wrong|incorrect|false) (?:answer|value|result)|multiples?|powers?|factors?|"
     r"divisors?|reciprocal|opposite|inverse|remainder|non|nicht|pas)\b|n't\b|不是",
     re.IGNORECASE,
 )
 # What follows a number and makes another number of it; a reason, a time, a place or a noun does not.
 _OPERATION = re.compile(
-    r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|recurring|point|"
-    r"mod|modulo|power|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|crores?|"
+    r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|"
+    r"recurring|point|"
+    r"mod|modulo|power|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|"
+    r"crores?|"
     r"gross|googol|halves|half|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|"
     r"twelfths|thousandths|octal|binary|hex|hexadecimal)$",
     re.IGNORECASE,
 )
 _HARMLESS = re.compile(
-    r"(?:because|since|as|so|which|who|that|when|where|while|after|before|for|with|in|on|at|given|thus|if|assuming|and|of|"
-    r"to|the|by|but|during|from|per|each|every|between|among|until|not|is|are|was|were|will|would|can|has|have)$",
+    r"(?:because|since|as|so|which|who|that|when|where|while|after|before|for|with|in|on|at|given|thus|if|"
+    r"assuming|and|of|"
+    r"to|the|by|but|during|from|per|each|every|between|among|until|not|is|are|was|were|will|would|can|has|"
+    r"have)$",
     re.IGNORECASE,
 )
 PIECEWISE = re.compile(r"\b(?:if|when|for)\b.*(?:\d\s(?:if|when|for)|\b(?:otherwise|else))\b", re.IGNORECASE)
@@ -53,7 +65,8 @@ _CONTINUES = re.compile(  # a harmless word with these words behind it is not ha
     r"[$*\\(]{0,3}[\d$]|[a-z]\s?=)|"
     r"or (?:more|less|fewer|greater|higher|lower|above|below|over|under|so|[a-z]\s?=|\W{0,3}\d|[$\\])|"
     r"of \S*\d|for (?:every|each) \S*\d|"
-    r"to (?:the (?:power|\S*\d|[a-z]{2,9}(?:th|ird)\b)|\S*\d)|from \S*\d|by \S*\d|at (?:least|most)\b|with (?:a )?remainder|"
+    r"to (?:the (?:power|\S*\d|[a-z]{2,9}(?:th|ird)\b)|\S*\d)|from \S*\d|by \S*\d|at (?:least|most)\b|"
+    r"with (?:a )?remainder|"
     r"(?:is|was|are) (?:wrong|incorrect|"
     r"false)\b|isn't|but not)",
     re.IGNORECASE,

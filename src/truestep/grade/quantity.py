@@ -14,9 +14,11 @@ from truestep.grade.words import HAN, SPELLED, spelled_number
 MAX_LENGTH = 120
 _MARKS = {"'": ("ft", "arcmin"), '"': ("in", "arcsec")}
 _PIECE = re.compile(
-    r"(?P<number>\d[\d,]*(?:\.\d+)?(?:\s+\d+\s*/\s*\d+|\s*/\s*\d+|\s*\\frac\{\d+\}\{\d+\})?|\\frac\{\d+\}\{\d+\})"
+    r"(?P<number>\d[\d,]*(?:\.\d+)?(?:\s+\d+\s*/\s*\d+|\s*/\s*\d+|\s*\\frac\{\d+\}\{\d+\})?|"
+    r"\\frac\{\d+\}\{\d+\})"
     r"(?:\s*(?:\\times|\\cdot)\s*10\^(?:\{-?\d{1,3}\}|\d))?\s*"
-    r"(?P<unit>'{1,2}|\"|(?:(?!and\b)[^\d,'\"\s\\^]|\\(?:frac|cdot|Omega)(?![a-z])|\^(?:\{\\circ\}|\{?-?\d\}?)|\s)+)"
+    r"(?P<unit>'{1,2}|\"|(?:(?!and\b)[^\d,'\"\s\\^]|\\(?:frac|cdot|Omega)(?![a-z])|\^(?:\{\\circ\}|"
+    r"\{?-?\d\}?)|\s)+)"
     r"\s*(?:,|and\b)?\s*",
     re.ASCII,
 )
@@ -93,7 +95,8 @@ def with_digits(text: str) -> str:
         ) + end
 
     text = re.sub(
-        r"\ban? (?=(?:hundred|thousand|million|billion|dozen|half|third|quarter|fourth|fifth|eighth|tenth)\b)",
+        r"\ban? (?=(?:hundred|thousand|million|billion|dozen|half|third|quarter|fourth|fifth|eighth|"
+        r"tenth)\b)",
         "one ",
         text,
     )

@@ -11,10 +11,12 @@ from truestep.grade.structure import brackets, elements
 _LEFT_SIDE = re.compile(
     r"(?:m\s?)?(?:\\(?:angle|Delta) )?"
     r"(?:\\?[A-Za-z]+|\\text\s*\{(?!\s?(?i:wrong|incorrect|false|not|half|negative|minus|twice|"
-    r"double|square|cube|root|no)\b)[A-Za-z ]{1,40}\}|\[[A-Z]{2,6}\])?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
+    r"double|square|cube|root|no)\b)[A-Za-z ]{1,40}\}|"
+    r"\[[A-Z]{2,6}\])?(?:_\{?\w+\}?)?'?\s?(?:\([\w, ]{1,20}\))?( [A-Z]{1,4})?\s*$"
 )
 _MEASURED = re.compile(  # the left side of a probability, an expectation or a variance
-    r"(?:\\mathbb\{[PE]\}|\\Pr|[PE]|(?:\\(?:text|operatorname|mathrm)\s*\{)?(?:Pr|Var|Cov)\}?)\s*[(\[][^()\[\]]{1,60}[)\]]\s*"
+    r"(?:\\mathbb\{[PE]\}|\\Pr|[PE]|(?:\\(?:text|operatorname|mathrm)\s*\{)?(?:Pr|Var|"
+    r"Cov)\}?)\s*[(\[][^()\[\]]{1,60}[)\]]\s*"
     r"=\s*(?=[^=]+$)"
 )
 _POINTS = re.compile(  # a length or a ratio of named points, areas or volumes: |AB|, V_1:V_2, \frac{NO}{BO}

@@ -41,7 +41,8 @@ _CAPITAL = re.compile(
 # Marks that the parser drops, and letters with a meaning of their own: f', A^T, f^{-1}(x). They become names.
 _PRIME = re.compile(r"(\\?[A-Za-z]+)(?:_(\w|\{\w{1,9}\}))?((?:'|\^\{?\\prime\}?)+)")
 _TRANSPOSED = re.compile(
-    r"\^(?:\{\s*(?:\\(?:top|intercal)|\\?(?:text|mathrm)?\{?T\}?)\s*\}|\\(?:top|intercal)(?![a-z])|T(?![A-Za-z]))"
+    r"\^(?:\{\s*(?:\\(?:top|intercal)|\\?(?:text|mathrm)?\{?T\}?)\s*\}|\\(?:top|intercal)(?![a-z])|"
+    r"T(?![A-Za-z]))"
 )
 _INVERSE = re.compile(r"(?<![A-Za-z\\])([fghFGT])\^(?:(\d)|\{(-?\d+)\})\s*(?=\()")
 _DOTS = re.compile(r"\\[lc]?dots(?![a-z])|\.{3}")
