@@ -89,6 +89,7 @@ def test_strict_takes_what_was_marked(text: str) -> None:
         (r"\dfrac12", r"\frac{1}{2}"),
         (r"\left( 1 \right)", "( 1 )"),
         ("1\u200b2\u202e", "12"),
+        ("\\leq\u200bx", r"\leq x"),
         ("\ud8005", "\ufffd5"),
     ],
 )

@@ -12,6 +12,7 @@ _SPACES = dict.fromkeys([*range(0x2000, 0x200B), 0x00A0, 0x1680, 0x202F, 0x205F,
 _INVISIBLE = dict.fromkeys(
     [0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF]
 )
+_INVISIBLE_END = re.compile(rf"(\\[A-Za-z]+)[{''.join(map(chr, _INVISIBLE))}]+(?=[A-Za-z])")
 _BROKEN = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # a lone surrogate cannot be written to a UTF-8 file
 _SIGNS = {ord(a): b for a, b in zip("−‐‑–—﹣’‘“”′″。，", "------''\"\"'\".,", strict=True)}
 # Digits of all scripts, among them mathematical bold ones.
@@ -134,7 +135,11 @@ _NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.ASCII)
 
 def typographic(text: str) -> str:
     """Replace Unicode look-alikes of minus signs, digits and spaces with ASCII; drop invisible characters."""
-    return text if text.isascii() else text.translate(_TYPOGRAPHY)
+    if text.isascii():
+        return text
+    if "\\" in text:  # the end of a command stays where it is
+        text = _INVISIBLE_END.sub(r"\1 ", text)
+    return text.translate(_TYPOGRAPHY)
 
 
 def normalise(text: str) -> str:
