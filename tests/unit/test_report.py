@@ -381,7 +381,7 @@ def test_the_terminal_shows_unreadable_answers_if_there_are_any(prompt: str) -> 
         row = ScoreRow(checkpoint="rl", data="t", prompt=prompt, score=0.5, n=8, unreadable_rate=rate)
         written = io.StringIO()
         Console(file=written, width=80, force_terminal=False).print(terminal_table([row], wide=False))
-        return written.getvalue()
+        return " ".join(written.getvalue().split())
 
     assert "12.5 %" in shown(0.125)
     assert "unreadable answers" in shown(0.125)
