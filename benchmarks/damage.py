@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import torch
 from kill_study import small
 from micro import STUDY, write_study
-from tiny_runs import write_recipe
+from tiny_runs import EVALUATION, write_recipe
 
 import truestep.cli.study as study_command
 import truestep.pipeline.run
@@ -71,26 +71,6 @@ class Command:
     prepare: Callable[[Path], None] = field(default=lambda trial: None)
 
 
-EVALUATION = """
-name = "tiny"
-
-[model]
-path = "../model"
-
-[compute]
-threads = 1
-
-[data.test]
-source = "procedural:addition"
-split = "test"
-limit = 6
-options = { digits = 1 }
-
-[evaluate]
-data = ["test"]
-samples_per_problem = 2
-sampling = { max_new_tokens = 2, temperature = 0.6 }
-"""
 RUN = ("run/stages/*/metrics.jsonl", "run/stages/*/rollouts.jsonl", "run/stages/*/export/*", "run/stages/*/done.json",
        "run/evaluations/**/*.json*", "run/summary.json", "run/resolved.toml")  # fmt: skip
 READ = (
@@ -229,7 +209,7 @@ def prepare(work: Path) -> None:
     _interrupted(words, fresh(work, "new"), work / "half")
     trial = fresh(work, "new")
     shutil.copytree(work / "whole/run/stages/02-rl/export", trial / "model")
-    (trial / "recipe/eval.toml").write_text(EVALUATION)
+    (trial / "recipe/eval.toml").write_text(EVALUATION.format(model="../model"))
     shutil.copytree(trial, work / "evaluate")
     evaluation = next(c for c in COMMANDS if c.name == "eval")
     check(fork(evaluation.words, trial), "eval")

@@ -55,7 +55,7 @@ def key_from(*names: str) -> str:
     given = ((name, os.environ.get(name, "").strip()) for name in names)
     name, key = next((pair for pair in given if pair[1]), ("", ""))
     if not (key.isascii() and key.isprintable()):
-        fault = "has a line end, a control character or a letter that is not ASCII, so it is no key"
+        fault = "has a line end, a control character or a letter that is not ASCII, so it cannot be a key"
         raise UserError(f"the environment variable {redact(name)} {fault}; set it again")
     return key
 
@@ -74,7 +74,7 @@ def check_address(url: str) -> None:
         parts.hostname.encode("idna")
     except UnicodeError:
         raise ValueError("its host is not a valid name") from None
-    _ = parts.port  # raises ValueError if it is no port
+    _ = parts.port  # raises ValueError if it is not a port
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ _RUN = re.compile(r"(?<![\w+/-])(?<!(?i:sha)\d{3}[:=])[\w+/-]{32,}(?![\w+/-])", 
 _WEAK = re.compile(r"(?:^|\W)_*(?:token|auth|pat|bearer)$", re.IGNORECASE)  # also common words
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 _FOLDERS = ("PWD", "OLDPWD")  # set by the shell to a folder, which may no longer exist
-_WORD = re.compile(r"[A-Za-z][a-z]{0,14}")  # app passwords of letters alone have 16
+_WORD = re.compile(r"[A-Za-z][a-z]{0,14}")  # app passwords that consist only of letters have 16
 _NOTHING = ("", "none", "null", "empty", "true", "false", HIDDEN)
 _given: set[str] = set()  # values that settings take from environment variables
 

@@ -96,7 +96,7 @@ def locked(folder: Path, *, apart: str = "") -> Iterator[None]:
 
 
 def _open_lock(folder: Path) -> IO[str]:
-    """Open the folder's lock, whose content is then replaced. So it must be a plain file of its own."""
+    """Open the folder's lock. It must be an ordinary file, because its content is replaced."""
     path, flags = folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _open_lock(folder: Path) -> IO[str]:
         if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
             return os.fdopen(descriptor, "a+", encoding="utf-8")
         os.close(descriptor)
-    raise UserError(f"{path} is a link, or no plain file, so it cannot be the lock of the folder; delete it")
+    raise UserError(f"{path} is a link or not an ordinary file, so it cannot be the folder's lock; delete it")
 
 
 def remove_leftovers(folder: Path, apart: str = "") -> None:

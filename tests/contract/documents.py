@@ -14,25 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tiny_runs import write_recipe
+from tiny_runs import EVALUATION, write_recipe
 
 RECORDED = Path(__file__).with_name("documents.json")
-EVALUATION = """
-name = "tiny"
-[model]
-path = "run/stages/02-rl/export"
-[compute]
-threads = 1
-[data.test]
-source = "procedural:addition"
-split = "test"
-limit = 4
-options = { digits = 1 }
-[evaluate]
-data = ["test"]
-samples_per_problem = 2
-sampling = { max_new_tokens = 2, temperature = 0.6 }
-"""
 PAIRS = '{"gold": "1/2", "pred": "\\\\boxed{0.5}"}\n{"gold": "C", "pred": "(C)", "kind": "choice"}\n'
 PRINTED = {
     "run --dry-run": ("run", "recipe/run.toml", "--dry-run", "--json"),
@@ -96,7 +80,7 @@ def printed(*words: str) -> str:
 def described(folder: Path) -> dict[str, Any]:
     """Run the commands in an empty folder, which must be the current one; return the shape of every document."""
     write_recipe(folder / "recipe")
-    (folder / "eval.toml").write_text(EVALUATION)
+    (folder / "eval.toml").write_text(EVALUATION.format(model="run/stages/02-rl/export"))
     (folder / "pairs.jsonl").write_text(PAIRS)
     printed("run", "recipe/run.toml", "--out", "run")
     found = {f"truestep {name}": shape(json.loads(printed(*words))) for name, words in PRINTED.items()}

@@ -65,6 +65,24 @@ data = ["test"]
 sampling = { max_new_tokens = 2, temperature = 0.6 }
 """
 
+# An evaluation of a model on data of its own; {model} is a path relative to the recipe.
+EVALUATION = """
+name = "tiny"
+[model]
+path = "{model}"
+[compute]
+threads = 1
+[data.test]
+source = "procedural:addition"
+split = "test"
+limit = 4
+options = {{ digits = 1 }}
+[evaluate]
+data = ["test"]
+samples_per_problem = 2
+sampling = {{ max_new_tokens = 2, temperature = 0.6 }}
+"""
+
 
 class Silent:
     """A reporter that keeps what it is told."""

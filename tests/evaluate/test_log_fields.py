@@ -15,18 +15,17 @@ import pytest
 from truestep.errors import UserError
 from truestep.evaluate.import_compare import compare_evaluations, import_evaluations
 
-INSPECT = {
+INSPECT: dict[str, Any] = {
     "version": 2, "status": "success", "eval": {"task": "math/sums", "dataset": {"samples": 1}},
     "samples": [
         {
             "id": 1, "epoch": 1, "input": [{"role": "user", "content": [{"type": "text", "text": "q?"}]}], "target": ["4"],
             "output": {"choices": [{"message": {"content": [{"type": "text", "text": "4"}]}, "stop_reason": "stop"}],
                        "usage": {"output_tokens": 5}},
-            "scores": {"match": {"value": "C", "answer": "4"}}, "error": {"message": ""},
+            "scores": {"match": {"value": "C", "answer": "4"}}, "error": None,
         }
     ],
 }  # fmt: skip
-INSPECT["samples"][0]["error"] = None  # type: ignore[index]
 LM_EVAL = [
     {
         "doc_id": 0, "doc": {"id": "a", "question": "q?"}, "target": "4", "resps": [["so 4"]], "filtered_resps": ["4"],

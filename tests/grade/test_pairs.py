@@ -80,7 +80,7 @@ def test_a_named_choice_counts_where_the_pair_is_a_choice() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is empty"),
+        ("", "empty"),
         ('{"gold": "1"}', "row 1: field pred"),
         ('{"gold": "1", "pred": "1"}\n{"gold": null, "pred": "2"}', "row 2: field gold"),
         ('{"gold": "1", "pred": "1"}\n{"gold": ', "row 2: not valid JSON"),
@@ -149,17 +149,21 @@ def test_damaged_characters_are_noted_and_null_is_unscored(
     out, said = capsys.readouterr()
     samples = json.loads(out)["samples"]
     assert [s["verdict"] for s in samples] == ["incorrect"] * 4 + ["unscored", "correct"]
-    assert samples[4]["reason"] == "there is no prediction (null)"
+    assert samples[4]["reason"] == "the prediction is null"
     for row, words in enumerate(("gold: ", "gold: ", "pred: ", "pred: "), start=1):
         assert f"row {row}: field {words}expected text, got" in said
     assert "row 5" not in said
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_what_is_not_a_file_of_pairs(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b'{"gold": "\xff"}')
-    for path in (tmp_path, tmp_path / "absent", tmp_path / "latin"):
-        with pytest.raises(UserError, match=r"cannot be read"):
-            read_pairs(path)
+    for name, words in (
+        (".", "cannot read"),
+        ("absent", "cannot read"),
+        ("latin", "row 1: not valid JSON.*UTF-8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_pairs(tmp_path / name)
 
 
 def test_the_second_opinion_is_asked_about_what_we_decided() -> None:

@@ -268,9 +268,13 @@ COLOURS = ["red", "blue", "2", "Green"]
 def test_the_number_or_text_of_a_choice_is_its_letter(
     answer: Any, choices: list[str], read: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "data.jsonl"
+    assert load(with_choices(tmp_path, answer, choices))[0].answer == read
+
+
+def with_choices(folder: Path, answer: Any, choices: list[str]) -> Path:
+    path = folder / "data.jsonl"
     path.write_bytes(row(problem="x", answer=answer, choices=choices, checker="choice"))
-    assert load(path)[0].answer == read
+    return path
 
 
 @pytest.mark.parametrize(
@@ -284,10 +288,8 @@ def test_the_number_or_text_of_a_choice_is_its_letter(
 def test_a_number_of_two_choices_or_of_none_is_refused(
     answer: Any, choices: list[str], said: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(row(problem="x", answer=answer, choices=choices, checker="choice"))
     with pytest.raises(UserError, match=rf"data\.jsonl:1: answer: .*{said}"):
-        load(path)
+        load(with_choices(tmp_path, answer, choices))
 
 
 def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

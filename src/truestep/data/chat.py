@@ -161,7 +161,7 @@ def _check_turns(problem: Problem, text: str, outline: str, messages: Sequence[M
 
 def _check_header(problem: Problem, written: str) -> None:
     """Raise UserError if the template writes text before an answer that the prompt does not end with. An empty
-    thought is no such text, because the solution contains the thought."""
+    thought is allowed, because the solution contains it."""
     if re.sub(r"</?think>", "", written).strip():
         raise UserError(
             f"{_where(problem)}: messages: the chat template writes {written[:60]!r} before an answer, but not at the end "

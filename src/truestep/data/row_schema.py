@@ -189,7 +189,7 @@ def _refuse(keys: Row, names: Iterable[str], prefix: str) -> None:
 
 def choice_answer(value: Any, answer: str, field: str = "answer") -> tuple[list[str], str]:
     """Return the choices and the answer. An answer that is the number (from 1) or the text of one choice becomes
-    its letter; other answers are returned as they are. Raises RowError if the choices are no list of strings, or
+    its letter; other answers are returned as they are. Raises RowError if the choices are not a list of strings, or
     if the answer is a letter or a number of none of them or names two of them."""
     if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v.strip() for v in value):
         raise RowError("choices", f"expected a list of strings, got {shown(value)}")

@@ -58,7 +58,7 @@ def render(
             text = tokenizer.apply_chat_template(
                 turns, add_generation_prompt=opens and answer is None, **options
             )
-            text.encode()  # a template may have a lone surrogate, which is no text
+            text.encode()  # fails on a lone surrogate, which a template may contain
     except _TooLong:
         raise UserError(
             f"{fault} does not end within {SECONDS:.0f} s; use a template without such a loop"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,14 @@ def read_pairs(path: Path, note: Callable[[str], None] = lambda text: None) -> l
     """Return the pairs in a file of JSON lines (gold, pred, id, kind, choices). The default id is the row. A
     prediction may be null: there is none. Characters that JSON has probably damaged are kept, and ``note`` is told
     about them. Raises UserError with file, row and field for any other fault."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); pass a UTF-8 file of JSON lines") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty; write one object such as {_EXAMPLE} on each line")
-    pairs = []
+    pairs: list[Pair] = []
     for number, row in read_rows(path):
         try:
             if isinstance(row, RowError):
                 raise row
             pairs.append(_pair(number, row))
-            for check in (
-                lambda row=row: check_characters({**row, "pred": ""}),
-                lambda: check_output("pred", pairs[-1].pred or ""),
-            ):
-                try:
-                    check()
-                except RowError as error:
-                    note(f"{path}: row {number}: field {error}; graded as it is")
+            for damage in _damage(row, pairs[-1].pred):
+                note(f"{path}: row {number}: field {damage}; graded as it is")
         except RowError as error:
             fault = f"field {error}"
             if error.field == "JSON":
@@ -50,7 +38,21 @@ def read_pairs(path: Path, note: Callable[[str], None] = lambda text: None) -> l
                     else f"not valid JSON: {error.message}"
                 )
             raise UserError(f"{path}: row {number}: {fault}") from None
+    if not pairs:
+        raise UserError(f"{path} is empty; write one object such as {_EXAMPLE} on each line")
     return pairs
+
+
+def _damage(row: Row, pred: str | None) -> Iterator[RowError]:
+    """Yield what JSON has probably damaged in a row. A prediction may have control characters that a model wrote."""
+    try:
+        check_characters({name: value for name, value in row.items() if name != "pred"})
+    except RowError as error:
+        yield error
+    try:
+        check_output("pred", pred or "")
+    except RowError as error:
+        yield error
 
 
 def _pair(number: int, row: Row) -> Pair:

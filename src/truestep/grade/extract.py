@@ -9,6 +9,7 @@ from typing import Literal
 
 from truestep.grade.normal import normalise, typographic
 from truestep.grade.phrase import PIECEWISE, SENTENCE_END, is_changed, num_words, run_of
+from truestep.grade.units import SCALES
 
 How = Literal["boxed", "marker", "answer_is", "whole", "last_choice", "last_formula", "last_number", "none"]
 STRICT: tuple[How, ...] = ("boxed", "marker", "answer_is")
@@ -21,23 +22,19 @@ MAX_GOLD_WORDS = 8  # a gold text with more words is a whole solution
 MAX_WORDS = 2  # text with more words next to an answer is prose
 
 _BRACES = re.compile(r"\\{1,4}(?:(?:begin)?boxed|fbox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
-_JOINT = (
-    re.compile(  # between two boxes that are one answer: closing and opening delimiters, a connective, "x ="
-        r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:(?!(?:and|or|but|so|"
-        r"thus)\b)[a-z]{1,15} )?(?:\\text\{\s*)?"
-        r"(?:and|or|or else|or,? alternatively,?|otherwise,?|,|;|&|/|\\lor|"
-        r"\\land)(?:\s*\})?(?:\s*\\q?quad)?[\s$,;]*"
-        r"(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
-    )
+# Between two boxes that are one answer: closing and opening delimiters, a connective, "x =".
+_JOINT = re.compile(
+    r"[\s$,;.&]*(?:\\[\])])?[\s$,;]*(?:\\q?quad\s*)?(?:(?!(?:and|or|but|so|thus)\b)[a-z]{1,15} )?"
+    r"(?:\\text\{\s*)?(?:and|or|or else|or,? alternatively,?|otherwise,?|,|;|&|/|\\lor|\\land)(?:\s*\})?"
+    r"(?:\s*\\q?quad)?[\s$,;]*(?:\\[\[(])?\s*(?:[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=\s*)?"
 )
 _GAP = re.compile(r"[ $]*(?:\\q?quad|\n)?[ $]*")  # two boxes in one formula, or on adjacent lines
 _END_TOKENS = re.compile(r"(?:\s{0,9}(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>))+\s*$")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|(?<!\d{4}) )(?=\d{3}(?!\d))")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 ANSWER_IS = re.compile(
-    r"\banswers?\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?(?:\s{1,3}(?:is|are)\b(?:\s{1,3}(?:therefore|thus))?|"
-    r"\s{0,3}[:=])"
-    r"\s{0,3}[*_]{0,3}:?|"
+    r"\banswers?\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?"
+    r"(?:\s{1,3}(?:is|are)\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])\s{0,3}[*_]{0,3}:?|"
     r"\b(?:réponse|reponse|respuesta|resposta|risposta|antwort|lösung|ответ|odpowiedź|cevap|svar|antwoord|"
     r"đáp án)\b[*_]{0,3}"
     r"(?:(?:\s{1,3}\w{1,15}){0,4}?\s{1,3}(?:est|es|é|è|ist|lautet|jest|är|is|là)\b|"
@@ -65,7 +62,7 @@ _REASON = re.compile(
 _WHO = re.compile(r",\s(?:who|whose)\b")
 _QUOTED = re.compile(r"[\"'“‘]([^\"'“”‘’]+)[\"'”’]")
 _ASIDE = re.compile(  # 18 (dollars), but not 18 (thousand) or (1, 2)
-    r"(.*\d.*\S)\s\((?!mod|base|dozen|hundred|thousand|[a-z]{1,8}illion)[^()]*[A-Za-z]{2}[^()]*\)"
+    rf"(.*\d.*\S)\s\((?!mod|base|{SCALES})[^()]*[A-Za-z]{{2}}[^()]*\)"
 )
 _BUT = re.compile(r"not \S{1,20} but (.+)")
 _ALTERNATIVE = re.compile(r"\W{0,4}(?:or|and|nor)\b")
@@ -90,12 +87,12 @@ _BOX_BEFORE_IN_MATH = re.compile(
     r"(?:(?:^|[=$(\[{])\s*-|[\d)}A-Za-z]\s?(?:[-+*/^<>≠]|\\(?:times|cdot)(?![a-z])))\s*$"
 )
 _BOX_AFTER = re.compile(
-    r"\$?\s(?:dozen|hundred|thousand|million|billion|trillion|lakh|crore)s?\b|\$?\s?\\?%|"
+    rf"\$?\s{SCALES}|\$?\s?\\?%|"
     r"\$?\s(?:or|and) (?:more\b|less\b|fewer\b|\$?\d\S*)|\s?(?:\\sqrt|\\pi|/\s?\d|_\{?\d)\S{0,8}"
 )
 _BOX_AFTER_IN_MATH = re.compile(r"\s?(?:\^\S{1,8}|!)")
 _MINUS = re.compile(r"\b(?:negative|minus)\s$", re.IGNORECASE)
-_SCALED = re.compile(r"\s(?:dozen|hundred|thousand|million|billion|trillion)s?\b")
+_SCALED = re.compile(rf"\s{SCALES}", re.IGNORECASE)
 _BOLD_MARKS = re.compile(r"(?<!\d)\*\*()|\*\*(?!\d)()|(?<![\w*])\*([^*\s][^*\n]{0,40})\*(?![\w*])")
 _WRONG = re.compile(
     r"\b(?:wrong|incorrect|false|bad)\s+$|\b(?:doubt|not|unlikely|never|deny|if|suppose|assum(?:e|ing)|"
@@ -233,19 +230,16 @@ def _marker(text: str) -> tuple[str, How] | None:
 def _answer_is(text: str) -> tuple[str, How] | None:
     """Return what follows the last "answer is" or "answer:", up to the end of its formula, bold span or
     sentence. If other words in the sentence change it, return the sentence."""
-    ends = [
-        match.end()
-        for match in ANSWER_IS.finditer(text)
-        if not _WRONG.search(text[max(0, match.start() - 40) : match.start()])
-    ]
-    if not ends:
+    said = reversed(list(ANSWER_IS.finditer(text)))
+    end = next((m.end() for m in said if not _WRONG.search(text[max(0, m.start() - 40) : m.start()])), None)
+    if end is None:
         return None
-    tail = text[ends[-1] : ends[-1] + MAX_FORMULA]
+    tail = text[end : end + MAX_FORMULA]
     bare = tail.lstrip(" \t\r\n*_:")
-    opening = re.search(r"[*_]*$", text[max(0, ends[-1] - 3) : ends[-1]] + tail[: len(tail) - len(bare)])
+    opening = re.search(r"[*_]*$", text[max(0, end - 3) : end] + tail[: len(tail) - len(bare)])
     marks = opening[0] if opening else ""
-    line = text[: ends[-1]].rpartition("\n")[2]
-    is_bold = not marks and line.count("**") % 2  # since before "answer"
+    line = text.rfind("\n", 0, end) + 1
+    is_bold = not marks and text.count("**", line, end) % 2  # since before "answer"
     tail = bare.replace("**", "", 1) if is_bold else bare
     if formula := _MATH.match(tail):
         rest = SENTENCE_END.split(tail[formula.end() :], maxsplit=1)[0]

@@ -53,13 +53,7 @@ def _problem(pair: Pair) -> Problem:
 def _nothing(pair: Pair) -> dict[str, Any]:
     """Return the sample of a pair without a prediction, which is a failure and not a wrong answer."""
     verdicts = dict.fromkeys(("verdict", "strict", "lenient"), Verdict.UNSCORED.value)
-    return {
-        "id": pair.id,
-        **verdicts,
-        "reason": "there is no prediction (null)",
-        "extracted": "",
-        "how": "none",
-    }
+    return {"id": pair.id, **verdicts, "reason": "the prediction is null", "extracted": "", "how": "none"}
 
 
 def _sample(pair: Pair, judged: Judgment) -> dict[str, Any]:

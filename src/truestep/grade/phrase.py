@@ -5,30 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from truestep.grade.units import FUNCTIONS, WORDS
+from truestep.grade.units import FUNCTIONS, SCALES, WORDS
 
 _WORDS = re.compile(
     r"[A-Za-z]{3,}|\b(?:so|is|he|it|we|of|to|be|by|at|us|if|no)\b|"
     r"[^\W\d_\u0000-\u024f\u0370-\u03ff\u2070-\u209f]|^[A-Z]:\s"
 )
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|!(?=\s|$)(?!\s*[=+*/])")  # 5! = 120 goes on
-# A word in front of a number that makes another number of it (the sum of, greater than, never), unless it only says
-# what the number is (equal to, a total of). English has few words of these classes, so that the list is whole.
+# What makes another number of it directly in front of a number: greater than, half of, a sign of arithmetic. "Equal to"
+# and "a total of" do not. English has few words of these classes.
 _BEFORE_END = re.compile(
     r"(?:\b(?:than|except|nor|not|never|without|until|till|through|least|most|up to|above|below|under|over|"
-    r"beyond|between|"
-    r"within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|minus|negative|"
-    r"plus|times|base|"
-    r"log|ln|root|mod|modulo|factorial|(?:divided|multiplied) by|different from|(?:all|anything|everything|"
-    r"none) but|"
+    r"beyond|between|within|exceeds?|exceeding|almost|nearly|hardly|barely|twice|thrice|double|triple|half|minus|negative|"
+    r"plus|times|base|log|ln|root|mod|modulo|factorial|(?:divided|multiplied) by|different from|"
+    r"(?:all|anything|everything|none) but|"
     r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than or equal to|"
     r"(?:anywhere|somewhere|rang(?:es?|ing)|vary|varies) from \S{1,12} to)|n't|[<>≤≥≠^_√∛∜*/×·⋅÷+±~]|"
     r"\b(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|"
     r"tenths?|hundredths?|squares?|cubes?|roots?|factorial|multiples?|powers?|factors?|divisors?|"
-    r"digits?|reciprocal|opposite|inverse|negative|logarithm|percent(?:age)?|product|quotient|primes?|"
-    r"\d%?) of|"
-    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:and|"
-    r"or))\s*[$(]{0,2}$",
+    r"digits?|reciprocal|opposite|inverse|negative|logarithm|percent(?:age)?|product|quotient|primes?|\d%?) of|"
+    r"\\(?:neq?|[lg]eq?|sqrt|times|cdot|div|pm|log|ln)|[A-Za-z]\(|\d(?:,\s|[/-])|\d\s(?:and|or))"
+    r"\s*[$(]{0,2}$",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
@@ -37,26 +34,20 @@ _CLAUSE = re.compile(
 )
 _NOT = re.compile(
     r"\b(?:not|never|cannot|nor|neither|except|unless|anything but|other than|different from|rather than|"
-    r"instead of|"
-    r"(?:wrong|incorrect|false) (?:answer|value|result)|multiples?|powers?|factors?|"
+    r"instead of|(?:wrong|incorrect|false) (?:answer|value|result)|multiples?|powers?|factors?|"
     r"divisors?|reciprocal|opposite|inverse|remainder|non|nicht|pas)\b|n't\b|不是",
     re.IGNORECASE,
 )
 # What follows a number and makes another number of it; a reason, a time, a place or a noun does not.
 _OPERATION = re.compile(
     r"(?:squared|cubed|doubled|tripled|halved|factorial|choose|remainder|otherwise|else|repeating|"
-    r"recurring|point|"
-    r"mod|modulo|power|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|quadrillions?|lakhs?|"
-    r"crores?|"
-    r"gross|googol|halves|half|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|"
-    r"twelfths|thousandths|octal|binary|hex|hexadecimal)$",
+    rf"recurring|point|mod|modulo|power|gross|googol|half|octal|binary|hex|hexadecimal|{SCALES})$",
     re.IGNORECASE,
 )
 _HARMLESS = re.compile(
     r"(?:because|since|as|so|which|who|that|when|where|while|after|before|for|with|in|on|at|given|thus|if|"
-    r"assuming|and|of|"
-    r"to|the|by|but|during|from|per|each|every|between|among|until|not|is|are|was|were|will|would|can|has|"
-    r"have)$",
+    r"assuming|and|of|to|the|by|but|during|from|per|each|every|between|among|until|not|is|are|was|were|will|would|can|"
+    r"has|have)$",
     re.IGNORECASE,
 )
 PIECEWISE = re.compile(r"\b(?:if|when|for)\b.*(?:\d\s(?:if|when|for)|\b(?:otherwise|else))\b", re.IGNORECASE)
@@ -66,27 +57,13 @@ _CONTINUES = re.compile(  # a harmless word with these words behind it is not ha
     r"or (?:more|less|fewer|greater|higher|lower|above|below|over|under|so|[a-z]\s?=|\W{0,3}\d|[$\\])|"
     r"of \S*\d|for (?:every|each) \S*\d|"
     r"to (?:the (?:power|\S*\d|[a-z]{2,9}(?:th|ird)\b)|\S*\d)|from \S*\d|by \S*\d|at (?:least|most)\b|"
-    r"with (?:a )?remainder|"
-    r"(?:is|was|are) (?:wrong|incorrect|"
-    r"false)\b|isn't|but not)",
+    r"with (?:a )?remainder|(?:is|was|are) (?:wrong|incorrect|false)\b|isn't|but not)",
     re.IGNORECASE,
 )
 _ORDINAL = re.compile(
     r"\s(?:[a-z]+\s)?(?:primes?|roots?|power|terms?|squares?|cubes?|digits?|number|element|odd|even)\b"
 )
-GLUED = (
-    "g",
-    "s",
-    "L",
-    "V",
-    "A",
-    "W",
-    "J",
-    "N",
-    "m",
-    "am",
-    "pm",
-)  # units that prose writes without a space: 100g
+GLUED = (*"gsLVAWJNm", "am", "pm")  # units that prose writes without a space: 100g
 _NO_FACTOR = re.compile(rf"\b(?:st|nd|rd|th)\b|[ck]?m[²³]|(?<![A-Za-z])(?:{'|'.join(GLUED)})(?![\w^²³⁰-⁹])")
 _STUCK = re.compile(
     r"(?!\s?[ck]?m[²³])(?:[\^!_²³¹⁰-⁹π√∛(]|\\(?!%|\)|\]|,|;|text|mathrm|\s)|[A-Za-z]{1,20}(?=[^A-Za-z]|$))"
@@ -94,6 +71,7 @@ _STUCK = re.compile(
 _OPERATOR = re.compile(
     r"\s*(?:[+*×·⋅÷<>≤≥≠±^]|/(?!\s?[A-Za-z])|\\(?:times|cdot|div|pm|neq?|[lg]eq?)(?![a-z])|[-−–]\s?\d|:\s?\d)"
 )
+_IN_BRACKETS = re.compile(rf"\s*\(\s?(?:mod|base|not|{SCALES})", re.IGNORECASE)  # 18 (thousand)
 _GROUP = re.compile(r"[(\[][^()\[\]A-Za-z\n]{1,40},[^()\[\]A-Za-z\n]{1,60}[)\]]")
 # The pieces of a formula without delimiters.
 _PIECE = re.compile(r"\d[\d.,]*\d|\d|\\[A-Za-z]+|[A-Za-z]+|\s|.", re.ASCII)
@@ -126,11 +104,7 @@ def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
     if re.match(r"[\s,]*(?:or|nor)\b", after):
         return True
     after = re.sub(r"^\s?(?:\\?%|percent\b)", "", after[stuck.end() if stuck else 0 :])
-    if (
-        PIECEWISE.search(after[:200])
-        or _OPERATOR.match(after)
-        or re.match(r"\s*\(\s?(?:mod|base|not|dozen|[a-z]{1,8}illion|thousand|hundred)", after)
-    ):
+    if PIECEWISE.search(after[:200]) or _OPERATOR.match(after) or _IN_BRACKETS.match(after):
         return True
     for word in re.finditer(r"\s*(?:([A-Za-z][A-Za-z'-]*)|(\$?\d)|(.))", after[:200]):
         if word[2] or (word[1] and _OPERATION.match(word[1])):
@@ -142,7 +116,7 @@ def is_changed(before: str, after: str, *, is_marked: bool = False) -> bool:
             and (more := re.match(r"\s([A-Za-z]+)", after[word.end() :]))
             and _OPERATION.match(more[1])
         ):
-            return more[1].lower() != "or"
+            return True
         if word[3] == "," and re.match(
             r"\s*(?:[*(]*\$?-?\d[\d.]*(?!\S?\s(?:of|%|days|years|hours|minutes)\b)(?![\d.])|\$)",
             after[word.end() :],

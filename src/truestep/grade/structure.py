@@ -21,6 +21,12 @@ _NAMES = re.compile(r"\(\s*([A-Za-z](?:\s*,\s*[A-Za-z]){1,5})\s*\)\s*=(?!=)")
 _ASSIGNMENT = re.compile(r"([A-Za-z](?:_\{?\w{1,3}\}?)?)\s*=\s*([^=<>]+)")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 
+_DOTS = re.compile(r"\\[lcd]?dots(?:[bcmio])?(?![a-z])|\.{3}")
+_LOGIC = re.compile(r"\\(?:land|lor|wedge|vee|lnot|neg|implies|iff)(?![A-Za-z])")
+_CONNECTIVES = {"and": "and", "or": "or", r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or",
+                r"\cap": "and", r"\cup": "or"}  # fmt: skip
+_CONNECTIVE = r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\[a-z]+"
+
 
 def elements(text: str, *, inside: bool = False) -> list[str]:
     """Split a text at its top-level commas, semicolons, "and" and "or". A comma between thousands separates only
@@ -280,32 +286,22 @@ def matrix(text: str) -> list[list[str]] | None:
     match = _MATRIX.fullmatch(text.strip().strip("$ "))
     if (
         match is None or r"\begin" in match[2] or match[1] in ("vmatrix", "Vmatrix")
-    ):  # a determinant is a number
+    ):  # the last two are numbers
         return None
     rows = [[entry.strip() for entry in row.split("&")] for row in re.split(r"\\\\", match[2]) if row.strip()]
     return rows if rows and len({len(row) for row in rows}) == 1 else None
 
 
-_DOTS = re.compile(r"\\[lcd]?dots(?:[bcmio])?(?![a-z])|\.{3}")
-_LOGIC = re.compile(r"\\(?:land|lor|wedge|vee|lnot|neg|implies|iff)(?![A-Za-z])")
-_CONNECTIVES = {"and": "and", "or": "or", r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or",
-                r"\cap": "and", r"\cup": "or"}  # fmt: skip
-_CONNECTIVE = r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\[a-z]+"
-
-
 def different_signs(gold: str, found: str) -> bool | None:
     """Return False for two texts of which only one has dots (1, 2, ..., 10), or that connect statements differently
     (x < 2 or x > 5; p and q). "x = 2 and x = 3" is a list of roots, and so the same with "or"."""
+    if not any(part in gold + found for part in ("\\", "...", "and", "or")):
+        return None
     dots = [len(_DOTS.findall(text)) for text in (gold, found)]
     if dots[0] != dots[1]:
         return False
-    logic = (
-        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(gold)],
-        [{"\\wedge": "\\land", "\\vee": "\\lor"}.get(s, s) for s in _LOGIC.findall(found)],
-    )
-    if any(logic) and not any(
-        re.search(r"[=<>]|\\[lg]eq|\\neq|\\in(?![a-z])", text) for text in (gold, found)
-    ):
+    logic = [[_CONNECTIVES.get(sign, sign) for sign in _LOGIC.findall(text)] for text in (gold, found)]
+    if any(logic) and not re.search(r"[=<>]|\\[lg]eq|\\neq|\\in(?![a-z])", gold + found):
         return None if logic[0] == logic[1] else False
     words = [
         {_CONNECTIVES[m] for m in re.findall(_CONNECTIVE, plain(text)) if m in _CONNECTIVES}

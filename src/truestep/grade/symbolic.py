@@ -39,7 +39,7 @@ _CAPITAL = re.compile(
     r"(?<![A-Za-z\\_{])([IE])(?![A-Za-z_])|\\(Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega)(?![A-Za-z])"
 )
 # Marks that the parser drops, and letters with a meaning of their own: f', A^T, f^{-1}(x). They become names.
-_PRIME = re.compile(r"(\\?[A-Za-z]+)(?:_(\w|\{\w{1,9}\}))?((?:'|\^\{?\\prime\}?)+)")
+_PRIME = re.compile(r"(\\?[A-Za-z]+)(?:_(\w|\{\w{1,9}\}))?((?:'|\^\{?(?:\\prime\s*)+\}?)+)")
 _TRANSPOSED = re.compile(
     r"\^(?:\{\s*(?:\\(?:top|intercal)|\\?(?:text|mathrm)?\{?T\}?)\s*\}|\\(?:top|intercal)(?![a-z])|"
     r"T(?![A-Za-z]))"
@@ -120,7 +120,7 @@ def _comparison() -> Compare:
 
     @lru_cache(maxsize=64)  # the same gold answer is compared with many completions
     def read(text: str, is_real: bool) -> Any:
-        text = _PRIME.sub(lambda m: f"{_letter(m[1])}_{{{_index(m[2])}prime{len(m[3])}}}", text)
+        text = _PRIME.sub(_primed, text)
         text = _INVERSE.sub(lambda m: f"{m[1]}_{{power{(m[2] or m[3]).replace('-', 'm')}}}", text)
         text = _TRANSPOSED.sub(r"^{t_{transposed}}", text)
         text = _DOTS.sub(" x_{dots} ", text)
@@ -159,13 +159,10 @@ def _comparison() -> Compare:
     return compare
 
 
-def _letter(name: str) -> str:
-    """Return a name of several letters as a product with its last letter in braces, so that an index is that one's."""
-    return name if name.startswith("\\") else name[:-1] + name[-1]
-
-
-def _index(text: str | None) -> str:
-    return (text or "").strip("{}")
+def _primed(match: re.Match[str]) -> str:
+    """Return a name with its index and its number of primes as one index: f'_1 and f_1^{\\prime} are f_{1prime1}."""
+    primes = match[3].count("'") + match[3].count("prime")
+    return f"{match[1]}_{{{(match[2] or '').strip('{}')}prime{primes}}}"
 
 
 def _clearly_different(left: Any, right: Any) -> bool:

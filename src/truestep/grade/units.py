@@ -29,6 +29,7 @@ _NOUN = re.compile(r"[^\W\d_]+(?:[-'][^\W\d_]+)*(?:\(e?s\))?")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 _SCALES = {word: Fraction(size) for word, size in _DATA["scales"].items()}
+SCALES = "(?:" + "|".join(_SCALES) + ")s?(?![A-Za-z])"  # a pattern for words such as "million"
 _SCALE = re.compile(rf"\s*(?:\\text\s*\{{\s*)?({'|'.join(_SCALES)})s?(?![A-Za-z])\s*\}}?", re.IGNORECASE)
 
 Dimensions = tuple[tuple[str, int], ...]  # such as length 1, time -1
