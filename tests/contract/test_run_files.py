@@ -443,13 +443,13 @@ NO_LOCKS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", NO_LOCKS)
-def test_a_lock_that_is_no_plain_file_of_its_own_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_lock_that_is_not_an_ordinary_file_is_refused(tmp_path: Path, kind: str) -> None:
     kept, lock = tmp_path / "kept.txt", tmp_path / "run" / rundir.LOCK
     kept.write_text("precious")
     lock.parent.mkdir()
     NO_LOCKS[kind](lock, kept)
     with (
-        pytest.raises(UserError, match=r"/\.lock is a link, or no plain file.*delete it"),
+        pytest.raises(UserError, match=r"/\.lock is a link or not an ordinary file.*delete it"),
         rundir.locked(lock.parent),
     ):
         pass
