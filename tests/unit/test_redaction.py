@@ -402,7 +402,9 @@ def test_the_environments_secrets_are_hidden_whatever_their_shape(
         ("MAX_TOKENS_SEEN", "horse battery"),
     ],
 )
-def test_what_of_the_environment_is_not_a_secret(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_of_the_environment_is_not_a_secret(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     assert redact(f"cannot read {value}/train.jsonl") == f"cannot read {value}/train.jsonl"
     assert find_secret({"source": f"{value}/train.jsonl"}) is None
