@@ -119,11 +119,11 @@ def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) 
     # A scale of 1, if no weight contradicts it: a single noisy weight does not hide the scale of the others.
     scale = 1.0 if (np.abs(weights - predicted * kept) <= allowed).all() else scale
     normaliser = cause(name, name) if name != "global" else None
-    parts = (_kept_cause(kept, recovered), normaliser, _scale_cause(scale, recovered, kept, name))
+    parts = (_kept_cause(kept, recovered), normaliser, scale_cause(scale, recovered, kept, name))
     return Seen(causes=tuple(p for p in parts if p), recovered=recovered, scale=scale)
 
 
-def _scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> Cause | None:
+def scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> Cause | None:
     """Return the cause of a constant factor, with two readings if two known factors coincide."""
     if scale == 1.0:
         return None

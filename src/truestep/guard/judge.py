@@ -1,0 +1,278 @@
+"""Judges one step from what all ranks saw of it. Every rank comes to the same verdict.
+
+Shapes: R equations, M micro-batches of all ranks, rank after rank, D ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from truestep.audit.measure import thresholds
+from truestep.audit.measure.findings import Cause, Verdict, cause
+from truestep.audit.measure.one_step import Seen, fit_pattern, scale_cause
+from truestep.audit.measure.weights import Recovered
+from truestep.guard import tokens as token_check
+from truestep.guard.ranks import MicroSeen, RankSeen
+from truestep.guard.solve import RESIDUAL, TOLERANCE, Solved, solve
+
+TOKEN_TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}  # relative error of a micro-batch's token weight
+RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
+LOSSES = ("token_mean", "sequence_mean", "any")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """What the user says of the run; 0 and None mean unknown."""
+
+    accumulation: int = 0
+    loss: str = "token_mean"  # of a loss whose weights are all positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """The judgement of one step."""
+
+    verdict: Verdict = Verdict.RIGHT
+    causes: tuple[Cause, ...] = ()
+    notes: tuple[Cause, ...] = ()  # what was not seen, and harmless factors
+    weights: tuple[tuple[float, ...], ...] = ()  # per rank: of each micro-batch in the gradient that was used
+    errors: tuple[tuple[float, ...], ...] = ()
+    tokens: tuple[tuple[int, ...], ...] = ()  # per rank: trained tokens of each micro-batch
+    token_weights: tuple[tuple[float, ...], ...] = ()  # per rank: mean weight of a trained token
+    residual: float | None = None
+    scale: float | None = None
+    condition: float | None = None
+    dtype: str = "float32"
+
+
+@dataclass
+class _Step:
+    """The micro-batches with a gradient, and what is found on the way."""
+
+    ranks: Sequence[RankSeen]
+    declared: Declared
+    causes: list[Cause] = field(default_factory=list)
+    notes: list[Cause] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dtype = "bfloat16" if any(r.is_narrow for r in self.ranks) else "float32"
+        self.by_rank: list[list[MicroSeen]] = [[m for m in r.micro if m.column.any()] for r in self.ranks]
+        self.micro = [m for rank in self.by_rank for m in rank]
+
+    @property
+    def known(self) -> bool:
+        return all(m.tokens is not None for m in self.micro)
+
+    def split(self, values: np.ndarray) -> tuple[tuple[float, ...], ...]:
+        ends = np.cumsum([len(rank) for rank in self.by_rank])[:-1]
+        return tuple(tuple(map(float, part)) for part in np.split(values, ends))
+
+
+def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) -> Judged:
+    """Judge one step. ``modules`` [R] numbers each equation's module."""
+    step = _Step(ranks, declared)
+    if not step.micro:
+        return Judged(verdict=Verdict.NOT_OBSERVABLE, notes=(cause("", "no_micro_batch"),))
+    if any(not np.isfinite(m.column).all() for m in step.micro):
+        return Judged(
+            verdict=Verdict.FAULT, causes=(cause("not_finite", "gradient_not_finite"),), dtype=step.dtype
+        )
+    _data(step)
+    solved = _sum(step, modules)
+    weighed = _tokens(step)
+    _name(step, solved, weighed)
+    verdict = Verdict.FAULT if step.causes else Verdict.RIGHT if solved else Verdict.NOT_OBSERVABLE
+    counts = np.array([m.tokens.trained if m.tokens else 0 for m in step.micro])
+    return Judged(
+        verdict=verdict, causes=tuple(step.causes), notes=tuple(step.notes),
+        weights=step.split(solved.weights) if solved else (),
+        errors=step.split(solved.errors) if solved else (),
+        tokens=tuple(tuple(map(int, part)) for part in step.split(counts)) if step.known else (),
+        token_weights=step.split(weighed) if weighed is not None else (),
+        residual=solved.residual if solved else None, scale=solved.scale if solved else None,
+        condition=solved.condition if solved else None, dtype=step.dtype,
+    )  # fmt: skip
+
+
+def _data(step: _Step) -> None:
+    asked, found = step.declared.accumulation, max(len(rank) for rank in step.by_rank)
+    if asked and found > asked:
+        step.causes.append(cause("grouping", "too_many_micro_batches", found=found, asked=asked))
+    marks = [[m.mark for m in rank] for rank in step.by_rank]
+    rows = sum(max(1, len(rank)) for rank in marks)
+    same = len(marks) > 1 and all(rank == marks[0] and rank and all(rank) for rank in marks)
+    if same and rows > len(marks):  # a single micro-batch may be the same by chance
+        step.causes.append(cause("data_lost", "ranks_have_same_rows"))
+
+
+def _sum(step: _Step, modules: np.ndarray) -> Solved | None:
+    """Solve for the weights of the micro-batches, and judge what they do not explain."""
+    target = step.ranks[0].target
+    read = np.isfinite(target)
+    if not read.any():
+        return None
+    size = float(np.linalg.norm(target[read]))
+    apart = max(float(np.linalg.norm(r.target[read] - target[read])) for r in step.ranks)
+    if apart > RANKS_EQUAL * size:
+        step.causes.append(
+            cause("ranks_diverge", "ranks_use_other_gradients", difference=apart / max(size, 1e-300))
+        )
+    columns = np.stack([m.column[read] for m in step.micro], axis=1)
+    _, order = np.unique(modules[read], return_inverse=True)
+    if len(columns) < 2 * columns.shape[1]:
+        step.notes.append(cause("", "too_many_to_solve", found=columns.shape[1], probes=len(columns)))
+        return None
+    solved = solve(columns, target[read], order)
+    if solved.residual > RESIDUAL[step.dtype] and apart <= RANKS_EQUAL * size:
+        step.causes.append(_rest(step, solved, columns, target[read], order))
+    return solved
+
+
+def _rest(step: _Step, solved: Solved, columns: np.ndarray, target: np.ndarray, order: np.ndarray) -> Cause:
+    """Return the best explanation of a residual."""
+    previous = step.ranks[0].previous[np.isfinite(step.ranks[0].target)]
+    if np.isfinite(previous).all() and previous.any():
+        again = solve(np.c_[columns, previous], target, order)
+        if again.residual * thresholds.EXPLAINED <= solved.residual:
+            return cause("momentum", "carried", coefficient=float(again.weights[-1]))
+    alone = np.array(solved.by_module)
+    parts = [solve(columns[order == m], target[order == m], order[order == m] * 0) for m in range(len(alone))]
+    if max(part.residual for part in parts) <= RESIDUAL[step.dtype]:
+        return cause("unknown_weights", "modules_differ", weights=alone.tolist())
+    return cause("unexplained", "unexplained", share=solved.residual)
+
+
+def _tokens(step: _Step) -> np.ndarray | None:
+    """Judge which tokens are trained. Return the mean weight of a trained token [M], if it can be judged."""
+    if not step.known:
+        step.notes.append(cause("", "no_logits"))
+        return None
+    seen = [m.tokens for m in step.micro if m.tokens is not None]
+    if max(t.form for t in seen) > token_check.FORM:
+        step.notes.append(cause("", "other_loss"))
+        return None
+    _masks(step, seen)
+    if any(t.negative for t in seen):
+        step.notes.append(cause("", "signed_weights"))
+        return None
+    tolerance = 2 * TOKEN_TOLERANCE[step.dtype]
+    uneven = [t for t in seen if t.spread > tolerance]
+    if uneven and any(t.sequence_spread > tolerance for t in uneven):
+        step.notes.append(cause("", "weights_by_row"))
+        return None
+    if uneven:
+        step.notes.append(cause("sequence_mean", "sequence_mean"))
+        return None
+    return np.array([t.weight for t in seen])
+
+
+def _masks(step: _Step, seen: Sequence[token_check.Tokens]) -> None:
+    shifts = {t.shift for t in seen}
+    if shifts != {1}:
+        kind = {frozenset({0}): "shift_0", frozenset({2}): "shift_2"}.get(
+            frozenset(shifts), "labels_elsewhere"
+        )
+        code = kind if kind.startswith("shift") else "unexplained"
+        step.causes.append(cause(code, "targets_" + kind if code == kind else kind))
+        return
+    if outside := sum(t.outside for t in seen):
+        step.causes.append(cause("prompt_trained", "outside_trained", tokens=outside))
+    missing, ends = sum(t.missing for t in seen), sum(t.missing_ends for t in seen)
+    if missing:
+        code = "stop_untrained" if missing == ends else "unexplained"
+        step.causes.append(cause(code, "tokens_untrained", tokens=missing))
+
+
+def _name(step: _Step, solved: Solved | None, weighed: np.ndarray | None) -> None:
+    """Name the pattern of the micro-batches' weights, and that of the tokens' weights."""
+    if solved is not None and not any(
+        c.code in ("momentum", "unexplained", "ranks_diverge") for c in step.causes
+    ):
+        if solved.differ(step.dtype).any():
+            ones = [[1] * len(rank) for rank in step.by_rank]
+            pattern, _ = _fit(step, solved.weights, solved.errors, ones, TOLERANCE[step.dtype])
+            kept = [c for c in pattern.causes if c.code == "kept"] if pattern else []
+            step.causes += kept or [_unknown(solved.weights)]
+    if weighed is None:
+        return
+    counts = [[m.tokens.trained if m.tokens else 0 for m in rank] for rank in step.by_rank]
+    total, tolerance = sum(map(sum, counts)), TOKEN_TOLERANCE[step.dtype]
+    pattern, largest = _fit(step, weighed * total, tolerance / 2 * weighed * total, counts, tolerance)
+    if pattern is None:
+        step.causes.append(_padding(step, weighed) or _unknown(weighed))
+        return
+    step.causes += _normalisers(step, pattern)
+    if solved is not None:
+        _constant(step, solved, pattern, largest)
+
+
+def _unknown(weights: np.ndarray) -> Cause:
+    relative = weights / max(1e-300, float(np.median(np.abs(weights))))
+    return cause("unknown_weights", "unknown_weights", weights=relative.tolist())
+
+
+def _fit(
+    step: _Step, weights: np.ndarray, errors: np.ndarray, counts: list[list[int]], tolerance: float
+) -> tuple[Seen | None, float]:
+    """Return the simplest pattern of the weights, as large as they are relative to the largest, which is also
+    returned."""
+    largest = float(np.abs(weights).max()) or 1.0
+    errors = np.maximum(errors / largest, tolerance / thresholds.STANDARD_ERRORS)
+    recovered = Recovered(
+        weights=weights / largest, errors=errors, residual=0.0, condition=1.0, relative_error=0.0, noise=0.0,
+        counts=tuple(map(tuple, counts)), empty=(),
+    )  # fmt: skip
+    return fit_pattern(recovered, "float32"), largest
+
+
+def _normalisers(step: _Step, pattern: Seen) -> list[Cause]:
+    """Return the causes of a denominator that is not the one that was declared."""
+    found = [c for c in pattern.causes if c.code in ("micro_mean", "rank_mean", "dp_token_mean")]
+    if step.declared.loss == "any":
+        return []
+    if not all(m.tokens is None or m.tokens.sequence_spread == 0 for m in step.micro):
+        return found
+    # If every micro-batch is one row, a mean of the rows' means looks the same.
+    if step.declared.loss == "sequence_mean":
+        return [c for c in found if c.code != "micro_mean"]
+    return [
+        cause("micro_mean", "micro_mean", "sequence_mean") if c.code == "micro_mean" else c for c in found
+    ]
+
+
+def _padding(step: _Step, weights: np.ndarray) -> Cause | None:
+    slots = np.array([m.tokens.slots if m.tokens else 0 for m in step.micro], dtype=np.float64)
+    if not slots.all() or np.ptp(slots) == 0:
+        return None
+    by_slot = weights * slots
+    close = 2 * TOKEN_TOLERANCE[step.dtype] * np.abs(by_slot).max()
+    return cause("padding", "padding_counted") if np.ptp(by_slot) <= close else None
+
+
+def _constant(step: _Step, solved: Solved, pattern: Seen, largest: float) -> None:
+    """Name a common factor of all tokens. A known one is a fault, if nothing else, such as a clip, could have
+    made it: then the weights of the micro-batches are exactly a sum, or a mean over ranks."""
+    ranks = len(step.ranks)
+    by_sum = [ranks**p for p in (0, -1) if abs(solved.scale * ranks**-p - 1) <= thresholds.KNOWN_FACTOR]
+    scale = pattern.scale * largest * (by_sum[0] if by_sum else solved.scale)
+    close = thresholds.CLOSE if step.dtype == "float32" else TOKEN_TOLERANCE[step.dtype]
+    if abs(scale - 1) <= close:
+        return
+    kept = np.ones(len(step.micro), dtype=bool)
+    known = None
+    if by_sum and not step.causes and pattern.recovered is not None:
+        known = scale_cause(_rounded(step, scale, close), pattern.recovered, kept, "global")
+    if known is not None and known.code != "scale":
+        step.causes.append(known)
+    else:
+        step.notes.append(cause("", "common_factor", scale=scale))
+
+
+def _rounded(step: _Step, scale: float, close: float) -> float:
+    """Return the known factor that the scale is within the noise of the token weights, or the scale."""
+    ranks, micro = len(step.ranks), max(len(rank) for rank in step.by_rank)
+    known = [float(f) for n in (ranks, micro, ranks * micro) if n > 1 for f in (n, 1 / n)]
+    return next((f for f in known if abs(scale - f) <= close * f), scale)

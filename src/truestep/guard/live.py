@@ -1,0 +1,314 @@
+"""The guard of one run: when it looks, and what it does with what it finds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from truestep.audit.measure.findings import Cause, Verdict, cause
+from truestep.guard import ranks as rank_exchange
+from truestep.guard.judge import LOSSES, Declared, Judged, judge
+from truestep.guard.log import Log, message
+from truestep.guard.modules import choose
+from truestep.guard.ranks import MicroSeen, RankSeen
+from truestep.guard.sketch import Sketch
+from truestep.guard.update import Formula, Moved
+from truestep.guard.used import FromDeepSpeed, FromGradients, Reader, is_deepspeed, unwrapped
+
+FIRST = 3  # steps that are always watched
+SEED = 20260423
+Act = str | Callable[["Record"], None]
+Record = dict[str, Any]
+
+
+class GuardFault(RuntimeError):
+    """Raised by a guard with ``on_fault="stop"``; ``record`` is the step's record."""
+
+    def __init__(self, text: str, record: Record) -> None:
+        super().__init__(text)
+        self.record = record
+
+
+class Guard:
+    """Watches the optimizer steps of one model.
+
+    ``model`` is the module that is trained, wrapped or not, or a DeepSpeed engine. ``optimizer`` is a torch
+    optimizer, a list of them, or a framework's wrapper around one. The first three steps are watched, then
+    every ``every``-th. ``on_fault`` is "warn", "stop" (raises ``GuardFault``) or a function of the record.
+    ``log`` is a JSON Lines file for the records of all watched steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        *,
+        every: int = 20,
+        on_fault: Act = "warn",
+        log: str | Path | None = None,
+        declared: Declared = Declared(),
+        group: Any = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every = {every}; use 1 or more")
+        if not callable(on_fault) and on_fault not in ("warn", "stop"):
+            raise ValueError(f'on_fault = {on_fault!r}; use "warn", "stop" or a function')
+        if declared.loss not in LOSSES:
+            raise ValueError(f"loss = {declared.loss!r}; use one of {', '.join(LOSSES)}")
+        self.every, self.on_fault, self.declared, self.group = every, on_fault, declared, group
+        self.log = Log(log)
+        self.records: list[Record] = []
+        self.step_number, self.seconds = 0, 0.0
+        self.failure = ""  # why the guard is off
+        self.sketch: Sketch | None = None
+        self.handles: list[Any] = []
+        self.pending: list[Cause] = []  # found outside of a step, such as by a scheduler
+        self._safely(lambda: self._attach(model, optimizer))
+
+    # attach and remove
+
+    def _attach(self, model: nn.Module, optimizer: Any) -> None:
+        self.engine = model if is_deepspeed(model) else None
+        optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
+        if optimizer is None:
+            raise ValueError("no optimizer was given")
+        inner = model
+        while (
+            isinstance(getattr(inner, "module", None), nn.Module)
+            and type(inner).forward is not nn.Module.forward
+        ):
+            if not _is_wrapper(inner):
+                break
+            inner = inner.module
+        self.model = getattr(inner, "_orig_mod", inner)
+        self.group = self.group or rank_exchange.world()
+        random = torch.Generator().manual_seed(SEED)
+        self.watched = choose(self.model, random)
+        if not self.watched:
+            raise ValueError("the model has no trainable linear module of its own that could be watched")
+        chains = [
+            unwrapped(one) for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])
+        ]
+        self.optimizers = [chain[-1] for chain in chains]
+        self.is_deepspeed = any(is_deepspeed(one) for chain in chains for one in chain)
+        groups = [group for one in self.optimizers for group in one.param_groups]
+        self.sketch = Sketch(self.model, self.watched, self._failed)
+        self.moved = Moved(self.model, groups, self.is_deepspeed)
+        self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
+        self.modules = np.repeat(np.arange(len(self.watched)), [len(w.left) for w in self.watched])
+        self.previous = np.full(len(self.modules), np.nan)
+        self.sketch.is_on = self._is_due(1)
+        self.reader: Reader
+        self.began = self.stepped = 0
+        if self.is_deepspeed:
+            self.reader = FromDeepSpeed(self.watched, groups)
+            self.wrapper = next(one for one in chains[0] if is_deepspeed(one))
+            if self.sketch.is_on:
+                self.reader.before()
+            self.taken = self._steps_taken()
+        else:
+            state: dict[Any, Any] = {}
+            self.reader = FromGradients(self.watched, groups, _States(self.optimizers, state))
+            for one in self.optimizers:
+                self.handles.append(one.register_step_pre_hook(self._before))
+                self.handles.append(one.register_step_post_hook(self._after))
+
+    def remove(self) -> None:
+        """Take the guard out; the training goes on as without it."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.sketch is not None:
+            self.sketch.remove()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Judge a step that is not judged yet, remove all hooks and print a summary."""
+        if self.sketch is not None and not self.failure and sys.exc_info()[0] is None:
+            self.step()
+        self.remove()
+        self.log.close()
+
+    # one step
+
+    def step(self) -> Record | None:
+        """Call this after an optimizer step. It returns the step's record, or None if it was not watched."""
+        before = len(self.records)
+        if getattr(self, "is_deepspeed", False) and not self.failure:
+            self._safely(self._deepspeed_step)
+        return self.records[-1] if len(self.records) > before or self.stepped else None
+
+    def _is_due(self, step: int) -> bool:
+        return step <= FIRST or (step - FIRST) % self.every == 0
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.failure or self.sketch is None or optimizer is not self.optimizers[0]:
+            return
+        self._safely(self._read_before)
+
+    def _read_before(self) -> None:
+        assert self.sketch is not None
+        if self.sketch.is_on:
+            self.reader.before()
+            for formula in self.formulas:
+                formula.before()
+        elif self._is_due(self.step_number + 2):
+            # The gradient before a watched step, in case it is used again.
+            self.reader.before()
+            self.previous = self._vector(self.reader.after())
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.failure or self.sketch is None or optimizer is not self.optimizers[-1]:
+            return
+        self._safely(self._finish)
+
+    def _steps_taken(self) -> int:
+        engine = self.engine
+        return int(engine.global_steps) if engine is not None else -1
+
+    def _deepspeed_step(self) -> None:
+        taken = self._steps_taken()
+        if taken >= 0 and taken == self.taken:
+            return
+        self.taken = taken
+        self._finish()
+        assert self.sketch is not None
+        if self.sketch.is_on:
+            self.reader.before()
+
+    def _finish(self) -> None:
+        """Judge the step that was taken, and prepare for the next one."""
+        assert self.sketch is not None
+        began = time.perf_counter()
+        self.step_number += 1
+        was_on, self.sketch.is_on = self.sketch.is_on, self._is_due(self.step_number + 1)
+        micro, self.sketch.micro_batches = self.sketch.micro_batches, []
+        if not was_on:
+            return
+        seen, causes = self._seen(micro)
+        all_ranks = rank_exchange.gather(seen, self.group)
+        if any(rank.failed for rank in all_ranks):
+            self._off(self.failure or "another process failed")
+            return
+        judged = self._with_update(judge(all_ranks, self.modules, self.declared), all_ranks, causes)
+        self.previous = seen.target
+        self._tell(judged, time.perf_counter() - began)
+
+    def _seen(self, micro: Sequence[Any]) -> tuple[RankSeen, list[Cause]]:
+        """Return what this rank saw, also if reading it failed: other ranks wait for it."""
+        size = len(self.modules)
+        try:
+            target = self._vector(self.reader.after())
+            still = self.moved.after()
+            causes = [c for formula in self.formulas for c in formula.causes()]
+            seen = [
+                MicroSeen(column=self._vector(m.columns, 0.0), mark=m.batch.mark(), tokens=m.tokens)
+                for m in micro
+            ]
+            narrow = {torch.bfloat16, torch.float16}
+            parts = {d for m in micro for d in m.dtypes} | {w.weight.dtype for w in self.watched}
+            return RankSeen(
+                failed=bool(self.failure), is_narrow=bool(parts & narrow) or _rounds_products(), target=target,
+                previous=self.previous, micro=tuple(seen), replicated=self.moved.replicated, still=tuple(still),
+                wrong_update=bool(causes),
+            ), causes  # fmt: skip
+        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
+            self._failed(error)
+            nothing = np.full(size, np.nan)
+            return RankSeen(failed=True, is_narrow=False, target=nothing, previous=nothing, micro=()), []
+
+    def _vector(self, parts: dict[int, Any], missing: float = float("nan")) -> np.ndarray:
+        whole = [
+            np.full(len(one.left), missing) if index not in parts else parts[index].cpu().numpy()
+            for index, one in enumerate(self.watched)
+        ]
+        return np.concatenate(whole)
+
+    def _with_update(self, judged: Judged, ranks: Sequence[RankSeen], own: Sequence[Cause]) -> Judged:
+        """Add what the optimizer did wrong, on any rank."""
+        still = [all(flags) for flags in zip(*(r.still for r in ranks), strict=True)]
+        found = self.moved.causes(still)
+        if any(r.wrong_update for r in ranks):
+            found += list(own) or [cause("update", "update_on_another_rank")]
+        if len({r.replicated for r in ranks}) > 1:
+            found.append(cause("ranks_diverge", "ranks_have_other_parameters"))
+        found += self.pending
+        self.pending = []
+        if not found:
+            return judged
+        return replace(judged, causes=(*judged.causes, *found), verdict=Verdict.FAULT)
+
+    # what is said
+
+    def _tell(self, judged: Judged, seconds: float) -> None:
+        record = self.log.record(self.step_number, judged, seconds, getattr(self.reader, "source", ""))
+        self.records.append(record)
+        is_first_rank = self.group is None or torch.distributed.get_rank(self.group) == 0
+        if is_first_rank:
+            self.log.write(record)
+        if judged.verdict is not Verdict.FAULT:
+            if is_first_rank and len(self.records) == 1:
+                self.log.say(message(record))
+            return
+        if callable(self.on_fault):
+            self.on_fault(record)
+        elif self.on_fault == "stop":
+            raise GuardFault(message(record), record)
+        elif is_first_rank:
+            self.log.say_fault(record)
+
+    def _safely(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except GuardFault:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self._off(f"{type(error).__name__}: {error}")
+
+    def _failed(self, error: Exception) -> None:
+        """Note an error in a hook; the guard goes off together on all ranks at the end of the step."""
+        self.failure = self.failure or f"{type(error).__name__}: {error}"
+
+    def _off(self, why: str) -> None:
+        self.failure = why
+        self.log.say(f"truestep guard: off ({' '.join(why.split())[:300]}); the training goes on without it")
+        self.remove()
+
+
+class _States:
+    """The states of several optimizers as one mapping."""
+
+    def __init__(self, optimizers: Sequence[Any], nothing: dict[Any, Any]) -> None:
+        self.optimizers, self.nothing = optimizers, nothing
+
+    def get(self, parameter: Any, default: Any = None) -> Any:
+        return next((o.state[parameter] for o in self.optimizers if parameter in o.state), default)
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    return is_deepspeed(model) or isinstance(model, torch.nn.parallel.DistributedDataParallel)
+
+
+def _rounds_products() -> bool:
+    """Return whether float32 products are rounded to a shorter format."""
+    return bool(torch.get_float32_matmul_precision() != "highest")
+
+
+def guard(model: nn.Module, optimizer: Any = None, **options: Any) -> Guard:
+    """Return a ``Guard``; use it in a ``with`` statement."""
+    known: Iterable[str] = ("accumulation", "loss")
+    declared = Declared(**{k: options.pop(k) for k in known if k in options})
+    return Guard(model, optimizer, declared=declared, **options)

@@ -1,0 +1,125 @@
+"""Hooks on the watched modules: what each forward and backward pass gives their weights, as a few numbers.
+
+A hook reads and never returns a tensor, uses no random state, and keeps no activation: only projections of
+[T, K] numbers. Shapes: T positions of a micro-batch, K probes of a module, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from truestep.guard.modules import Watched
+from truestep.guard.tokens import Batch, TokenHooks, Tokens
+
+CHUNK = 4096  # positions that are copied to float32 at a time
+
+
+@dataclass
+class MicroBatch:
+    """One run of the model with gradients, up to the next one."""
+
+    number: int  # of modules
+    batch: Batch
+    columns: dict[int, Tensor] = field(default_factory=dict)  # module → K in float64
+    dtypes: set[torch.dtype] = field(default_factory=set)  # of the watched modules' outputs
+    tokens: Tokens | None = None
+
+
+class Sketch:
+    """The hooks of one model. ``failed`` is called with an error of a hook, which never reaches the training."""
+
+    def __init__(
+        self, model: nn.Module, watched: Sequence[Watched], failed: Callable[[Exception], None]
+    ) -> None:
+        self.watched, self.failed = list(watched), failed
+        self.micro_batches: list[MicroBatch] = []
+        self.is_on = False
+        self.depth = 0
+        self.tokens = TokenHooks()
+        self.handles: list[Any] = []
+        for module in _around(model, [w.module for w in watched]):
+            self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+        for index, one in enumerate(self.watched):
+            hook = torch.compiler.disable(partial(self._forward, index))
+            self.handles.append(one.module.register_forward_hook(hook))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.micro_batches.clear()
+        self.is_on = False
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.depth += 1
+        if not self.is_on or self.depth > 1 or not torch.is_grad_enabled():
+            return
+        try:
+            self.micro_batches.append(MicroBatch(len(self.watched), Batch.of(args, kwargs)))
+        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
+            self.failed(error)
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.depth -= 1
+        if not self.is_on or self.depth > 0 or not torch.is_grad_enabled() or not self.micro_batches:
+            return
+        try:
+            self.tokens.watch(self.micro_batches[-1], output)
+        except Exception as error:  # noqa: BLE001
+            self.failed(error)
+
+    def _forward(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.is_on or not self.micro_batches or not torch.is_grad_enabled():
+            return
+        try:
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return
+            micro = self.micro_batches[-1]
+            # Under autocast, the module multiplies its input in the output's precision.
+            right = projected(args[0].detach(), self.watched[index].probes(output.device)[1], output.dtype)
+            output.register_hook(partial(self._backward, index, micro, right, output.dtype))
+        except Exception as error:  # noqa: BLE001
+            self.failed(error)
+
+    def _backward(
+        self, index: int, micro: MicroBatch, right: Tensor, dtype: torch.dtype, delta: Tensor
+    ) -> None:
+        try:
+            left = projected(delta, self.watched[index].probes(delta.device)[0], dtype)
+            given = (left * right).sum(0, dtype=torch.float64)
+            micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
+            micro.dtypes.add(dtype)
+        except Exception as error:  # noqa: BLE001
+            self.failed(error)
+
+
+@torch.no_grad()
+def projected(values: Tensor, probes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``values`` [..., d] times the probes [K, d], as [T, K] in float32."""
+    flat, basis = values.reshape(-1, values.shape[-1]), probes.T
+    with torch.autocast(values.device.type, enabled=False):
+        parts = [part.to(dtype).float() @ basis for part in flat.split(CHUNK)]
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _around(model: nn.Module, watched: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the model and those modules in it that contain all watched modules. Trainers call different ones
+    of them; the outermost one that is called is a micro-batch."""
+    if len(watched) < 2:
+        return [model]
+    inside = [
+        m for m in model.modules() if m is not model and not isinstance(m, nn.ModuleList | nn.ModuleDict)
+    ]
+    return [
+        model,
+        *(m for m in inside if {*map(id, watched)} <= {*map(id, m.modules())} and m not in watched),
+    ]

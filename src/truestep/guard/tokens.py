@@ -1,0 +1,241 @@
+"""Reads the weight of every trained token from the gradient of the logits.
+
+The negative log-likelihood of token y with weight w has the gradient w·(p − e_y) at its logits. So a position
+is trained if its row is not zero, y is the entry of the largest size, w > 0 if this entry is negative, and
+|w| = |Σ of the others| / (1 − p_y). Only sums leave this module. Shapes: B rows of T tokens, V entries of the
+vocabulary, S positions with logits (the last S of each row).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # positions that are copied to float32 at a time
+SHIFTS = (1, 0, 2)  # a logit's target is this many positions later; 0 and 2 are faults
+CLEAR = 1e-3  # a trained position with a smaller 1 − p may have a gradient that rounds to zero
+FORM = 0.05  # relative; a loss that differs more from a weighted negative log-likelihood has another form
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model was called with, as far as it is known. All [B, T]."""
+
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    attention: Tensor | None = None
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> Batch:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        known = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2)
+        if not known:
+            return cls()
+        ids = ids.detach().reshape(-1, ids.shape[-1])
+        others = (kwargs.get("labels"), kwargs.get("attention_mask"))
+        same = [o.detach() if isinstance(o, Tensor) and o.shape == ids.shape else None for o in others]
+        return cls(ids, *same)
+
+    def mark(self) -> int:
+        """Return 48 bits of a hash of the tokens; 0 if there are none."""
+        if self.ids is None:
+            return 0
+        data = self.ids.cpu().contiguous().numpy().tobytes()
+        return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The trained tokens of one micro-batch; counts of positions unless said otherwise."""
+
+    trained: int
+    negative: int  # with a negative weight
+    weight: float  # mean weight of a trained token, signed sizes apart
+    spread: float  # (largest − smallest) / mean weight, of the rows
+    sequence_spread: float  # the same for weight × trained tokens of the row
+    form: float  # relative distance from a weighted negative log-likelihood
+    shift: int  # the offset of the targets, or -1 if it is none of SHIFTS
+    outside: int  # trained, but masked in the labels or the attention mask
+    missing: int  # in the labels, but not trained
+    missing_ends: int  # of these, those at the end of a trained part
+    slots: int  # rows × width
+    stops: int  # stop tokens that follow a trained token
+    stops_trained: int
+
+
+class TokenHooks:
+    """Hooks on the logits. ``stop_ids`` are the tokens that end an answer."""
+
+    def __init__(self) -> None:
+        self.stop_ids: tuple[int, ...] = ()
+        self.head_output: Tensor | None = None
+
+    def watch(self, micro: Any, output: Any) -> None:
+        """Watch the logits in the output of the model, if there are any."""
+        logits = logits_in(output)
+        if logits is None or not logits.requires_grad or micro.batch.ids is None:
+            return
+        self.attach(micro, logits)
+
+    def attach(self, micro: Any, logits: Tensor) -> None:
+        ids = micro.batch.ids
+        if logits.dim() == 2:
+            logits_shape = (ids.shape[0], -1, logits.shape[-1])
+        else:
+            logits_shape = tuple(logits.shape)
+        seen = _Forward.of(logits.detach().reshape(logits_shape), micro.batch)
+        if seen is not None:
+            logits.register_hook(partial(self._backward, micro, seen))
+
+    def _backward(self, micro: Any, seen: _Forward, delta: Tensor) -> None:
+        if micro.tokens is None:
+            micro.tokens = seen.judge(delta, self.stop_ids)
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """Return the logits [.., V] in a model's output, or None."""
+    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if found is None:
+        found = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3) or not found.is_floating_point():
+        return None
+    return found
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What is kept of the logits: log-probabilities [B, S] of the possible targets and of the top entry."""
+
+    batch: Batch
+    shape: tuple[int, int]
+    targets: Tensor  # 3, B, S; -1 where there is no target
+    logp: Tensor  # 3, B, S
+    top: Tensor  # B, S
+    top_logp: Tensor  # B, S
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, logits: Tensor, batch: Batch) -> _Forward | None:
+        ids = batch.ids
+        if ids is None or logits.shape[0] != ids.shape[0] or logits.shape[1] > ids.shape[1]:
+            return None
+        rows, size, _ = logits.shape
+        first = ids.shape[1] - size
+        targets = torch.full((len(SHIFTS), rows, size), -1, dtype=torch.int64, device=logits.device)
+        for number, shift in enumerate(SHIFTS):
+            part = ids[:, first + shift :]
+            targets[number, :, : part.shape[1]] = part
+        flat, wanted = logits.reshape(rows * size, -1), targets.reshape(len(SHIFTS), -1).T
+        pieces = [
+            _logp(part, want) for part, want in zip(flat.split(CHUNK), wanted.split(CHUNK), strict=True)
+        ]
+        logp, top, top_logp = (torch.cat(one) for one in zip(*pieces, strict=True))
+        shape = (rows, size)
+        return cls(
+            batch, shape, targets, logp.T.reshape(-1, *shape), top.reshape(shape), top_logp.reshape(shape)
+        )
+
+    @torch.no_grad()
+    def judge(self, delta: Tensor, stop_ids: tuple[int, ...]) -> Tokens:
+        """Return what the gradient [.., V] of the logits says."""
+        pieces = [_row_sums(part, top) for part, top in zip(
+            delta.reshape(self.shape[0] * self.shape[1], -1).split(CHUNK),
+            self.top.flatten().split(CHUNK), strict=True)]  # fmt: skip
+        target, own, others, at_top = (
+            torch.cat(one).reshape(self.shape) for one in zip(*pieces, strict=True)
+        )
+        trained = own != 0
+        count = int(trained.sum())
+        hits = [int(((target == self.targets[i]) & trained).sum()) for i in range(len(SHIFTS))]
+        best = max(range(len(SHIFTS)), key=lambda i: (hits[i], -i))
+        # Random tokens repeat by chance, so most, not all, decide.
+        shift = SHIFTS[best] if hits[best] > count / 2 else -1
+        logp = torch.where(target == self.targets[best], self.logp[best], torch.nan)
+        known = trained & logp.isfinite()
+        rest = torch.where(known, -torch.expm1(logp), 0.0).double()
+        size = torch.where(known, others.abs(), 0.0).double()
+        own_size = torch.where(known, own.abs(), 0.0).double()
+        weight = float(size.sum() / rest.sum()) if bool(rest.sum() > 0) else 0.0
+        token_weight = size / rest.clamp(min=1e-12)
+        apart = known & (self.top != target)
+        predicted = torch.where(apart, token_weight * self.top_logp.exp(), 0.0)
+        observed = torch.where(apart, at_top.abs().double(), 0.0)
+        lost = float((predicted - observed).abs().sum() + (size - own_size).abs().sum())
+        whole = float(predicted.sum() + size.sum())
+        per_row, row_rest, row_count = size.sum(1), rest.sum(1), known.sum(1)
+        used = row_count > 0
+        row_weight = (per_row / row_rest.clamp(min=1e-12))[used]
+        negative = int((known & (own > 0)).sum())
+        form = lost / whole if whole else 0.0
+        sums = Tokens(
+            trained=count, negative=negative, weight=weight, spread=_spread(row_weight),
+            sequence_spread=_spread(row_weight * row_count[used]), form=form, shift=shift,
+            outside=0, missing=0, missing_ends=0, slots=self.shape[0] * self.shape[1], stops=0, stops_trained=0,
+        )  # fmt: skip
+        return self._against_masks(sums, trained, stop_ids)
+
+    def _against_masks(self, sums: Tokens, trained: Tensor, stop_ids: tuple[int, ...]) -> Tokens:
+        from dataclasses import replace
+
+        size, batch = self.shape[1], self.batch
+        following = self.targets[0]
+        exists = following >= 0
+        outside = torch.zeros_like(trained)
+        missing = missing_ends = 0
+        if batch.attention is not None:
+            outside |= trained & exists & (_next(batch.attention, size, 1) == 0)
+        if batch.labels is not None and sums.shift == 1:
+            asked = (_next(batch.labels, size, -100) != -100) & exists
+            outside |= trained & exists & ~asked
+            gone = asked & ~trained & (-torch.expm1(self.logp[0]) > CLEAR)
+            ends = asked & ~_next_mask(asked)
+            missing, missing_ends = int(gone.sum()), int((gone & ends).sum())
+        stops = stops_trained = 0
+        if stop_ids:
+            stop = torch.isin(following, torch.tensor(stop_ids, device=following.device)) & exists
+            if batch.attention is not None:
+                stop &= _next(batch.attention, size, 0) != 0
+            after = torch.cat([torch.zeros_like(trained[:, :1]), trained[:, :-1]], 1)
+            stops, stops_trained = int((stop & (after | trained)).sum()), int((stop & trained).sum())
+        return replace(
+            sums, outside=int(outside.sum()), missing=missing, missing_ends=missing_ends, stops=stops,
+            stops_trained=stops_trained,
+        )  # fmt: skip
+
+
+def _next(values: Tensor, size: int, filler: int) -> Tensor:
+    """Return, for each of the last ``size`` positions, the value at the next one."""
+    padded = torch.cat([values, torch.full_like(values[:, :1], filler)], 1)
+    return padded[:, -size:]
+
+
+def _next_mask(mask: Tensor) -> Tensor:
+    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+
+
+def _spread(values: Tensor) -> float:
+    if len(values) < 2:
+        return 0.0
+    return float((values.max() - values.min()) / values.mean().clamp(min=1e-300))
+
+
+def _logp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p [R, 3] of the targets, the top entry [R] and its log p, for logits [R, V]."""
+    wide = logits.float()
+    total = wide.logsumexp(-1)
+    best, top = wide.max(-1)
+    return wide.gather(1, targets.clamp(min=0)) - total[:, None], top, best - total
+
+
+def _row_sums(delta: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the entry [R] of the largest size, its value, the sum of the others and the value at ``top``."""
+    wide = delta.float()
+    target = wide.abs().argmax(-1)
+    own = wide.gather(1, target[:, None])[:, 0]
+    return target, own, wide.sum(-1, dtype=torch.float64) - own, wide.gather(1, top[:, None])[:, 0]

@@ -1,0 +1,142 @@
+"""Reads the gradient that the optimizer used, as projections on the probes of the watched modules.
+
+Where no gradient can be read (flat partitions, an offloaded optimizer), it is solved from what the optimizer
+keeps: g = (m′ − β₁m) / (1 − β₁) from Adam's first moment, g = (b′ − μb) / (1 − damping) from SGD's buffer, or
+g = (θ − θ′) / lr from plain SGD's update. A projection is linear, so it is enough to project before and after.
+Shapes: K probes of a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from truestep.guard.modules import Watched
+
+Targets = dict[int, Tensor]  # module → uᵀGv [K] in float64 of the gradient that was used
+
+
+class Reader(Protocol):
+    source: str  # where the gradient was read, for the log
+
+    def before(self) -> None: ...  # called before the optimizer's step, while gradients exist
+    def after(self) -> Targets: ...  # called after it
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return the whole tensor, gathered over ranks if it is sharded."""
+    gather = getattr(value.detach(), "full_tensor", None)
+    return value.detach() if gather is None else gather()
+
+
+def unwrapped(optimizer: Any) -> list[Any]:
+    """Return the optimizer and what it wraps, the outermost first."""
+    chain = [optimizer]
+    while not isinstance(chain[-1], torch.optim.Optimizer) or _is_wrapper(chain[-1]):
+        inner = getattr(chain[-1], "optimizer", None)
+        if inner is None or inner in chain:
+            break
+        chain.append(inner)
+    return chain
+
+
+def _is_wrapper(optimizer: Any) -> bool:
+    """Accelerate's and DeepSpeed's wrappers are torch optimizers whose step hooks are never called."""
+    return getattr(optimizer, "optimizer", None) is not None
+
+
+def is_deepspeed(one: Any) -> bool:
+    return any(c.__module__.split(".")[0] == "deepspeed" for c in type(one).__mro__)
+
+
+class FromGradients:
+    """Reads ``.grad`` before the step of torch optimizers, or else solves it from their state."""
+
+    source = "gradients"
+
+    def __init__(self, watched: Sequence[Watched], groups: Iterable[dict[str, Any]], state: Any) -> None:
+        self.watched = list(watched)
+        self.group_of = {id(p): group for group in groups for p in group["params"]}
+        self.state = state
+        self.targets: Targets = {}
+        self.moments: Targets = {}
+
+    def before(self) -> None:
+        self.targets, self.moments = {}, {}
+        for index, one in enumerate(self.watched):
+            grad = one.weight.grad
+            if grad is not None:
+                self.targets[index] = one.project(whole(grad))
+            else:
+                self.moments[index] = self._moment(one)
+
+    def _moment(self, one: Watched) -> Tensor:
+        kept = self.state.get(one.weight, {})
+        found = kept.get("exp_avg")
+        return torch.zeros(len(one.left), dtype=torch.float64) if found is None else one.project(whole(found))
+
+    def after(self) -> Targets:
+        for index, was in self.moments.items():
+            one = self.watched[index]
+            betas = self.group_of.get(id(one.weight), {}).get("betas")
+            if betas is not None and "exp_avg" in self.state.get(one.weight, {}):
+                self.source = "the first moment"
+                self.targets[index] = (self._moment(one) - betas[0] * was) / (1 - betas[0])
+        return self.targets
+
+
+class FromDeepSpeed:
+    """Solves the gradient from the state, or from the update, of a DeepSpeed ZeRO optimizer.
+
+    All of it is read by DeepSpeed's own functions, which take part in collectives on every rank."""
+
+    def __init__(self, watched: Sequence[Watched], groups: Sequence[dict[str, Any]]) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self.watched, self.groups = list(watched), groups
+        self.read_state, self.read_value = safe_get_full_optimizer_state, safe_get_full_fp32_param
+        group = groups[0]
+        self.key = "exp_avg" if "betas" in group else "momentum_buffer" if group.get("momentum") else ""
+        self.source = {"exp_avg": "the first moment", "momentum_buffer": "the momentum", "": "the update"}[
+            self.key
+        ]
+        self.was: Targets = {}
+
+    def before(self) -> None:
+        self.was = self._read()
+        group = self.groups[0]
+        self.rate = float(group["lr"])
+        if self.key == "exp_avg":
+            self.kept, self.new = float(group["betas"][0]), 1 - float(group["betas"][0])
+        elif self.key:
+            self.kept, self.new = float(group["momentum"]), 1 - float(group.get("dampening", 0.0))
+            if not any(bool(v.any()) for v in self.was.values()):
+                self.new = 1.0  # the first gradient enters the buffer whole
+        else:
+            # The update of plain SGD is −lr·g.
+            self.kept, self.new = 1.0, -self.rate
+
+    def after(self) -> Targets:
+        if self.new == 0:
+            return {}
+        return {i: (now - self.kept * self.was[i]) / self.new for i, now in self._read().items()}
+
+    def _read(self) -> Targets:
+        found = {}
+        for index, one in enumerate(self.watched):
+            value = self._value(one.weight)
+            found[index] = (
+                torch.zeros(len(one.left), dtype=torch.float64) if value is None else one.project(value)
+            )
+        return found
+
+    def _value(self, weight: Tensor) -> Tensor | None:
+        if not self.key:
+            return self.read_value(weight)
+        try:
+            return self.read_state(weight, self.key)
+        except (KeyError, ValueError, AttributeError, AssertionError):
+            return None  # before the first step, there is no state
