@@ -5,8 +5,8 @@ Shapes: R equations, M micro-batches of all ranks, rank after rank, D ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from truestep.guard.solve import RESIDUAL, TOLERANCE, Solved, solve
 
 TOKEN_TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}  # relative error of a micro-batch's token weight
 RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
+STOPS = 3  # untrained stop tokens that are not an accident
 LOSSES = ("token_mean", "sequence_mean", "any")
 
 
@@ -27,8 +28,12 @@ LOSSES = ("token_mean", "sequence_mean", "any")
 class Declared:
     """What the user says of the run; 0 and None mean unknown."""
 
-    accumulation: int = 0
+    accumulation: int = 0  # micro-batches of one process in one step
     loss: str = "token_mean"  # of a loss whose weights are all positive
+    max_grad_norm: float = 0.0
+    rate: Callable[[int], float] | None = (
+        None  # number of the step, from 0 → learning rate of the first group
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class _Step:
     declared: Declared
     causes: list[Cause] = field(default_factory=list)
     notes: list[Cause] = field(default_factory=list)
+    used: Solved | None = None  # if the gradient of the step before explains the rest
 
     def __post_init__(self) -> None:
         self.dtype = "bfloat16" if any(r.is_narrow for r in self.ranks) else "float32"
@@ -126,9 +132,10 @@ def _sum(step: _Step, modules: np.ndarray) -> Solved | None:
         step.notes.append(cause("", "too_many_to_solve", found=columns.shape[1], probes=len(columns)))
         return None
     solved = solve(columns, target[read], order)
-    if solved.residual > RESIDUAL[step.dtype] and apart <= RANKS_EQUAL * size:
+    limit = max(RESIDUAL[step.dtype], thresholds.STANDARD_ERRORS * max(r.noise for r in step.ranks))
+    if solved.residual > limit and apart <= RANKS_EQUAL * size:
         step.causes.append(_rest(step, solved, columns, target[read], order))
-    return solved
+    return step.used or solved
 
 
 def _rest(step: _Step, solved: Solved, columns: np.ndarray, target: np.ndarray, order: np.ndarray) -> Cause:
@@ -137,10 +144,11 @@ def _rest(step: _Step, solved: Solved, columns: np.ndarray, target: np.ndarray, 
     if np.isfinite(previous).all() and previous.any():
         again = solve(np.c_[columns, previous], target, order)
         if again.residual * thresholds.EXPLAINED <= solved.residual:
+            step.used = replace(again, weights=again.weights[:-1], errors=again.errors[:-1])
             return cause("momentum", "carried", coefficient=float(again.weights[-1]))
     alone = np.array(solved.by_module)
     parts = [solve(columns[order == m], target[order == m], order[order == m] * 0) for m in range(len(alone))]
-    if max(part.residual for part in parts) <= RESIDUAL[step.dtype]:
+    if len(parts) > 1 and max(part.residual for part in parts) <= RESIDUAL[step.dtype]:
         return cause("unknown_weights", "modules_differ", weights=alone.tolist())
     return cause("unexplained", "unexplained", share=solved.residual)
 
@@ -184,18 +192,22 @@ def _masks(step: _Step, seen: Sequence[token_check.Tokens]) -> None:
     if missing:
         code = "stop_untrained" if missing == ends else "unexplained"
         step.causes.append(cause(code, "tokens_untrained", tokens=missing))
+    stops, trained = sum(t.stops for t in seen), sum(t.stops_trained for t in seen)
+    if stops >= STOPS and not trained and not missing:
+        step.causes.append(cause("stop_untrained", "stop_never_trained", stops=stops))
 
 
 def _name(step: _Step, solved: Solved | None, weighed: np.ndarray | None) -> None:
     """Name the pattern of the micro-batches' weights, and that of the tokens' weights."""
-    if solved is not None and not any(
-        c.code in ("momentum", "unexplained", "ranks_diverge") for c in step.causes
+    if (
+        solved is not None
+        and not any(c.code in ("momentum", "unexplained", "ranks_diverge") for c in step.causes)
+        and solved.differ(step.dtype).any()
     ):
-        if solved.differ(step.dtype).any():
-            ones = [[1] * len(rank) for rank in step.by_rank]
-            pattern, _ = _fit(step, solved.weights, solved.errors, ones, TOLERANCE[step.dtype])
-            kept = [c for c in pattern.causes if c.code == "kept"] if pattern else []
-            step.causes += kept or [_unknown(solved.weights)]
+        ones = [[1] * len(rank) for rank in step.by_rank]
+        pattern, _ = _fit(step, solved.weights, solved.errors, ones, TOLERANCE[step.dtype])
+        kept = [c for c in pattern.causes if c.code == "kept"] if pattern else []
+        step.causes += kept or [_unknown(solved.weights)]
     if weighed is None:
         return
     counts = [[m.tokens.trained if m.tokens else 0 for m in rank] for rank in step.by_rank]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from truestep.guard.log import Log, message
 from truestep.guard.modules import choose
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.sketch import Sketch
-from truestep.guard.update import Formula, Moved
+from truestep.guard.update import Formula, Moved, declared_causes
 from truestep.guard.used import FromDeepSpeed, FromGradients, Reader, is_deepspeed, unwrapped
 
 FIRST = 3  # steps that are always watched
@@ -54,33 +54,40 @@ class Guard:
         every: int = 20,
         on_fault: Act = "warn",
         log: str | Path | None = None,
-        declared: Declared = Declared(),
+        declared: Declared | None = None,
         group: Any = None,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every = {every}; use 1 or more")
-        if not callable(on_fault) and on_fault not in ("warn", "stop"):
-            raise ValueError(f'on_fault = {on_fault!r}; use "warn", "stop" or a function')
-        if declared.loss not in LOSSES:
-            raise ValueError(f"loss = {declared.loss!r}; use one of {', '.join(LOSSES)}")
+        declared = declared or Declared()
+        self.check(every, on_fault, declared.loss)
         self.every, self.on_fault, self.declared, self.group = every, on_fault, declared, group
         self.log = Log(log)
         self.records: list[Record] = []
-        self.step_number, self.seconds = 0, 0.0
+        self.step_number = 0  # of the steps that the guard has seen
+        self.unread: Record | None = None
         self.failure = ""  # why the guard is off
         self.sketch: Sketch | None = None
         self.handles: list[Any] = []
         self.pending: list[Cause] = []  # found outside of a step, such as by a scheduler
         self._safely(lambda: self._attach(model, optimizer))
 
+    @staticmethod
+    def check(every: int, on_fault: Act, loss: str) -> None:
+        """Raise ValueError for options that are not valid."""
+        if every < 1:
+            raise ValueError(f"every = {every}; use 1 or more")
+        if not callable(on_fault) and on_fault not in ("warn", "stop"):
+            raise ValueError(f'on_fault = {on_fault!r}; use "warn", "stop" or a function')
+        if loss not in LOSSES:
+            raise ValueError(f"loss = {loss!r}; use one of {', '.join(LOSSES)}")
+
     # attach and remove
 
     def _attach(self, model: nn.Module, optimizer: Any) -> None:
-        self.engine = model if is_deepspeed(model) else None
+        self.engine: Any = model if is_deepspeed(model) else None
         optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
         if optimizer is None:
             raise ValueError("no optimizer was given")
-        inner = model
+        inner: Any = model
         while (
             isinstance(getattr(inner, "module", None), nn.Module)
             and type(inner).forward is not nn.Module.forward
@@ -101,13 +108,13 @@ class Guard:
         self.is_deepspeed = any(is_deepspeed(one) for chain in chains for one in chain)
         groups = [group for one in self.optimizers for group in one.param_groups]
         self.sketch = Sketch(self.model, self.watched, self._failed)
+        self.sketch.tokens.stop_ids = _stop_ids(self.model)
         self.moved = Moved(self.model, groups, self.is_deepspeed)
         self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
         self.modules = np.repeat(np.arange(len(self.watched)), [len(w.left) for w in self.watched])
         self.previous = np.full(len(self.modules), np.nan)
         self.sketch.is_on = self._is_due(1)
         self.reader: Reader
-        self.began = self.stepped = 0
         if self.is_deepspeed:
             self.reader = FromDeepSpeed(self.watched, groups)
             self.wrapper = next(one for one in chains[0] if is_deepspeed(one))
@@ -146,10 +153,10 @@ class Guard:
 
     def step(self) -> Record | None:
         """Call this after an optimizer step. It returns the step's record, or None if it was not watched."""
-        before = len(self.records)
-        if getattr(self, "is_deepspeed", False) and not self.failure:
+        if self.sketch is not None and not self.failure and self.is_deepspeed:
             self._safely(self._deepspeed_step)
-        return self.records[-1] if len(self.records) > before or self.stepped else None
+        record, self.unread = self.unread, None
+        return record
 
     def _is_due(self, step: int) -> bool:
         return step <= FIRST or (step - FIRST) % self.every == 0
@@ -165,6 +172,7 @@ class Guard:
             self.reader.before()
             for formula in self.formulas:
                 formula.before()
+            self.pending += declared_causes(self.declared, self.moved, self.step_number)
         elif self._is_due(self.step_number + 2):
             # The gradient before a watched step, in case it is used again.
             self.reader.before()
@@ -176,8 +184,7 @@ class Guard:
         self._safely(self._finish)
 
     def _steps_taken(self) -> int:
-        engine = self.engine
-        return int(engine.global_steps) if engine is not None else -1
+        return -1 if self.engine is None else int(self.engine.global_steps)
 
     def _deepspeed_step(self) -> None:
         taken = self._steps_taken()
@@ -224,6 +231,7 @@ class Guard:
                 failed=bool(self.failure), is_narrow=bool(parts & narrow) or _rounds_products(), target=target,
                 previous=self.previous, micro=tuple(seen), replicated=self.moved.replicated, still=tuple(still),
                 wrong_update=bool(causes),
+                noise=self.reader.noise,
             ), causes  # fmt: skip
         except Exception as error:  # noqa: BLE001 (the guard must not end the training)
             self._failed(error)
@@ -256,6 +264,7 @@ class Guard:
     def _tell(self, judged: Judged, seconds: float) -> None:
         record = self.log.record(self.step_number, judged, seconds, getattr(self.reader, "source", ""))
         self.records.append(record)
+        self.unread = record
         is_first_rank = self.group is None or torch.distributed.get_rank(self.group) == 0
         if is_first_rank:
             self.log.write(record)
@@ -302,6 +311,15 @@ def _is_wrapper(model: nn.Module) -> bool:
     return is_deepspeed(model) or isinstance(model, torch.nn.parallel.DistributedDataParallel)
 
 
+def _stop_ids(model: nn.Module) -> tuple[int, ...]:
+    """Return the tokens that end an answer, from the model's own settings."""
+    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(settings, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
+
+
 def _rounds_products() -> bool:
     """Return whether float32 products are rounded to a shorter format."""
     return bool(torch.get_float32_matmul_precision() != "highest")
@@ -309,6 +327,6 @@ def _rounds_products() -> bool:
 
 def guard(model: nn.Module, optimizer: Any = None, **options: Any) -> Guard:
     """Return a ``Guard``; use it in a ``with`` statement."""
-    known: Iterable[str] = ("accumulation", "loss")
+    known = [f.name for f in fields(Declared)]
     declared = Declared(**{k: options.pop(k) for k in known if k in options})
     return Guard(model, optimizer, declared=declared, **options)

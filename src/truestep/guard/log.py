@@ -25,7 +25,7 @@ class Log:
 
     def record(self, step: int, judged: Judged, seconds: float, source: str) -> dict[str, Any]:
         """Return the JSON record of one watched step. It has no data of the user."""
-        row = {"schema": SCHEMA, "step": step, "verdict": judged.verdict.value}
+        row: dict[str, Any] = {"schema": SCHEMA, "step": step, "verdict": judged.verdict.value}
         row["codes"] = list(dict.fromkeys(c.code for c in judged.causes))
         row["fault"] = "; ".join(words.sentence(c) for c in judged.causes)
         row["notes"] = [words.sentence(c) for c in judged.notes]

@@ -39,11 +39,12 @@ class RankSeen:
     replicated: int = 0  # a hash of the parameters that every rank has whole
     still: tuple[bool, ...] = ()  # per tensor: it should have moved, and did not
     wrong_update: bool = False
+    noise: float = 0.0  # relative error of the target, from reading it back from rounded values
 
 
 def pack(seen: RankSeen) -> np.ndarray:
     """Return one row of numbers."""
-    flags = [seen.failed, seen.is_narrow, seen.wrong_update, seen.replicated]
+    flags = [seen.failed, seen.is_narrow, seen.wrong_update, seen.replicated, seen.noise]
     bits = [sum(bit << i for i, bit in enumerate(part)) for part in _parts(seen.still)]
     head = [len(seen.target), len(seen.micro), len(seen.still), *flags, *bits]
     rows = [np.asarray(head, dtype=np.float64), seen.target, seen.previous]
@@ -56,9 +57,9 @@ def pack(seen: RankSeen) -> np.ndarray:
 def unpack(row: np.ndarray) -> RankSeen:
     """Return what ``pack`` packed; numbers after it are ignored."""
     size, count, tensors = (int(v) for v in row[:3])
-    failed, is_narrow, wrong_update, replicated = row[3:7]
-    at = 7 + len(_parts((False,) * tensors))
-    bits = [bool(int(row[7 + i // BITS]) >> (i % BITS) & 1) for i in range(tensors)]
+    failed, is_narrow, wrong_update, replicated, noise = row[3:8]
+    at = 8 + len(_parts((False,) * tensors))
+    bits = [bool(int(row[8 + i // BITS]) >> (i % BITS) & 1) for i in range(tensors)]
     target, previous = row[at : at + size], row[at + size : at + 2 * size]
     at, micro = at + 2 * size, []
     for _ in range(count):
@@ -77,6 +78,7 @@ def unpack(row: np.ndarray) -> RankSeen:
     return RankSeen(
         failed=bool(failed), is_narrow=bool(is_narrow), target=target, previous=previous, micro=tuple(micro),
         replicated=int(replicated), still=tuple(bits), wrong_update=bool(wrong_update),
+        noise=float(noise),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truestep.guard.modules import Watched
+from truestep.guard.modules import Watched, head_of
 from truestep.guard.tokens import Batch, TokenHooks, Tokens
 
 CHUNK = 4096  # positions that are copied to float32 at a time
@@ -29,6 +29,7 @@ class MicroBatch:
     columns: dict[int, Tensor] = field(default_factory=dict)  # module → K in float64
     dtypes: set[torch.dtype] = field(default_factory=set)  # of the watched modules' outputs
     tokens: Tokens | None = None
+    has_logits: bool = False
 
 
 class Sketch:
@@ -41,11 +42,13 @@ class Sketch:
         self.micro_batches: list[MicroBatch] = []
         self.is_on = False
         self.depth = 0
-        self.tokens = TokenHooks()
+        self.tokens = TokenHooks(failed)
         self.handles: list[Any] = []
         for module in _around(model, [w.module for w in watched]):
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+        if (head := head_of(model)) is not None:
+            self.handles.append(head.register_forward_hook(self._head))
         for index, one in enumerate(self.watched):
             hook = torch.compiler.disable(partial(self._forward, index))
             self.handles.append(one.module.register_forward_hook(hook))
@@ -73,7 +76,16 @@ class Sketch:
         if not self.is_on or self.depth > 0 or not torch.is_grad_enabled() or not self.micro_batches:
             return
         try:
-            self.tokens.watch(self.micro_batches[-1], output)
+            self.tokens.model_ran(self.micro_batches[-1], output)
+        except Exception as error:  # noqa: BLE001
+            self.failed(error)
+
+    @torch.compiler.disable
+    def _head(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.is_on or not self.micro_batches or not torch.is_grad_enabled():
+            return
+        try:
+            self.tokens.head_ran(self.micro_batches[-1], output, self.depth > 0)
         except Exception as error:  # noqa: BLE001
             self.failed(error)
 
@@ -91,8 +103,10 @@ class Sketch:
             self.failed(error)
 
     def _backward(
-        self, index: int, micro: MicroBatch, right: Tensor, dtype: torch.dtype, delta: Tensor
+        self, index: int, micro: MicroBatch, right: Tensor, dtype: torch.dtype, delta: Tensor | None
     ) -> None:
+        if delta is None:
+            return
         try:
             left = projected(delta, self.watched[index].probes(delta.device)[0], dtype)
             given = (left * right).sum(0, dtype=torch.float64)

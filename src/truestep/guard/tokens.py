@@ -9,8 +9,8 @@ vocabulary, S positions with logits (the last S of each row).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,7 @@ class Batch:
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> Batch:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        known = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2)
-        if not known:
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
             return cls()
         ids = ids.detach().reshape(-1, ids.shape[-1])
         others = (kwargs.get("labels"), kwargs.get("attention_mask"))
@@ -72,30 +71,58 @@ class Tokens:
 class TokenHooks:
     """Hooks on the logits. ``stop_ids`` are the tokens that end an answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self.failed = failed
         self.stop_ids: tuple[int, ...] = ()
-        self.head_output: Tensor | None = None
+        self.from_head: Tensor | None = None  # during a forward pass of the model
 
-    def watch(self, micro: Any, output: Any) -> None:
-        """Watch the logits in the output of the model, if there are any."""
-        logits = logits_in(output)
-        if logits is None or not logits.requires_grad or micro.batch.ids is None:
+    def head_ran(self, micro: Any, output: Any, is_inside: bool) -> None:
+        """Take the output of the head. Some trainers call it themselves, after the model."""
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return
-        self.attach(micro, logits)
+        if is_inside:
+            self.from_head = output
+        else:
+            self.attach(micro, output)
+
+    def model_ran(self, micro: Any, output: Any) -> None:
+        """Watch the logits of the model. If they are only a copy of the head's output, watch that: the loss
+        may be computed from it."""
+        logits, head, self.from_head = logits_in(output), self.from_head, None
+        if head is not None and (logits is None or _is_copy(logits, head)):
+            logits = head
+        if logits is not None and logits.requires_grad:
+            self.attach(micro, logits)
 
     def attach(self, micro: Any, logits: Tensor) -> None:
         ids = micro.batch.ids
-        if logits.dim() == 2:
-            logits_shape = (ids.shape[0], -1, logits.shape[-1])
-        else:
-            logits_shape = tuple(logits.shape)
-        seen = _Forward.of(logits.detach().reshape(logits_shape), micro.batch)
+        if ids is None or micro.has_logits:
+            return
+        # Some models return the logits of all rows as one list.
+        lines = (
+            logits.detach()
+            if logits.dim() == 3
+            else logits.detach().reshape(ids.shape[0], -1, logits.shape[-1])
+        )
+        seen = _Forward.of(lines, micro.batch)
         if seen is not None:
+            micro.has_logits = True
             logits.register_hook(partial(self._backward, micro, seen))
 
-    def _backward(self, micro: Any, seen: _Forward, delta: Tensor) -> None:
-        if micro.tokens is None:
+    def _backward(self, micro: Any, seen: _Forward, delta: Tensor | None) -> None:
+        if delta is None or micro.tokens is not None:
+            return
+        try:
             micro.tokens = seen.judge(delta, self.stop_ids)
+        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
+            self.failed(error)
+
+
+def _is_copy(logits: Tensor, head: Tensor) -> bool:
+    if logits is head or logits.shape != head.shape:
+        return logits is head
+    some = (0,) * (logits.dim() - 1)
+    return bool(torch.equal(logits.detach()[some].to(head.dtype), head.detach()[some]))
 
 
 def logits_in(output: Any) -> Tensor | None:
@@ -181,8 +208,6 @@ class _Forward:
         return self._against_masks(sums, trained, stop_ids)
 
     def _against_masks(self, sums: Tokens, trained: Tensor, stop_ids: tuple[int, ...]) -> Tokens:
-        from dataclasses import replace
-
         size, batch = self.shape[1], self.batch
         following = self.targets[0]
         exists = following >= 0

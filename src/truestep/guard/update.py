@@ -17,6 +17,7 @@ from truestep.audit.measure.findings import Cause, cause
 TENSORS, ENTRIES = 12, 64  # that are sampled
 OFF = 0.1  # share of the sampled entries that may differ from the formula
 RELATIVE = 2e-3  # of the largest update of the tensor
+RATE, CLIPPED = 1e-4, 2e-2  # relative
 LOST = 0.5  # share of the sampled updates that rounding may lose
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
@@ -97,6 +98,21 @@ class Moved:
         ]
 
 
+def declared_causes(declared: Any, moved: Moved, step: int) -> list[Cause]:
+    """Return how the learning rate and the clip differ from what was declared, before the step is taken."""
+    found: list[Cause] = []
+    if declared.rate is not None and moved.groups:
+        rate, asked = float(moved.groups[0]["lr"]), float(declared.rate(step))
+        if abs(rate - asked) > RATE * abs(asked):
+            found.append(cause("schedule", "rate_not_declared", rate=rate, asked=asked))
+    gradients = [p.grad for _, p in moved.named if p.grad is not None]
+    if declared.max_grad_norm and gradients and not any(is_split(p) for _, p in moved.named):
+        norm = float(torch.stack([g.float().norm() for g in gradients]).norm())
+        if norm > declared.max_grad_norm * (1 + CLIPPED):
+            found.append(cause("clip", "clip_missing", asked=declared.max_grad_norm))
+    return found
+
+
 @dataclass
 class _Sample:
     name: str
@@ -148,12 +164,8 @@ class Formula:
             unit = EPS[one.parameter.dtype] * one.value.abs()
             wrong = (done - asked).abs() > RELATIVE * asked.abs().max() + unit
             gone = (done == 0) & (asked != 0)
-            seen, off, lost, visible = (
-                seen + len(asked),
-                off + int(wrong.sum()),
-                lost + int(gone.sum()),
-                visible + int((asked != 0).sum()),
-            )
+            seen, off = seen + len(asked), off + int(wrong.sum())
+            lost, visible = lost + int(gone.sum()), visible + int((asked != 0).sum())
             if int(wrong.sum()) > OFF * len(asked) and not name:
                 name, ratio = one.name, float(done @ asked / (asked @ asked))
         if seen and off > OFF * seen:
@@ -200,6 +212,6 @@ def predicted(kind: str, one: _Sample) -> Tensor:
     mean = first * kept.get("exp_avg", 0.0) + (1 - first) * gradient
     square = second * kept.get("exp_avg_sq", 0.0) + (1 - second) * gradient**2
     if group.get("amsgrad") and "max_exp_avg_sq" in kept:
-        square = torch.maximum(square, kept["max_exp_avg_sq"])
+        square = square.maximum(torch.as_tensor(kept["max_exp_avg_sq"]))
     size = (square / (1 - second**step)).sqrt() + float(group["eps"])
     return value - rate * (mean / (1 - first**step)) / size

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from truestep.guard.modules import Watched
 
+ROUNDING = 2.0**-24  # relative, of a float32
 Targets = dict[int, Tensor]  # module → uᵀGv [K] in float64 of the gradient that was used
 
 
 class Reader(Protocol):
     source: str  # where the gradient was read, for the log
+    noise: float  # relative error of the targets that rounding has made
 
     def before(self) -> None: ...  # called before the optimizer's step, while gradients exist
     def after(self) -> Targets: ...  # called after it
@@ -55,7 +57,7 @@ def is_deepspeed(one: Any) -> bool:
 class FromGradients:
     """Reads ``.grad`` before the step of torch optimizers, or else solves it from their state."""
 
-    source = "gradients"
+    source, noise = "gradients", 0.0
 
     def __init__(self, watched: Sequence[Watched], groups: Iterable[dict[str, Any]], state: Any) -> None:
         self.watched = list(watched)
@@ -104,9 +106,11 @@ class FromDeepSpeed:
             self.key
         ]
         self.was: Targets = {}
+        self.noise = 0.0
 
     def before(self) -> None:
-        self.was = self._read()
+        nothing = {i: torch.zeros(len(one.left), dtype=torch.float64) for i, one in enumerate(self.watched)}
+        self.was = self._read() or (nothing if self.key else {})
         group = self.groups[0]
         self.rate = float(group["lr"])
         if self.key == "exp_avg":
@@ -122,21 +126,22 @@ class FromDeepSpeed:
     def after(self) -> Targets:
         if self.new == 0:
             return {}
-        return {i: (now - self.kept * self.was[i]) / self.new for i, now in self._read().items()}
+        now = self._read()
+        found = {i: (v - self.kept * self.was[i]) / self.new for i, v in now.items() if i in self.was}
+        if not self.key and found:
+            # Each parameter is rounded to half a unit in the last place.
+            step = abs(self.new) * torch.stack([v.norm() for v in found.values()]).clamp(min=1e-300)
+            self.noise = float((ROUNDING * torch.stack([now[i].norm() for i in found]) / step).max())
+        return found
 
     def _read(self) -> Targets:
-        found = {}
-        for index, one in enumerate(self.watched):
-            value = self._value(one.weight)
-            found[index] = (
-                torch.zeros(len(one.left), dtype=torch.float64) if value is None else one.project(value)
-            )
-        return found
+        values = [self._value(one.weight) for one in self.watched]
+        return {i: self.watched[i].project(v) for i, v in enumerate(values) if v is not None}
 
     def _value(self, weight: Tensor) -> Tensor | None:
         if not self.key:
             return self.read_value(weight)
         try:
             return self.read_state(weight, self.key)
-        except (KeyError, ValueError, AttributeError, AssertionError):
+        except (KeyError, ValueError, AttributeError, AssertionError, TypeError):
             return None  # before the first step, there is no state
