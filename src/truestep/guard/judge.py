@@ -19,6 +19,7 @@ from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.solve import RESIDUAL, TOLERANCE, Solved, solve
 
 TOKEN_TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}  # relative error of a micro-batch's token weight
+CLIPPED = 2e-2  # relative difference of two norms that are not the same
 RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
 STOPS = 3  # untrained stop tokens that are not an accident
 LOSSES = ("token_mean", "sequence_mean", "any")
@@ -87,6 +88,9 @@ def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) ->
             verdict=Verdict.FAULT, causes=(cause("not_finite", "gradient_not_finite"),), dtype=step.dtype
         )
     _data(step)
+    limit, norm = declared.max_grad_norm, ranks[0].norm
+    if limit and norm > limit * (1 + CLIPPED):
+        step.causes.append(cause("clip", "clip_missing", asked=limit))
     solved = _sum(step, modules)
     weighed = _tokens(step)
     _name(step, solved, weighed)
@@ -218,6 +222,7 @@ def _name(step: _Step, solved: Solved | None, weighed: np.ndarray | None) -> Non
         return
     step.causes += _normalisers(step, pattern)
     if solved is not None:
+        _clip(step, solved, pattern.scale * largest)
         _constant(step, solved, pattern, largest)
 
 
@@ -262,6 +267,17 @@ def _padding(step: _Step, weights: np.ndarray) -> Cause | None:
     by_slot = weights * slots
     close = 2 * TOKEN_TOLERANCE[step.dtype] * np.abs(by_slot).max()
     return cause("padding", "padding_counted") if np.ptp(by_slot) <= close else None
+
+
+def _clip(step: _Step, solved: Solved, token_scale: float) -> None:
+    """Name a clip to another norm than the declared one. It is certain only if the loss is exactly a mean over
+    all tokens, so that nothing else can have made the gradient smaller."""
+    limit, norm = step.declared.max_grad_norm, step.ranks[0].norm
+    ranks, close = len(step.ranks), CLIPPED if step.dtype == "float32" else TOKEN_TOLERANCE[step.dtype]
+    whole = any(abs(token_scale / f - 1) <= close for f in (1, ranks)) and not step.causes
+    was_clipped = max(solved.scale, solved.scale * ranks) < 1 - close
+    if limit and whole and was_clipped and 0 < norm < limit * (1 - close):
+        step.causes.append(cause("clip", "clip_to_other", norm=norm, asked=limit))
 
 
 def _constant(step: _Step, solved: Solved, pattern: Seen, largest: float) -> None:

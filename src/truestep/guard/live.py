@@ -20,7 +20,7 @@ from truestep.guard.log import Log, message
 from truestep.guard.modules import choose
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.sketch import Sketch
-from truestep.guard.update import Formula, Moved, declared_causes
+from truestep.guard.update import Formula, Moved, gradient_norm, rate_causes
 from truestep.guard.used import FromDeepSpeed, FromGradients, Reader, is_deepspeed, unwrapped
 
 FIRST = 3  # steps that are always watched
@@ -113,6 +113,7 @@ class Guard:
         self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
         self.modules = np.repeat(np.arange(len(self.watched)), [len(w.left) for w in self.watched])
         self.previous = np.full(len(self.modules), np.nan)
+        self.norm, self.short_steps = 0.0, 0
         self.sketch.is_on = self._is_due(1)
         self.reader: Reader
         if self.is_deepspeed:
@@ -170,9 +171,9 @@ class Guard:
         assert self.sketch is not None
         if self.sketch.is_on:
             self.reader.before()
-            for formula in self.formulas:
-                formula.before()
-            self.pending += declared_causes(self.declared, self.moved, self.step_number)
+            self.pending = [c for formula in self.formulas for c in formula.before()]
+            self.pending += rate_causes(self.declared, self.moved.groups, self.step_number)
+            self.norm = gradient_norm(self.moved) if self.declared.max_grad_norm else 0.0
         elif self._is_due(self.step_number + 2):
             # The gradient before a watched step, in case it is used again.
             self.reader.before()
@@ -204,6 +205,8 @@ class Guard:
         was_on, self.sketch.is_on = self.sketch.is_on, self._is_due(self.step_number + 1)
         micro, self.sketch.micro_batches = self.sketch.micro_batches, []
         if not was_on:
+            for formula in self.formulas:
+                formula.forget()
             return
         seen, causes = self._seen(micro)
         all_ranks = rank_exchange.gather(seen, self.group)
@@ -231,6 +234,7 @@ class Guard:
                 failed=bool(self.failure), is_narrow=bool(parts & narrow) or _rounds_products(), target=target,
                 previous=self.previous, micro=tuple(seen), replicated=self.moved.replicated, still=tuple(still),
                 wrong_update=bool(causes),
+                norm=self.norm,
                 noise=self.reader.noise,
             ), causes  # fmt: skip
         except Exception as error:  # noqa: BLE001 (the guard must not end the training)
@@ -253,8 +257,12 @@ class Guard:
             found += list(own) or [cause("update", "update_on_another_rank")]
         if len({r.replicated for r in ranks}) > 1:
             found.append(cause("ranks_diverge", "ranks_have_other_parameters"))
-        found += self.pending
-        self.pending = []
+        found, self.pending = found + self.pending, []
+        asked, count = self.declared.accumulation, max(len(r.micro) for r in ranks)
+        self.short_steps += count < asked
+        # One short step may be the end of an epoch.
+        if self.short_steps == FIRST == self.step_number:
+            found.append(cause("grouping", "too_few_micro_batches", found=count, asked=asked))
         if not found:
             return judged
         return replace(judged, causes=(*judged.causes, *found), verdict=Verdict.FAULT)

@@ -39,12 +39,13 @@ class RankSeen:
     replicated: int = 0  # a hash of the parameters that every rank has whole
     still: tuple[bool, ...] = ()  # per tensor: it should have moved, and did not
     wrong_update: bool = False
+    norm: float = 0.0  # of all gradients that the optimizer used; 0 if it was not read
     noise: float = 0.0  # relative error of the target, from reading it back from rounded values
 
 
 def pack(seen: RankSeen) -> np.ndarray:
     """Return one row of numbers."""
-    flags = [seen.failed, seen.is_narrow, seen.wrong_update, seen.replicated, seen.noise]
+    flags = [seen.failed, seen.is_narrow, seen.wrong_update, seen.replicated, seen.norm, seen.noise]
     bits = [sum(bit << i for i, bit in enumerate(part)) for part in _parts(seen.still)]
     head = [len(seen.target), len(seen.micro), len(seen.still), *flags, *bits]
     rows = [np.asarray(head, dtype=np.float64), seen.target, seen.previous]
@@ -57,9 +58,9 @@ def pack(seen: RankSeen) -> np.ndarray:
 def unpack(row: np.ndarray) -> RankSeen:
     """Return what ``pack`` packed; numbers after it are ignored."""
     size, count, tensors = (int(v) for v in row[:3])
-    failed, is_narrow, wrong_update, replicated, noise = row[3:8]
-    at = 8 + len(_parts((False,) * tensors))
-    bits = [bool(int(row[8 + i // BITS]) >> (i % BITS) & 1) for i in range(tensors)]
+    failed, is_narrow, wrong_update, replicated, norm, noise = row[3:9]
+    at = 9 + len(_parts((False,) * tensors))
+    bits = [bool(int(row[9 + i // BITS]) >> (i % BITS) & 1) for i in range(tensors)]
     target, previous = row[at : at + size], row[at + size : at + 2 * size]
     at, micro = at + 2 * size, []
     for _ in range(count):
@@ -78,6 +79,7 @@ def unpack(row: np.ndarray) -> RankSeen:
     return RankSeen(
         failed=bool(failed), is_narrow=bool(is_narrow), target=target, previous=previous, micro=tuple(micro),
         replicated=int(replicated), still=tuple(bits), wrong_update=bool(wrong_update),
+        norm=float(norm),
         noise=float(noise),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from truestep.audit.measure.findings import Cause, cause
 TENSORS, ENTRIES = 12, 64  # that are sampled
 OFF = 0.1  # share of the sampled entries that may differ from the formula
 RELATIVE = 2e-3  # of the largest update of the tensor
-RATE, CLIPPED = 1e-4, 2e-2  # relative
+RATE = 1e-4  # relative
 LOST = 0.5  # share of the sampled updates that rounding may lose
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
@@ -98,19 +98,22 @@ class Moved:
         ]
 
 
-def declared_causes(declared: Any, moved: Moved, step: int) -> list[Cause]:
-    """Return how the learning rate and the clip differ from what was declared, before the step is taken."""
-    found: list[Cause] = []
-    if declared.rate is not None and moved.groups:
-        rate, asked = float(moved.groups[0]["lr"]), float(declared.rate(step))
-        if abs(rate - asked) > RATE * abs(asked):
-            found.append(cause("schedule", "rate_not_declared", rate=rate, asked=asked))
+def rate_causes(declared: Any, groups: Sequence[dict[str, Any]], step: int) -> list[Cause]:
+    """Return how the learning rate differs from what was declared, before the step is taken."""
+    if declared.rate is None or not groups:
+        return []
+    rate, asked = float(groups[0]["lr"]), float(declared.rate(step))
+    if abs(rate - asked) <= RATE * abs(asked):
+        return []
+    return [cause("schedule", "rate_not_declared", rate=rate, asked=asked)]
+
+
+def gradient_norm(moved: Moved) -> float:
+    """Return the norm of all gradients, or 0.0 if this rank has only a part of them."""
     gradients = [p.grad for _, p in moved.named if p.grad is not None]
-    if declared.max_grad_norm and gradients and not any(is_split(p) for _, p in moved.named):
-        norm = float(torch.stack([g.float().norm() for g in gradients]).norm())
-        if norm > declared.max_grad_norm * (1 + CLIPPED):
-            found.append(cause("clip", "clip_missing", asked=declared.max_grad_norm))
-    return found
+    if not gradients or any(is_split(p) for _, p in moved.named):
+        return 0.0
+    return float(torch.stack([g.float().norm() for g in gradients]).norm())
 
 
 @dataclass
@@ -138,10 +141,23 @@ class Formula:
             if local(p).numel()
         ]
         self.samples: list[_Sample] = []
+        self.left: list[tuple[Tensor, Tensor]] = []  # the chosen entries before and after the step before
 
     @torch.no_grad()
-    def before(self) -> None:
+    def before(self) -> list[Cause]:
+        """Sample the entries before a step. Return how they differ from those after the step before."""
+        now = [_entries(p, places) for _, p, _, places in self.chosen]
+        found = _between(now, self.left)
+        self.left = [(value, value) for value in now]
         self.samples = []
+        self._sample()
+        return found
+
+    def forget(self) -> None:
+        """Do not compare with the step before: it was not watched."""
+        self.left = []
+
+    def _sample(self) -> None:
         if not self.kind:
             return
         for name, parameter, group, places in self.chosen:
@@ -154,6 +170,8 @@ class Formula:
     @torch.no_grad()
     def causes(self) -> list[Cause]:
         """Return what is wrong with the step since ``before``."""
+        now = [_entries(p, places) for _, p, _, places in self.chosen]
+        self.left = [(was, after) for (was, _), after in zip(self.left, now, strict=False)]
         off = lost = seen = visible = 0
         ratio, name = 1.0, ""
         for one in self.samples:
@@ -173,6 +191,18 @@ class Formula:
         if visible and lost > LOST * visible:
             return [cause("rounding", "small_updates_lost", share=lost / visible)]
         return []
+
+
+def _between(now: list[Tensor], left: list[tuple[Tensor, Tensor]]) -> list[Cause]:
+    """Name a change of the parameters between two steps."""
+    if not left or all(torch.equal(value, after) for value, (_, after) in zip(now, left, strict=True)):
+        return []
+    pairs = list(zip(now, left, strict=True))
+    if all(torch.equal(value, before) for value, (before, _) in pairs):
+        return [cause("stale_parameters", "back_to_before")]
+    if all(torch.equal(value, after.bfloat16().double()) for value, (_, after) in pairs):
+        return [cause("rounding", "rounded_parameters")]
+    return [cause("stale_parameters", "changed_between_steps")]
 
 
 def _kind(optimizer: Any) -> str:
