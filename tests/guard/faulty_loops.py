@@ -132,6 +132,7 @@ class Loop:
     micro_of_step: Callable[[int, int], int] = lambda step, k: k
     rows: int = 2
     optimizer: str = "adamw"
+    rate: float = RATE
     declared: dict[str, Any] = field(default_factory=dict)
     stop: bool = False
     masks: bool = True  # the model is called with labels
@@ -144,21 +145,31 @@ def make_optimizer(name: str, parameters: Any, rate: float = RATE) -> torch.opti
 
 
 def train(
-    loop: Loop, dtype: torch.dtype, rank: int = 0, num_ranks: int = 1, num_micro: int = 4, guarded: bool = True
+    loop: Loop,
+    dtype: torch.dtype,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_micro: int = 4,
+    guarded: bool = True,
 ) -> tuple[list[dict[str, Any]], nn.Module, str]:
     """Run the loop; return the guard's records, the model, and why the guard is off ("" if it is on)."""
     torch.manual_seed(0)
     model = PlainModel(VOCABULARY).to(dtype)
     model.config = type("Config", (), {"eos_token_id": 2})()
-    run = Run(model, make_optimizer(loop.optimizer, model.parameters()), rank, num_ranks, num_micro)
+    run = Run(
+        model, make_optimizer(loop.optimizer, model.parameters(), loop.rate), rank, num_ranks, num_micro
+    )
     loop.begin(run)
     options = {"accumulation": num_micro, "on_fault": lambda record: None, **loop.declared}
     watch = guard(model, run.optimizer, **options) if guarded else None
     for step in range(STEPS):
         run.step = step
         for group in run.optimizer.param_groups:
-            group["lr"] = group["initial"] * share_of(loop.tick(step, num_micro, num_ranks)) if (
-                "initial" in group) else group["lr"]
+            group["lr"] = (
+                group["initial"] * share_of(loop.tick(step, num_micro, num_ranks))
+                if ("initial" in group)
+                else group["lr"]
+            )
         count = loop.micro_of_step(step, num_micro)
         window = Window([[make_micro(loop.data(r, step), step, k, loop.rows, loop.stop) for k in range(count)]
                          for r in range(num_ranks)])  # fmt: skip

@@ -7,12 +7,36 @@ from dataclasses import dataclass
 
 import torch
 from faulty_loops import (
-    RATE, SCHEDULE, Loop, add_noise, back_to_before, beside, both, clear_before, clear_own, clip_by, each,
-    feed_copies, from_second_step, in_bfloat16, keep, keep_values, last, limited, lose_small, micro_mean, nll,
-    no_start, nothing, own_optimizer, reduce_mean, round_parameters, row_mean, running_average, share_of,
-    start_apart, unsynced, without_one,
+    RATE,
+    SCHEDULE,
+    Loop,
+    add_noise,
+    back_to_before,
+    beside,
+    both,
+    clear_before,
+    clip_by,
+    each,
+    feed_copies,
+    from_second_step,
+    in_bfloat16,
+    keep,
+    keep_values,
+    last,
+    limited,
+    lose_small,
+    micro_mean,
+    no_start,
+    nothing,
+    own_optimizer,
+    reduce_mean,
+    round_parameters,
+    row_mean,
+    running_average,
+    start_apart,
+    unsynced,
+    without_one,
 )  # fmt: skip
-from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,7 @@ PORTED = (
     P("every rank is given the rows of rank 0", Loop(data=lambda rank, step: 0), "data_lost", 2),
     P("gradients are never reduced over ranks", Loop(reduce=nothing), "ranks_diverge", 2),
     P("every rank trains separately, on the mean of its own tokens",
-      Loop(share=lambda w, r, k, row: 1 / w.of_rank(r), reduce=nothing), "ranks_diverge", 2),
+      Loop(share=lambda w, r, k, row: 1 / w.of_rank(r), reduce=nothing), "ranks_diverge rank_mean", 2),
     P("from the second step on, no gradient is reduced", Loop(reduce=from_second_step), "ranks_diverge", 2, 2),
     P("ranks start from different parameters", Loop(begin=start_apart), "ranks_diverge", 2),
     P("the optimizer moves parameters that the model no longer uses",

@@ -20,7 +20,6 @@ from torch import Tensor
 CHUNK = 1024  # positions that are copied to float32 at a time
 SHIFTS = (1, 0, 2)  # a logit's target is this many positions later; 0 and 2 are faults
 CLEAR = 1e-3  # a trained position with a smaller 1 − p may have a gradient that rounds to zero
-FORM = 0.05  # relative; a loss that differs more from a weighted negative log-likelihood has another form
 
 
 @dataclass(frozen=True)
