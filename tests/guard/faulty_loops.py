@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from truestep.audit.subjects.tiny import PlainModel
+from truestep.audit.subjects.tiny import tiny_model
 from truestep.guard import guard
 
 VOCABULARY, STEPS, RATE = 64, 4, 0.01
@@ -36,9 +36,45 @@ class Micro:
         return (self.labels[:, 1:] != -100).sum(1)
 
 
-def make_micro(rank: int, step: int, k: int, rows: int, stop: bool = False) -> Micro:
+class Lora(nn.Module):
+    """A frozen linear module with a trainable product of two small ones beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, dtype=base.weight.dtype)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, dtype=base.weight.dtype)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 2 * self.lora_B(self.lora_A(x))
+
+
+def add_lora(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.requires_grad_(False)
+    inner = [(m, n, c) for m in list(model.modules()) for n, c in m.named_children()
+             if isinstance(c, nn.Linear) and c.out_features != VOCABULARY]  # fmt: skip
+    for parent, name, child in inner:
+        setattr(parent, name, Lora(child))
+
+
+def make_model(loop: Loop, dtype: torch.dtype) -> nn.Module:
+    spec = type("Spec", (), {"options": {"arch": loop.arch}, "vocabulary": VOCABULARY})()
+    model = tiny_model(spec).to(dtype)
+    if loop.arch == "plain":
+        model.config = type("Config", (), {"eos_token_id": 2})()
+    if loop.lora:
+        add_lora(model)
+    if loop.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    return model
+
+
+def make_micro(rank: int, step: int, k: int, rows: int, stop: bool = False, seed: int = 0) -> Micro:
     """Return random rows of very different lengths; none is in two micro-batches."""
-    number = (rank * 97 + step * 31 + k) * rows
+    number = (seed * 1009 + rank * 97 + step * 31 + k) * rows
     random = torch.Generator().manual_seed(number)
     lengths = [LENGTHS[(number + 5 * i) % len(LENGTHS)] for i in range(rows)]
     width = PROMPT + max(lengths)
@@ -86,7 +122,7 @@ class Run:
 
     @property
     def parameters(self) -> list[Tensor]:
-        return list(self.model.parameters())
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def gradients(self) -> list[Tensor | None]:
         return [None if p.grad is None else p.grad.clone() for p in self.parameters]
@@ -136,6 +172,11 @@ class Loop:
     declared: dict[str, Any] = field(default_factory=dict)
     stop: bool = False
     masks: bool = True  # the model is called with labels
+    arch: str = "plain"
+    autocast: bool = False
+    checkpointing: bool = False  # arch must not be plain
+    lora: bool = False
+    seed: int = 0
 
 
 def make_optimizer(name: str, parameters: Any, rate: float = RATE) -> torch.optim.Optimizer:
@@ -153,11 +194,13 @@ def train(
     guarded: bool = True,
 ) -> tuple[list[dict[str, Any]], nn.Module, str]:
     """Run the loop; return the guard's records, the model, and why the guard is off ("" if it is on)."""
-    torch.manual_seed(0)
-    model = PlainModel(VOCABULARY).to(dtype)
-    model.config = type("Config", (), {"eos_token_id": 2})()
+    model = make_model(loop, dtype)
     run = Run(
-        model, make_optimizer(loop.optimizer, model.parameters(), loop.rate), rank, num_ranks, num_micro
+        model,
+        make_optimizer(loop.optimizer, [p for p in model.parameters() if p.requires_grad], loop.rate),
+        rank,
+        num_ranks,
+        num_micro,
     )
     loop.begin(run)
     options = {"accumulation": num_micro, "on_fault": lambda record: None, **loop.declared}
@@ -171,12 +214,14 @@ def train(
                 else group["lr"]
             )
         count = loop.micro_of_step(step, num_micro)
-        window = Window([[make_micro(loop.data(r, step), step, k, loop.rows, loop.stop) for k in range(count)]
+        window = Window([[make_micro(loop.data(r, step), step, k, loop.rows, loop.stop, loop.seed) for k in range(count)]
                          for r in range(num_ranks)])  # fmt: skip
         for k, micro in enumerate(window.micro[rank]):
             loop.before(run, k)
             labels = {"labels": micro.labels} if loop.masks else {}
-            logits = model(input_ids=micro.ids, attention_mask=micro.attention, **labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=loop.autocast):
+                out = model(input_ids=micro.ids, attention_mask=micro.attention, **labels)
+            logits = out if isinstance(out, Tensor) else out.logits
             wanted = loop.targets(micro)[:, loop.shift :]
             used = logits[:, : wanted.shape[1]].transpose(1, 2)
             by_token = loop.loss(used, wanted)

@@ -17,6 +17,7 @@ from truestep.audit.measure.findings import Cause, cause
 TENSORS, ENTRIES = 12, 64  # that are sampled
 OFF = 0.1  # share of the sampled entries that may differ from the formula
 RELATIVE = 2e-3  # of the largest update of the tensor
+ROUNDINGS = 8  # of the optimizer's own steps in the parameter's dtype
 RATE = 1e-4  # relative
 LOST = 0.5  # share of the sampled updates that rounding may lose
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -179,8 +180,9 @@ class Formula:
             done = _entries(one.parameter, one.places) - one.value
             if not bool(asked.abs().max() > 0):
                 continue
-            unit = EPS[one.parameter.dtype] * one.value.abs()
-            wrong = (done - asked).abs() > RELATIVE * asked.abs().max() + unit
+            eps = EPS[one.parameter.dtype]
+            unit = eps * torch.maximum(one.value.abs(), (one.value + done).abs())
+            wrong = (done - asked).abs() > max(RELATIVE, ROUNDINGS * eps) * asked.abs().max() + unit
             gone = (done == 0) & (asked != 0)
             seen, off = seen + len(asked), off + int(wrong.sum())
             lost, visible = lost + int(gone.sum()), visible + int((asked != 0).sum())
