@@ -21,6 +21,7 @@ from truestep.guard.tokens import Tokens
 # Relative distance from a weighted negative log-likelihood. Measured in right runs: 2e-7 and 2e-3.
 FORM = {"float32": 5e-4, "bfloat16": 8e-3}
 TOKEN_TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}  # relative error of a micro-batch's token weight
+EQUATIONS = 2  # per unknown weight
 CLIPPED = 2e-2  # relative difference of two norms that are not the same
 RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
 STOPS = 3  # untrained stop tokens that are not an accident
@@ -145,28 +146,54 @@ def _sum(step: _Step, modules: np.ndarray) -> Solved | None:
         )
     columns = np.stack([m.column[read] for m in step.micro], axis=1)
     _, order = np.unique(modules[read], return_inverse=True)
-    if len(columns) < 2 * columns.shape[1]:
-        step.notes.append(cause("", "too_many_to_solve", found=columns.shape[1], probes=len(columns)))
-        return None
-    solved = solve(columns, target[read], order)
     limit = max(RESIDUAL[step.dtype], thresholds.STANDARD_ERRORS * max(r.noise for r in step.ranks))
+    solved = _grouped(step, columns, target[read], order, limit)
     if solved.residual > limit and apart <= RANKS_EQUAL * size:
         step.causes.append(_rest(step, solved, columns, target[read], order))
     return step.used or solved
+
+
+def _grouped(step: _Step, columns: np.ndarray, target: np.ndarray, order: np.ndarray, limit: float) -> Solved:
+    """Solve for the weight of every micro-batch. If there are too many of them for the probes, solve for one
+    common weight, for one of each place in a rank's step, or for one of each rank: the first that explains the
+    gradient, else the best."""
+    if len(columns) >= EQUATIONS * columns.shape[1]:
+        return solve(columns, target, order)
+    places = np.array([k for rank in step.by_rank for k in range(len(rank))])
+    ranks = np.array([r for r, rank in enumerate(step.by_rank) for _ in rank])
+    best: Solved | None = None
+    for groups in (ranks * 0, places, ranks):
+        summed = np.stack([columns[:, groups == g].sum(1) for g in range(groups.max() + 1)], axis=1)
+        if len(columns) < EQUATIONS * summed.shape[1]:
+            continue
+        found = solve(summed, target, order)
+        found = replace(found, weights=found.weights[groups], errors=found.errors[groups])
+        if best is None or found.residual < best.residual:
+            best = found
+        if found.residual <= limit:
+            return found
+    assert best is not None  # one common weight can always be solved
+    return best
 
 
 def _rest(step: _Step, solved: Solved, columns: np.ndarray, target: np.ndarray, order: np.ndarray) -> Cause:
     """Return the best explanation of a residual."""
     previous = step.ranks[0].previous[np.isfinite(step.ranks[0].target)]
     if np.isfinite(previous).all() and previous.any():
-        again = solve(np.c_[columns, previous], target, order)
+        many = len(columns) < EQUATIONS * (columns.shape[1] + 1)
+        again = solve(np.c_[columns.sum(1) if many else columns, previous], target, order)
         if again.residual * thresholds.EXPLAINED <= solved.residual:
-            step.used = replace(again, weights=again.weights[:-1], errors=again.errors[:-1])
+            own = again.weights[:-1], again.errors[:-1]
+            weights, errors = (np.broadcast_to(v, len(step.micro)).copy() for v in own)
+            step.used = replace(again, weights=weights, errors=errors)
             return cause("momentum", "carried", coefficient=float(again.weights[-1]))
-    alone = np.array(solved.by_module)
-    parts = [solve(columns[order == m], target[order == m], order[order == m] * 0) for m in range(len(alone))]
-    if len(parts) > 1 and max(part.residual for part in parts) <= RESIDUAL[step.dtype]:
-        return cause("unknown_weights", "modules_differ", weights=alone.tolist())
+    counts = np.bincount(order)
+    if len(counts) > 1 and counts.min() >= EQUATIONS * columns.shape[1]:
+        parts = [
+            solve(columns[order == m], target[order == m], order[order == m] * 0) for m in range(len(counts))
+        ]
+        if max(part.residual for part in parts) <= RESIDUAL[step.dtype]:
+            return cause("unknown_weights", "modules_differ", weights=list(solved.by_module))
     return cause("unexplained", "unexplained", share=solved.residual)
 
 
