@@ -84,7 +84,16 @@ def child(asked: Any) -> None:
 
 
 def peak(asked: Any, kind: str) -> float:
-    command = [sys.executable, __file__, "--child", kind, "--tokens", str(asked.tokens), "--micro", str(asked.micro)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        kind,
+        "--tokens",
+        str(asked.tokens),
+        "--micro",
+        str(asked.micro),
+    ]
     command += ["--dtype", asked.dtype]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(said.split("peak ")[1])
@@ -125,7 +134,9 @@ def main() -> None:
     share = {
         "watched": interval([r["watched"] / r["plain"] - 1 for r in rows]),
         "idle": interval([r["idle"] / r["plain"] - 1 for r in rows]),
-        "average": interval([(r["watched"] - r["idle"]) / EVERY / r["plain"] + r["idle"] / r["plain"] - 1 for r in rows]),
+        "average": interval(
+            [(r["watched"] - r["idle"]) / EVERY / r["plain"] + r["idle"] / r["plain"] - 1 for r in rows]
+        ),
     }
     memory = {kind: peak(asked, kind) for kind in ("none", "guard")}
     document = {
@@ -135,7 +146,9 @@ def main() -> None:
     }  # fmt: skip
     for name, (middle, low, high) in share.items():
         print(f"{name}: {middle:+.1%} [{low:+.1%}, {high:+.1%}] of a step")
-    print(f"peak memory: {memory['none']:.0f} MiB, with the guard {memory['guard']:.0f} ({memory['guard'] / memory['none'] - 1:+.1%})")
+    print(
+        f"peak memory: {memory['none']:.0f} MiB, with the guard {memory['guard']:.0f} ({memory['guard'] / memory['none'] - 1:+.1%})"
+    )
     if asked.out:
         asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

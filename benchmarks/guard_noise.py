@@ -52,7 +52,9 @@ def child(asked: Any) -> None:
     torch.set_num_threads(1)
     if asked.ranks > 1:
         store = f"file://{asked.store}"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=asked.rank, world_size=asked.ranks)
+        torch.distributed.init_process_group(
+            "gloo", init_method=store, rank=asked.rank, world_size=asked.ranks
+        )
     for seed in range(asked.first, asked.first + asked.runs):
         about, loop, dtype, micro = draw(seed)
         records, _, failure = train(loop, dtype, asked.rank, asked.ranks, micro)
@@ -102,11 +104,18 @@ def main() -> int:
             values = [row[key] for row in mine if row[key] is not None]
             table[dtype][key] = {"median": float(np.median(values)), "largest": max(values)}
         print(dtype, json.dumps(table[dtype]))
-    print(f"{len(rows)} right runs, {len(wrong)} accused or off; notes: {Counter(n[:24] for r in rows for n in r['notes'])}")
+    print(
+        f"{len(rows)} right runs, {len(wrong)} accused or off; notes: {Counter(n[:24] for r in rows for n in r['notes'])}"
+    )
     for row in wrong:
         print(json.dumps(row))
     if asked.out:
-        document = {"command": "python " + " ".join(sys.argv), "torch": torch.__version__, "table": table, "wrong": wrong}
+        document = {
+            "command": "python " + " ".join(sys.argv),
+            "torch": torch.__version__,
+            "table": table,
+            "wrong": wrong,
+        }
         asked.out.write_text(json.dumps({**document, "runs": len(rows)}, indent=1) + "\n", encoding="utf-8")
     return int(bool(wrong))
 

@@ -183,9 +183,11 @@ class Formula:
             eps = EPS[one.parameter.dtype]
             unit = eps * torch.maximum(one.value.abs(), (one.value + done).abs())
             wrong = (done - asked).abs() > max(RELATIVE, ROUNDINGS * eps) * asked.abs().max() + unit
-            gone = (done == 0) & (asked != 0)
+            # A weight decay alone is smaller than rounding in most 16-bit runs.
+            seen_update = (asked != 0) & (one.gradient != 0)
+            gone = (done == 0) & seen_update
             seen, off = seen + len(asked), off + int(wrong.sum())
-            lost, visible = lost + int(gone.sum()), visible + int((asked != 0).sum())
+            lost, visible = lost + int(gone.sum()), visible + int(seen_update.sum())
             if int(wrong.sum()) > OFF * len(asked) and not name:
                 name, ratio = one.name, float(done @ asked / (asked @ asked))
         if seen and off > OFF * seen:
