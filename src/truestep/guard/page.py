@@ -40,12 +40,12 @@ def _outcome(runs: Sequence[Run]) -> str:
     right = sum(one["verdict"] == "RIGHT" for run in runs for one in run.steps)
     if not steps:
         return "No step was watched."
-    some = f"{steps} watched step{'s' if steps > 1 else ''}"
+    some = "the watched step" if steps == 1 else f"{{}} of {steps} watched steps"
     if faulty:
-        return f"In {faulty} of {some} the update is not the one that was asked for."
+        return f"In {some.format(faulty)}, the update is not the one that was asked for."
     if not right:
-        return f"None of {some} could be judged."
-    return f"No fault was found; in {right} of {some} every micro-batch counts once."
+        return "No watched step could be judged."
+    return f"No fault was found; in {some.format(right)}, every micro-batch counts once."
 
 
 def _entry(number: int, run: Run) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _entry(number: int, run: Run) -> dict[str, Any]:
         "name": name_of(run),
         "verdict": run.verdict,
         "kind": KINDS[Verdict(run.verdict)],
-        "finding": finding(run) or ("" if run.verdict == "FAULT" else _unfaulty(run)),
+        "finding": _capital(finding(run)) or ("" if run.verdict == "FAULT" else _unfaulty(run)),
         "caption": f"Weights at step {step['step']}" if step and drawings else "No weights were recovered",
         "drawings": drawings,
         "hidden": hidden,
@@ -68,6 +68,10 @@ def _entry(number: int, run: Run) -> dict[str, Any]:
         "unseen": [line(text, 300) for text in (header.get("unseen") or [])[:NOTES]],
         "watched": [line(name, 160) for name in (header.get("watched") or [])[:MODULES]],
     }
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _unfaulty(run: Run) -> str:
@@ -100,7 +104,7 @@ def _drawings(run: Run, step: Record | None) -> tuple[list[Any], str]:
     """Return rows of at most ``BARS`` bars, and what is left out. A rank that is longer is split."""
     if step is None:
         return [], ""
-    row = bar_row(run, step)
+    row = bar_row(step)
     parts = [
         (rank, start, values[start : start + BARS])
         for rank, values in enumerate(row["weights"])

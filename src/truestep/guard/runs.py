@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from truestep.errors import UserError
 
+NUMERALS = re.compile(r"\d[\d.,]*(?:e[+-]?\d+)?")
 SCHEMA = 1  # same as in log.py, which needs torch
 VERDICTS = ("RIGHT", "FAULT", "NOT OBSERVABLE")
 KINDS = ("run", "step", "off", "end")
@@ -67,13 +69,15 @@ class Run:
         return math.fsum(one["seconds"] or 0.0 for one in self.steps)
 
     def notes(self) -> list[tuple[str, int, int]]:
-        """Return (note, first step, number of steps) of what was noted at the steps."""
-        found: dict[str, tuple[int, int]] = {}
+        """Return (note, first step, number of steps) of what was noted at the steps. Notes that differ only in
+        their numbers, such as a clip's factor, are one note, with the numbers of its first step."""
+        found: dict[str, tuple[str, int, int]] = {}
         for one in self.steps:
             for text in one["notes"]:
-                first, count = found.get(text, (one["step"], 0))
-                found[text] = (first, count + 1)
-        return [(text, first, count) for text, (first, count) in found.items()]
+                key = NUMERALS.sub("0", text)
+                said, first, count = found.get(key, (text, one["step"], 0))
+                found[key] = (said, first, count + 1)
+        return list(found.values())
 
     def state(self) -> str:
         """Return how the run ended, as a sentence; "" if it ended as it should."""

@@ -16,9 +16,8 @@ from truestep.audit.present.words import line
 from truestep.guard.runs import SCHEMA, Record, Run
 
 MOST_NOTES = 6  # of a run that are printed
+MOST_RANKS = 4  # whose weights are printed
 MOST_WEIGHTS = 64  # micro-batches of a rank that are shown
-SCALES = ("accumulation_factor", "rank_factor", "kept", "empty_counted", "scale")  # codes of a common factor
-SAME = 0.02  # relative; weights that are this close are the same
 
 
 def runs_table(runs: Sequence[Run], width: int = 80) -> RenderableType:
@@ -48,7 +47,10 @@ def _row(number: int, run: Run, width: int) -> RenderableType:
     if (found := finding(run)) != "":
         below.append(Text(found, style, overflow="fold"))
     if (step := step_shown(run)) is not None and run.first_fault is not None:
-        below += bars(bar_row(run, step), width - 2)
+        row = bar_row(step)
+        below += bars({**row, "weights": row["weights"][:MOST_RANKS]}, width - 2)
+        if (more := len(step["weights"]) - MOST_RANKS) > 0:
+            below.append(Text(f"and {more} more ranks (--html shows them)", "dim"))
     notes = note_texts(run)
     below += [Text(f"· {text}", "dim", overflow="fold") for text in notes[:MOST_NOTES]]
     if len(notes) > MOST_NOTES:
@@ -58,7 +60,7 @@ def _row(number: int, run: Run, width: int) -> RenderableType:
 
 def name_of(run: Run) -> str:
     """Return the model's class, or what stands for it if the log has no header."""
-    return line((run.header or {}).get("model") or "a run without a header", 80)
+    return line((run.header or {}).get("model") or "unknown model", 80)
 
 
 def versions(run: Run) -> str:
@@ -74,7 +76,8 @@ def versions(run: Run) -> str:
 
 
 def watched(run: Run) -> str:
-    return f"{len(run.steps)} of {run.end['steps']}" if run.end else str(len(run.steps))
+    """Return the number of watched steps, and of all steps if the guard saw them all."""
+    return f"{len(run.steps)} of {run.end['steps']}" if run.end and not run.off else str(len(run.steps))
 
 
 def finding(run: Run) -> str:
@@ -102,48 +105,13 @@ def step_shown(run: Run) -> Record | None:
     return run.first_fault or next(iter(run.steps), None)
 
 
-def bar_row(run: Run, step: Record) -> dict[str, Any]:
-    """Return a step as a row for the bars of the audit. Its weights are those of a micro-batch's tokens: the
-    micro-batch's weight in the gradient times that of its tokens in the loss, relative to the mean over tokens. A
-    factor that all micro-batches share, such as a clip, is divided out, unless it is what was found."""
-    weights = _cut(step["weights"])
-    flat = [w for rank in weights for w in rank if w]
-    is_scale = any(code in SCALES for code in step["codes"])
-    shared = 1.0 if is_scale or not flat else common(flat)
-    weights = [[None if w is None else w / shared for w in rank] for rank in weights]
-    declared = (run.header or {}).get("declared")
-    loss = declared.get("loss") if isinstance(declared, dict) else None
-    tokens, by_token = _cut(step["tokens"]), _cut(step["token_weights"])
-    alike = [len(r) for r in weights] == [len(r) for r in by_token] == [len(r) for r in tokens]
-    if step["verdict"] == "FAULT" and alike and loss in (None, "token_mean"):
-        count = sum(n or 0 for rank in tokens for n in rank)
-        total = sum(
-            (n or 0) * (w or 0)
-            for rn, rw in zip(tokens, by_token, strict=True)
-            for n, w in zip(rn, rw, strict=True)
-        )
-        mean = total / count if count else 0.0
-        if mean:
-            weights = [
-                [None if w is None or t is None else w * t / mean for w, t in zip(rank, told, strict=True)]
-                for rank, told in zip(weights, by_token, strict=True)
-            ]
-    return {"verdict": step["verdict"], "weights": weights, "tokens": tokens, "factor": shared}
+def bar_row(step: Record) -> dict[str, Any]:
+    """Return a step as a row for the bars of the audit."""
+    return {"verdict": step["verdict"], "weights": _cut(step["weights"]), "tokens": _cut(step["tokens"])}
 
 
 def _cut(ranks: list[list[Any]]) -> list[list[Any]]:
     return [rank[:MOST_WEIGHTS] for rank in ranks[:MOST_WEIGHTS]]
-
-
-def common(values: Sequence[float]) -> float:
-    """Return the value that most others are close to; of several, the largest."""
-    ordered = sorted(values, key=abs)
-    best, size = ordered[-1], 0
-    for value in ordered:
-        near = sum(abs(other - value) <= SAME * abs(value) for other in values)
-        if near >= size:
-            best, size = value, near
-    return best or 1.0
 
 
 def to_document(runs: Sequence[Run]) -> dict[str, Any]:
@@ -155,7 +123,7 @@ def to_document(runs: Sequence[Run]) -> dict[str, Any]:
             "run": number,
             "verdict": run.verdict,
             "header": run.header,
-            "steps": run.end["steps"] if run.end else None,
+            "steps": run.end["steps"] if run.end and not run.off else None,
             "steps_watched": len(run.steps),
             "faulty_steps": sum(one["verdict"] == "FAULT" for one in run.steps),
             "first_fault": run.first_fault,
