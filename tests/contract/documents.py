@@ -17,7 +17,7 @@ from typing import Any
 from tiny_runs import EVALUATION, write_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "guard"))
-import logs as guarded  # noqa: E402
+import logs as guarded
 
 RECORDED = Path(__file__).with_name("documents.json")
 PAIRS = '{"gold": "1/2", "pred": "\\\\boxed{0.5}"}\n{"gold": "C", "pred": "(C)", "kind": "choice"}\n'
