@@ -19,8 +19,7 @@ PACKAGES = ("transformers", "accelerate", "deepspeed", "trl", "peft")
 def describe(guard: Any) -> dict[str, Any]:
     """Return the header of a ``Guard`` that is attached. It has no data of the user and no value of a tensor.
 
-    Units: ``time`` is in UTC; ``parameters`` counts trainable entries, and 0 is written for those of other ranks
-    under ZeRO stage 3 only if DeepSpeed does not tell their shapes.
+    Units: ``time`` is in UTC; ``parameters`` counts trainable entries.
     """
     model: nn.Module = guard.model
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
