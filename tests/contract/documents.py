@@ -16,6 +16,9 @@ from typing import Any
 
 from tiny_runs import EVALUATION, write_recipe
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "guard"))
+import logs as guarded
+
 RECORDED = Path(__file__).with_name("documents.json")
 PAIRS = '{"gold": "1/2", "pred": "\\\\boxed{0.5}"}\n{"gold": "C", "pred": "(C)", "kind": "choice"}\n'
 PRINTED = {
@@ -30,6 +33,7 @@ PRINTED = {
     "data check": ("data", "check", "recipe/train.jsonl", "--json"),
     "data show": ("data", "show", "recipe/run.toml", "--json"),
     "method list": ("method", "list", "--json"),
+    "guard": ("guard", "guarded/log.jsonl", "--json"),
 }
 
 
@@ -83,9 +87,12 @@ def described(folder: Path) -> dict[str, Any]:
     (folder / "eval.toml").write_text(EVALUATION.format(model="run/stages/02-rl/export"))
     (folder / "pairs.jsonl").write_text(PAIRS)
     printed("run", "recipe/run.toml", "--out", "run")
+    guarded.train(folder / "guarded" / "log.jsonl")
     found = {f"truestep {name}": shape(json.loads(printed(*words))) for name, words in PRINTED.items()}
     for path in sorted(
-        p for top in ("run", "evaluated", "exported", "imported") for p in (folder / top).rglob("*.json*")
+        p
+        for top in ("run", "evaluated", "exported", "imported", "guarded")
+        for p in (folder / top).rglob("*.json*")
     ):
         name = re.sub(r"step_\d+", "step_N", str(path.relative_to(folder)))
         if "/export/" in name and path.name != "truestep_export.json":

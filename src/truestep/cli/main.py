@@ -31,7 +31,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, evaluation, method, report, study
+    from truestep.cli import audit, data, evaluation, guard, method, report, study
     from truestep.cli import run as verbs
 
     app = typer.Typer(
@@ -50,6 +50,7 @@ def _app() -> typer.Typer:
     app.command("rl")(verbs.rl)
     app.command("study")(study.study)
     app.command("audit")(audit.audit)
+    app.command("guard")(guard.guard)
     app.command("report")(report.report)
     app.add_typer(data.app, name="data")
     app.add_typer(method.app, name="method")

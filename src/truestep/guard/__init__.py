@@ -1,16 +1,25 @@
-"""The live guard: watches a training run and says, at the first step, whether an update is the one asked for."""
+"""The live guard: watches a training run and says, at the first step, whether an update is the one asked for.
 
-from typing import Any
+Its names are imported when they are first used, so that a log can be read without torch.
+"""
 
-from truestep.guard.judge import Declared
-from truestep.guard.live import Guard, GuardFault, guard
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from truestep.guard.callback import TruestepGuard as TruestepGuard
+    from truestep.guard.judge import Declared as Declared
+    from truestep.guard.live import Guard as Guard
+    from truestep.guard.live import GuardFault as GuardFault
+    from truestep.guard.live import guard as guard
 
 __all__ = ["Declared", "Guard", "GuardFault", "TruestepGuard", "guard"]
+_PLACES = {"Declared": "judge", "Guard": "live", "GuardFault": "live", "guard": "live"}
+_PLACES |= {"TruestepGuard": "callback"}  # needs transformers
 
 
 def __getattr__(name: str) -> Any:
-    if name == "TruestepGuard":  # needs transformers
-        from truestep.guard.callback import TruestepGuard
+    if name in _PLACES:
+        from importlib import import_module
 
-        return TruestepGuard
+        return getattr(import_module(f"truestep.guard.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from torch import nn
 
 from truestep.audit.measure.findings import Cause, Verdict, cause
 from truestep.guard import ranks as rank_exchange
+from truestep.guard import trackers
+from truestep.guard.header import describe
 from truestep.guard.judge import LOSSES, Declared, Judged, judge
 from truestep.guard.log import Log, message
 from truestep.guard.modules import choose
@@ -68,7 +71,11 @@ class Guard:
         self.sketch: Sketch | None = None
         self.handles: list[Any] = []
         self.pending: list[Cause] = []  # found outside of a step, such as by a scheduler
+        self.is_closed = False
+        self.tracked: set[str] = set()  # faults that trackers were told
         self._safely(lambda: self._attach(model, optimizer))
+        if not self.failure:
+            self._mark("run", lambda: describe(self))
 
     @staticmethod
     def check(every: int, on_fault: Act, loss: str) -> None:
@@ -144,10 +151,16 @@ class Guard:
         self.close()
 
     def close(self) -> None:
-        """Judge a step that is not judged yet, remove all hooks and print a summary."""
+        """Judge a step that is not judged yet, remove all hooks, and tell trackers a summary."""
         if self.sketch is not None and not self.failure and sys.exc_info()[0] is None:
             self.step()
         self.remove()
+        if not self.is_closed:
+            self.is_closed = True
+            finished = sys.exc_info()[0] is None
+            self._mark("end", lambda: {"steps": self.step_number, "finished": finished})
+            if self.records and self._is_first_rank():
+                trackers.tell(self._summary(), is_finding=False)
         self.log.close()
 
     # one step
@@ -273,13 +286,16 @@ class Guard:
         record = self.log.record(self.step_number, judged, seconds, getattr(self.reader, "source", ""))
         self.records.append(record)
         self.unread = record
-        is_first_rank = self.group is None or torch.distributed.get_rank(self.group) == 0
+        is_first_rank = self._is_first_rank()
         if is_first_rank:
             self.log.write(record)
         if judged.verdict is not Verdict.FAULT:
             if is_first_rank and len(self.records) == 1:
                 self.log.say(message(record))
             return
+        if is_first_rank and record["fault"] not in self.tracked:
+            self.tracked.add(record["fault"])
+            trackers.tell(self._summary(), is_finding=True)
         if callable(self.on_fault):
             self.on_fault(record)
         elif self.on_fault == "stop":
@@ -299,8 +315,22 @@ class Guard:
         """Note an error in a hook; the guard goes off together on all ranks at the end of the step."""
         self.failure = self.failure or f"{type(error).__name__}: {error}"
 
+    def _is_first_rank(self) -> bool:
+        group = self.group or rank_exchange.world()
+        return group is None or torch.distributed.get_rank(group) == 0
+
+    def _summary(self) -> dict[str, Any]:
+        return trackers.summary_of(self.records, self.step_number, self.failure)
+
+    def _mark(self, kind: str, values: Callable[[], dict[str, Any]]) -> None:
+        """Write a record that is not about a step. An error in it does not turn the guard off."""
+        with contextlib.suppress(Exception):
+            if self._is_first_rank():
+                self.log.mark(kind, **values())
+
     def _off(self, why: str) -> None:
         self.failure = why
+        self._mark("off", lambda: {"step": self.step_number, "why": " ".join(why.split())[:300]})
         self.log.say(f"truestep guard: off ({' '.join(why.split())[:300]}); the training goes on without it")
         self.remove()
 

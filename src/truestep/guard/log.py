@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -25,7 +26,12 @@ class Log:
 
     def record(self, step: int, judged: Judged, seconds: float, source: str) -> dict[str, Any]:
         """Return the JSON record of one watched step. It has no data of the user."""
-        row: dict[str, Any] = {"schema": SCHEMA, "step": step, "verdict": judged.verdict.value}
+        row: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "step",
+            "step": step,
+            "verdict": judged.verdict.value,
+        }
         row["codes"] = list(dict.fromkeys(c.code for c in judged.causes))
         row["fault"] = "; ".join(words.sentence(c) for c in judged.causes)
         row["notes"] = [words.sentence(c) for c in judged.notes]
@@ -40,17 +46,35 @@ class Log:
             "dtype",
         ):
             row[name] = _plain(getattr(judged, name))
-        row["causes"] = [asdict(c) for c in judged.causes]
+        row["causes"] = _plain([asdict(c) for c in judged.causes])
         return {**row, "gradient": source, "seconds": round(seconds, 6)}
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a record. If that fails, say so once and write no more: a process that raised here would not
+        take part in the next exchange, and the other ranks would wait for it."""
         if self.path is None:
             return
+        try:
+            self._append(self.path, json.dumps(record))
+        except (OSError, ValueError, TypeError) as error:
+            self.say(
+                f"truestep guard: the log {self.path} cannot be written ({words.line(error)}); no more is written"
+            )
+            self.path = None
+
+    def _append(self, path: Path, text: str) -> None:
         if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a", encoding="utf-8")
-        self.file.write(json.dumps(record) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_cut = _is_cut(path)
+            self.file = path.open("a", encoding="utf-8")
+            if is_cut:  # the header of this run must start a line
+                self.file.write("\n")
+        self.file.write(text + "\n")
         self.file.flush()
+
+    def mark(self, kind: str, **values: Any) -> None:
+        """Write a record that is not about a step: "run" at the start, "off", or "end"."""
+        self.write({"schema": SCHEMA, "kind": kind, **values})
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
@@ -63,8 +87,18 @@ class Log:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk
+                self.file.close()
             self.file = None
+
+
+def _is_cut(path: Path) -> bool:
+    """Return whether a killed run left an unfinished line at the end of the file."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
 
 
 def message(record: dict[str, Any]) -> str:
@@ -81,4 +115,6 @@ def message(record: dict[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
