@@ -103,22 +103,24 @@ def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) ->
     verdict = Verdict.FAULT if step.causes else Verdict.RIGHT if solved else Verdict.NOT_OBSERVABLE
     counts = np.array([m.tokens.trained if m.tokens else 0 for m in step.micro])
     shown = np.ones(len(step.micro)) if weighed is None else weighed * counts.sum() / step.token_scale
-    common = _common(solved.weights) if solved else 1.0
+    common = _common(solved, step.dtype) if solved else 1.0
     return Judged(
         verdict=verdict, causes=tuple(step.causes), notes=tuple(step.notes),
         weights=step.split(shown * solved.weights / common) if solved else (),
         errors=step.split(np.abs(shown) * solved.errors / abs(common)) if solved else (),
         tokens=tuple(tuple(map(int, part)) for part in step.split(counts)) if step.known else (),
         token_weights=step.split(weighed) if weighed is not None else (),
-        residual=solved.residual if solved else None, scale=solved.scale if solved else None,
+        residual=solved.residual if solved else None, scale=common if solved else None,
         condition=solved.condition if solved else None, dtype=step.dtype,
     )  # fmt: skip
 
 
-def _common(weights: np.ndarray) -> float:
+def _common(solved: Solved, dtype: str) -> float:
     """Return the weight that most of the micro-batches with a weight have."""
-    size = np.abs(weights)
-    return float(np.median(weights[size >= size.max() / 2])) or 1.0
+    if not solved.differ(dtype).any():
+        return solved.scale
+    size = np.abs(solved.weights)
+    return float(np.median(solved.weights[size >= size.max() / 2])) or 1.0
 
 
 def _data(step: _Step) -> None:
@@ -315,7 +317,7 @@ def _clip(step: _Step, solved: Solved, token_scale: float) -> None:
     limit, norm = step.declared.max_grad_norm, step.ranks[0].norm
     ranks, close = len(step.ranks), CLIPPED if step.dtype == "float32" else TOKEN_TOLERANCE[step.dtype]
     whole = any(abs(token_scale / f - 1) <= close for f in (1, ranks)) and not step.causes
-    was_clipped = max(solved.scale, solved.scale * ranks) < 1 - close
+    was_clipped = _common(solved, step.dtype) * ranks < 1 - close
     if limit and whole and was_clipped and 0 < norm < limit * (1 - close):
         step.causes.append(cause("clip", "clip_to_other", norm=norm, asked=limit))
 
@@ -324,8 +326,9 @@ def _constant(step: _Step, solved: Solved, pattern: Seen, largest: float) -> Non
     """Name a common factor of all tokens. A known one is a fault, if nothing else, such as a clip, could have
     made it: then the weights of the micro-batches are exactly a sum, or a mean over ranks."""
     ranks = len(step.ranks)
-    by_sum = [ranks**p for p in (0, -1) if abs(solved.scale * ranks**-p - 1) <= thresholds.KNOWN_FACTOR]
-    scale = pattern.scale * largest * (by_sum[0] if by_sum else solved.scale)
+    common = _common(solved, step.dtype)
+    by_sum = [ranks**p for p in (0, -1) if abs(common * ranks**-p - 1) <= thresholds.KNOWN_FACTOR]
+    scale = pattern.scale * largest * (by_sum[0] if by_sum else common)
     close = thresholds.CLOSE if step.dtype == "float32" else TOKEN_TOLERANCE[step.dtype]
     if abs(scale - 1) <= close:
         step.token_scale = pattern.scale * largest

@@ -67,6 +67,7 @@ class Guard:
         self.records: list[Record] = []
         self.step_number = 0  # of the steps that the guard has seen
         self.unread: Record | None = None
+        self.is_users = False
         self.failure = ""  # why the guard is off
         self.sketch: Sketch | None = None
         self.handles: list[Any] = []
@@ -297,7 +298,9 @@ class Guard:
             self.tracked.add(record["fault"])
             trackers.tell(self._summary(), is_finding=True)
         if callable(self.on_fault):
+            self.is_users = True  # what this function raises is meant for the training
             self.on_fault(record)
+            self.is_users = False
         elif self.on_fault == "stop":
             raise GuardFault(message(record), record)
         elif is_first_rank:
@@ -309,6 +312,8 @@ class Guard:
         except GuardFault:
             raise
         except Exception as error:  # noqa: BLE001
+            if self.is_users:
+                raise
             self._off(f"{type(error).__name__}: {error}")
 
     def _failed(self, error: Exception) -> None:
