@@ -139,6 +139,7 @@ def _sum(step: _Step, modules: np.ndarray) -> Solved | None:
     target = step.ranks[0].target
     read = np.isfinite(target)
     if not read.any():
+        step.notes.append(cause("", "gradient_unread"))
         return None
     size = float(np.linalg.norm(target[read]))
     apart = max(float(np.linalg.norm(r.target[read] - target[read])) for r in step.ranks)

@@ -71,6 +71,8 @@ class Guard:
         self.failure = ""  # why the guard is off
         self.sketch: Sketch | None = None
         self.handles: list[Any] = []
+        self.stepped: set[int] = set()  # optimizers that had their part in this step
+        self.told = 0  # the number of steps at the last call of ``step``
         self.pending: list[Cause] = []  # found outside of a step, such as by a scheduler
         self.is_closed = False
         self.tracked: set[str] = set()  # faults that trackers were told
@@ -95,15 +97,8 @@ class Guard:
         optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
         if optimizer is None:
             raise ValueError("no optimizer was given")
-        inner: Any = model
-        while (
-            isinstance(getattr(inner, "module", None), nn.Module)
-            and type(inner).forward is not nn.Module.forward
-        ):
-            if not _is_wrapper(inner):
-                break
-            inner = inner.module
-        self.model = getattr(inner, "_orig_mod", inner)
+        models = _unwrapped(model)
+        self.model = models[-1]
         self.group = self.group or rank_exchange.world()
         random = torch.Generator().manual_seed(SEED)
         self.watched = choose(self.model, random)
@@ -115,7 +110,7 @@ class Guard:
         self.optimizers = [chain[-1] for chain in chains]
         self.is_deepspeed = any(is_deepspeed(one) for chain in chains for one in chain)
         groups = [group for one in self.optimizers for group in one.param_groups]
-        self.sketch = Sketch(self.model, self.watched, self._failed)
+        self.sketch = Sketch(models, self.watched, self._failed)
         self.sketch.tokens.stop_ids = _stop_ids(self.model)
         self.moved = Moved(self.model, groups, self.is_deepspeed)
         self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
@@ -131,8 +126,14 @@ class Guard:
                 self.reader.before()
             self.taken = self._steps_taken()
         else:
-            state: dict[Any, Any] = {}
-            self.reader = FromGradients(self.watched, groups, _States(self.optimizers, state))
+            mine = {id(p) for p in self.model.parameters()}
+            self.moved.has_copies = any(id(p) not in mine for group in groups for p in group["params"])
+            if self.moved.has_copies:
+                self.log.say("truestep guard: the optimizer has tensors that are not the model's, such as copies "
+                             "in float32, so their gradients are not read")  # fmt: skip
+            self.reader = FromGradients(
+                self.watched, groups, _States(self.optimizers), reads_all=not self.moved.has_copies
+            )
             for one in self.optimizers:
                 self.handles.append(one.register_step_pre_hook(self._before))
                 self.handles.append(one.register_step_post_hook(self._after))
@@ -167,9 +168,10 @@ class Guard:
     # one step
 
     def step(self) -> Record | None:
-        """Call this after an optimizer step. It returns the step's record, or None if it was not watched."""
-        if self.sketch is not None and not self.failure and self.is_deepspeed:
-            self._safely(self._deepspeed_step)
+        """Call this after an optimizer step, also if a gradient scaler skipped it. It returns the step's record,
+        or None if it was not watched."""
+        if self.sketch is not None and not self.failure:
+            self._safely(self._deepspeed_step if self.is_deepspeed else self._torch_step)
         record, self.unread = self.unread, None
         return record
 
@@ -177,9 +179,12 @@ class Guard:
         return step <= FIRST or (step - FIRST) % self.every == 0
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.failure or self.sketch is None or optimizer is not self.optimizers[0]:
+        if self.failure or self.sketch is None:
             return
-        self._safely(self._read_before)
+        if id(optimizer) in self.stepped:  # another optimizer had no part in the step before
+            self._safely(self._finish)
+        if not self.stepped:
+            self._safely(self._read_before)
 
     def _read_before(self) -> None:
         assert self.sketch is not None
@@ -194,9 +199,18 @@ class Guard:
             self.previous = self._vector(self.reader.after())
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.failure or self.sketch is None or optimizer is not self.optimizers[-1]:
+        if self.failure or self.sketch is None:
             return
-        self._safely(self._finish)
+        self.stepped.add(id(optimizer))
+        if len(self.stepped) == len(self.optimizers):
+            self._safely(self._finish)
+
+    def _torch_step(self) -> None:
+        if self.stepped:
+            self._finish()
+        assert self.sketch is not None
+        self.sketch.was_skipped = self.told == self.step_number
+        self.told = self.step_number
 
     def _steps_taken(self) -> int:
         return -1 if self.engine is None else int(self.engine.global_steps)
@@ -216,6 +230,7 @@ class Guard:
         assert self.sketch is not None
         began = time.perf_counter()
         self.step_number += 1
+        self.stepped.clear()
         was_on, self.sketch.is_on = self.sketch.is_on, self._is_due(self.step_number + 1)
         micro, self.sketch.micro_batches = self.sketch.micro_batches, []
         if not was_on:
@@ -343,15 +358,23 @@ class Guard:
 class _States:
     """The states of several optimizers as one mapping."""
 
-    def __init__(self, optimizers: Sequence[Any], nothing: dict[Any, Any]) -> None:
-        self.optimizers, self.nothing = optimizers, nothing
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self.optimizers = optimizers
 
     def get(self, parameter: Any, default: Any = None) -> Any:
         return next((o.state[parameter] for o in self.optimizers if parameter in o.state), default)
 
 
-def _is_wrapper(model: nn.Module) -> bool:
-    return is_deepspeed(model) or isinstance(model, torch.nn.parallel.DistributedDataParallel)
+def _unwrapped(model: Any) -> list[nn.Module]:
+    """Return the model's wrappers, the outermost first, and then the model."""
+    chain = [model]
+    while True:
+        last = chain[-1]
+        is_wrapper = is_deepspeed(last) or isinstance(last, torch.nn.parallel.DistributedDataParallel)
+        inner = last.module if is_wrapper else last._modules.get("_orig_mod")
+        if not isinstance(inner, nn.Module):
+            return chain
+        chain.append(inner)
 
 
 def _stop_ids(model: nn.Module) -> tuple[int, ...]:

@@ -1,7 +1,9 @@
 """Hooks on the watched modules: what each forward and backward pass gives their weights, as a few numbers.
 
 A hook reads and never returns a tensor, uses no random state, and keeps no activation: only projections of
-[T, K] numbers. Shapes: T positions of a micro-batch, K probes of a module, V entries of the vocabulary.
+[T, K] numbers. The hooks of modules vanish where torch.compile traces them, so that its graph stays as it is;
+there, and where a function uses a weight without its module, the gradient of the weight itself is projected.
+Shapes: T positions of a micro-batch, K probes of a module, V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ CHUNK = 4096  # positions that are copied to float32 at a time
 
 @dataclass
 class MicroBatch:
-    """One run of the model with gradients, up to the next one."""
+    """One run of the model with gradients, up to the next one; in a compiled model, one backward pass."""
 
-    number: int  # of modules
     batch: Batch
+    is_called: bool = True  # the call of the model was seen
+    ran: set[int] = field(default_factory=set)  # modules whose call was seen
     columns: dict[int, Tensor] = field(default_factory=dict)  # module → K in float64
     dtypes: set[torch.dtype] = field(default_factory=set)  # of the watched modules' outputs
     tokens: Tokens | None = None
@@ -36,22 +39,27 @@ class Sketch:
     """The hooks of one model. ``failed`` is called with an error of a hook, which never reaches the training."""
 
     def __init__(
-        self, model: nn.Module, watched: Sequence[Watched], failed: Callable[[Exception], None]
+        self, models: Sequence[nn.Module], watched: Sequence[Watched], failed: Callable[[Exception], None]
     ) -> None:
+        """``models`` is the model, and what it is wrapped in, the outermost first."""
         self.watched, self.failed = list(watched), failed
         self.micro_batches: list[MicroBatch] = []
         self.is_on = False
         self.depth = 0
         self.tokens = TokenHooks(failed)
         self.handles: list[Any] = []
-        for module in _around(model, [w.module for w in watched]):
+        self.was_skipped = False  # the optimizer did not step when it should have
+        model = models[-1]
+        for module in [*models[:-1], *_around(model, [w.module for w in watched])]:
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
         if (head := head_of(model)) is not None:
             self.handles.append(head.register_forward_hook(self._head))
         for index, one in enumerate(self.watched):
-            hook = torch.compiler.disable(partial(self._forward, index))
-            self.handles.append(one.module.register_forward_hook(hook))
+            self.handles.append(one.module.register_forward_hook(partial(self._forward, index)))
+            # ZeRO stage 3 makes the gradient of a weight that is not there.
+            if not hasattr(one.weight, "ds_id"):
+                self.handles.append(one.weight.register_hook(partial(self._weight, index)))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -60,18 +68,29 @@ class Sketch:
         self.micro_batches.clear()
         self.is_on = False
 
-    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.depth += 1
         if not self.is_on or self.depth > 1 or not torch.is_grad_enabled():
             return
         try:
-            self.micro_batches.append(MicroBatch(len(self.watched), Batch.of(args, kwargs)))
+            self._drop_skipped()
+            self.micro_batches.append(MicroBatch(Batch.of(args, kwargs)))
         except Exception as error:  # noqa: BLE001 (the guard must not end the training)
             self.failed(error)
 
-    @torch.compiler.disable
+    def _drop_skipped(self) -> None:
+        """Forget the micro-batches of a step that was skipped, if their gradients were thrown away."""
+        if self.was_skipped:
+            slopes = [one.weight.grad for one in self.watched]
+            if all(slope is None or not bool(slope.any()) for slope in slopes):
+                self.micro_batches.clear()
+            self.was_skipped = False
+
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.depth -= 1
         if not self.is_on or self.depth > 0 or not torch.is_grad_enabled() or not self.micro_batches:
             return
@@ -80,8 +99,9 @@ class Sketch:
         except Exception as error:  # noqa: BLE001
             self.failed(error)
 
-    @torch.compiler.disable
     def _head(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if not self.is_on or not self.micro_batches or not torch.is_grad_enabled():
             return
         try:
@@ -90,12 +110,15 @@ class Sketch:
             self.failed(error)
 
     def _forward(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if not self.is_on or not self.micro_batches or not torch.is_grad_enabled():
             return
         try:
             if not isinstance(output, Tensor) or not output.requires_grad:
                 return
             micro = self.micro_batches[-1]
+            micro.ran.add(index)
             # Under autocast, the module multiplies its input in the output's precision.
             right = projected(args[0].detach(), self.watched[index].probes(output.device)[1], output.dtype)
             output.register_hook(partial(self._backward, index, micro, right, output.dtype))
@@ -112,6 +135,22 @@ class Sketch:
             given = (left * right).sum(0, dtype=torch.float64)
             micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
             micro.dtypes.add(dtype)
+        except Exception as error:  # noqa: BLE001
+            self.failed(error)
+
+    def _weight(self, index: int, gradient: Tensor) -> None:
+        """Take the gradient of a weight whose module's call was not seen, once per backward pass."""
+        if not self.is_on or (self.micro_batches and index in self.micro_batches[-1].ran):
+            return
+        try:
+            if not self.micro_batches or (
+                index in self.micro_batches[-1].columns and not self.micro_batches[-1].is_called
+            ):
+                self._drop_skipped()
+                self.micro_batches.append(MicroBatch(Batch(), is_called=False))
+            micro = self.micro_batches[-1]
+            given = self.watched[index].project(gradient.detach())
+            micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
         except Exception as error:  # noqa: BLE001
             self.failed(error)
 

@@ -61,6 +61,8 @@ class Moved:
         self.group_of = {id(p): group for group in self.groups for p in group["params"]}
         self.first = [fingerprint(p) for _, p in self.named]
         self.has_moved = [False] * len(self.named)
+        self.has_copies = False  # the optimizer updates copies, which come back to the model after its step
+        self.is_first = True
         self.replicated = 0  # a sum over the tensors that every rank has whole
 
     def after(self) -> list[bool]:
@@ -69,6 +71,9 @@ class Moved:
         self.has_moved = [m or a != b for m, a, b in zip(self.has_moved, self.first, now, strict=True)]
         whole = [value for value, (_, p) in zip(now, self.named, strict=True) if not is_split(p)]
         self.replicated = sum(value * (2 * i + 1) for i, value in enumerate(whole)) % 2**48
+        is_early, self.is_first = self.has_copies and self.is_first, False
+        if is_early:
+            return [False] * len(self.named)
         return [not m and self._should(p) for m, (_, p) in zip(self.has_moved, self.named, strict=True)]
 
     def _should(self, parameter: Tensor) -> bool:

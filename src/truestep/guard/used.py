@@ -59,8 +59,11 @@ class FromGradients:
 
     source, noise = "gradients", 0.0
 
-    def __init__(self, watched: Sequence[Watched], groups: Iterable[dict[str, Any]], state: Any) -> None:
-        self.watched = list(watched)
+    def __init__(
+        self, watched: Sequence[Watched], groups: Iterable[dict[str, Any]], state: Any, reads_all: bool = True
+    ) -> None:
+        """Without ``reads_all``, only the weights that the optimizer has are read."""
+        self.watched, self.reads_all = list(watched), reads_all
         self.group_of = {id(p): group for group in groups for p in group["params"]}
         self.state = state
         self.targets: Targets = {}
@@ -69,6 +72,8 @@ class FromGradients:
     def before(self) -> None:
         self.targets, self.moments = {}, {}
         for index, one in enumerate(self.watched):
+            if not self.reads_all and id(one.weight) not in self.group_of:
+                continue
             grad = one.weight.grad
             if grad is not None:
                 self.targets[index] = one.project(whole(grad))
