@@ -157,7 +157,7 @@ def both(name: str, folder: Path) -> dict[str, Any]:
             values.append(result if isinstance(result, str) else digest(result))
             torch.set_rng_state(random)
         except Exception as error:  # noqa: BLE001 (a crash is a result)
-            traceback.print_exc()
+            traceback.print_exc(limit=-4)
             return {
                 **said,
                 "crash": f"{'with' if is_guarded else 'without'}: {type(error).__name__}: {error}"[:400],

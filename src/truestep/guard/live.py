@@ -120,7 +120,7 @@ class Guard:
         self.sketch.is_on = self._is_due(1)
         self.reader: Reader
         if self.is_deepspeed:
-            self.reader = FromDeepSpeed(self.watched, groups)
+            self.reader = FromDeepSpeed(self.watched, self.optimizers[0], self.group)
             self.wrapper = next(one for one in chains[0] if is_deepspeed(one))
             if self.sketch.is_on:
                 self.reader.before()
@@ -220,8 +220,11 @@ class Guard:
         if taken >= 0 and taken == self.taken:
             return
         self.taken = taken
-        self._finish()
         assert self.sketch is not None
+        if getattr(self.wrapper, "overflow", False):
+            self.sketch.was_skipped = True
+            return
+        self._finish()
         if self.sketch.is_on:
             self.reader.before()
 

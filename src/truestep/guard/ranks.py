@@ -98,7 +98,7 @@ def gather(seen: RankSeen, group: Any) -> list[RankSeen]:
     dist = torch.distributed
     if group is None:
         return [unpack(own)]
-    device = torch.device("cpu") if "gloo" in str(dist.get_backend(group)) else torch.device(current_device())
+    device = _device(group)
     count = dist.get_world_size(group)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(count)]
     dist.all_gather(sizes, torch.tensor([len(own)], device=device), group=group)
@@ -108,6 +108,20 @@ def gather(seen: RankSeen, group: Any) -> list[RankSeen]:
     rows = [torch.zeros(longest, dtype=torch.float64, device=device) for _ in range(count)]
     dist.all_gather(rows, padded.to(device), group=group)
     return [unpack(row.cpu().numpy()) for row in rows]
+
+
+def on_all_ranks(flag: bool, group: Any) -> bool:
+    """Return whether the flag is set on every rank of the group."""
+    if group is None:
+        return flag
+    told = torch.tensor([flag], dtype=torch.int32, device=_device(group))
+    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MIN, group=group)
+    return bool(told)
+
+
+def _device(group: Any) -> torch.device:
+    gloo = "gloo" in str(torch.distributed.get_backend(group))
+    return torch.device("cpu" if gloo else current_device())
 
 
 def current_device() -> str:

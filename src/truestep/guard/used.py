@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from truestep.guard.modules import Watched
+from truestep.guard.ranks import on_all_ranks
 
 ROUNDING = 2.0**-24  # relative, of a float32
 Targets = dict[int, Tensor]  # module → uᵀGv [K] in float64 of the gradient that was used
@@ -100,12 +101,14 @@ class FromDeepSpeed:
 
     All of it is read by DeepSpeed's own functions, which take part in collectives on every rank."""
 
-    def __init__(self, watched: Sequence[Watched], groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, watched: Sequence[Watched], optimizer: Any, group: Any) -> None:
+        """``optimizer`` is the torch optimizer within; ``group`` has all ranks, or is None."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        self.watched, self.groups = list(watched), groups
+        self.watched, self.groups = list(watched), optimizer.param_groups
+        self.state, self.ranks = optimizer.state, group
         self.read_state, self.read_value = safe_get_full_optimizer_state, safe_get_full_fp32_param
-        group = groups[0]
+        group = self.groups[0]
         self.key = "exp_avg" if "betas" in group else "momentum_buffer" if group.get("momentum") else ""
         self.source = {"exp_avg": "the first moment", "momentum_buffer": "the momentum", "": "the update"}[
             self.key
@@ -140,13 +143,16 @@ class FromDeepSpeed:
         return found
 
     def _read(self) -> Targets:
+        if not self._can_read():
+            return {}
         values = [self._value(one.weight) for one in self.watched]
         return {i: self.watched[i].project(v) for i, v in enumerate(values) if v is not None}
 
+    def _can_read(self) -> bool:
+        """Return whether all ranks have what is read. Before the first step they do not, and a rank that found
+        nothing of its own would leave the others waiting."""
+        own = not self.key or any(self.key in kept for kept in self.state.values())
+        return on_all_ranks(own, self.ranks)
+
     def _value(self, weight: Tensor) -> Tensor | None:
-        if not self.key:
-            return self.read_value(weight)
-        try:
-            return self.read_state(weight, self.key)
-        except (KeyError, ValueError, AttributeError, AssertionError, TypeError):
-            return None  # before the first step, there is no state
+        return self.read_state(weight, self.key) if self.key else self.read_value(weight)
