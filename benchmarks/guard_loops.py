@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import inspect
+import itertools
 import os
 import sys
 import types
@@ -12,14 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which picks the accelerator
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-         "MASTER_PORT": "29573"}  # fmt: skip
-
 import torch
 from framework_run import Run, collate, digest, llama, loop, rows, steps_of, token_sum, trained
 
 STEPS, ACCUMULATION = 4, 4
+ALONE = {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+         "MASTER_PORT": "29573"}  # fmt: skip
 
 
 def logits_of(model: Any, m: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -127,7 +126,10 @@ def sft(run: Run, model: Any = None, **more: Any) -> Any:
     import trl
 
     data = datasets.Dataset.from_list(
-        [{"input_ids": r["input_ids"], "completion_mask": [0] * 4 + [1] * (len(r["input_ids"]) - 4)} for r in rows(72)]
+        [
+            {"input_ids": r["input_ids"], "completion_mask": [0] * 4 + [1] * (len(r["input_ids"]) - 4)}
+            for r in rows(72)
+        ]
     )
     args = settings(run, trl.SFTConfig, **{"max_length": 64, "completion_only_loss": True, **more})
     model = model or llama()
@@ -216,7 +218,7 @@ def trl_dpo(run: Run) -> Any:
     data = datasets.Dataset.from_list([
         {"prompt": words(a["input_ids"][:4]) + " ", "chosen": words(a["input_ids"][4:-1]),
          "rejected": words(b["input_ids"][4:-1])}
-        for a, b in zip(several, several[1:], strict=False)
+        for a, b in itertools.pairwise(several)
     ])  # fmt: skip
     args = settings(run, trl.DPOConfig, max_length=64, max_prompt_length=8)
     how = {"processing_class": tokenizer(), "callbacks": run.callbacks(loss="any")}
@@ -229,6 +231,7 @@ def trl_dpo(run: Run) -> Any:
 
 
 def deepspeed_ready() -> Any:
+    # These are needed before the import, which picks the accelerator.
     for key, value in ALONE.items():
         os.environ.setdefault(key, value)
     import deepspeed
@@ -261,7 +264,12 @@ def engine_values(engine: Any, stage: int) -> str:
 
 
 def engine_loop(
-    run: Run, stage: int, offload: bool, dtype: str = "float32", optimizer: str = "adamw", overflows: bool = False
+    run: Run,
+    stage: int,
+    offload: bool,
+    dtype: str = "float32",
+    optimizer: str = "adamw",
+    overflows: bool = False,
 ) -> Any:
     deepspeed = deepspeed_ready()
     model = llama()
@@ -280,7 +288,9 @@ def engine_loop(
             count = trained(run, micro) * (0.0 if overflows and number == 1 else 1.0)
             for m in micro:
                 loss = token_sum(logits_of(engine, m), m["labels"])
-                engine.backward(loss / count * ACCUMULATION)  # the engine divides by the number of micro-batches
+                engine.backward(
+                    loss / count * ACCUMULATION
+                )  # the engine divides by the number of micro-batches
                 engine.step()
                 guard.step()
     values = engine_values(engine, stage)
@@ -300,7 +310,9 @@ def _engine_loops() -> None:
     loop(name="deepspeed_2_skips", **about)(engine_loop)
     for optimizer in ("sgd", "momentum"):
         for stage in (1, 2, 3):
-            loop(name=f"deepspeed_{stage}_{optimizer}", stage=stage, offload=False, optimizer=optimizer)(engine_loop)
+            loop(name=f"deepspeed_{stage}_{optimizer}", stage=stage, offload=False, optimizer=optimizer)(
+                engine_loop
+            )
 
 
 _engine_loops()
@@ -336,7 +348,9 @@ def openrlhf_collate(batch: list[Any]) -> Any:
     longest = max(len(r["input_ids"]) for r in batch)
     parts = ([r["input_ids"] for r in batch], [r["attention_mask"] for r in batch],
              [[int(t != -100) for t in (*r["labels"][1:], -100)] for r in batch])  # fmt: skip
-    tokens, real, kept = (torch.tensor([[*v, *[0] * (longest - len(v))] for v in part])[:, None] for part in parts)
+    tokens, real, kept = (
+        torch.tensor([[*v, *[0] * (longest - len(v))] for v in part])[:, None] for part in parts
+    )
     return tokens, real, kept.float()  # B 1 T
 
 
@@ -360,7 +374,9 @@ def openrlhf_sft(run: Run, stage: int = 2) -> Any:
     mesh = torch.distributed.device_mesh.init_device_mesh
     strategy.ds_device_mesh = mesh("cpu", (run.world, 1, 1), mesh_dim_names=("dp", "sp", "tp"))
     engine, optimizer, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=configuration(stage, False, "float32")
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        config=configuration(stage, False, "float32"),
     )
     engine.step = torch.no_grad()(engine.step)
     actor = Actor(engine)

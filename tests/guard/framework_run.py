@@ -1,6 +1,6 @@
 """Runs a training loop with the guard and without it, in one process, and compares what was trained.
 
-Run as ``python framework_run.py MODULE OUTPUT NAME...`` in every rank. Every loop is a function of a ``Run``.
+Run as ``python framework_run.py MODULE,MODULE OUTPUT NAME...`` in every rank. Every loop is a function of a ``Run``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ class _Nothing:
 
 
 def loop(**about: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a loop, with what is expected of it: ``verdict`` and ``code``, ``ranks`` and ``dtype``."""
+    """Register a loop, with what is expected of it: ``verdict``, ``code`` and ``at`` (the
+    first step with it), ``ranks``, ``dtype``, ``sees_tokens``, ``scale`` of the loss in each step, ``slow``."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         LOOPS[about.pop("name", function.__name__)] = (function, about)
@@ -125,7 +127,9 @@ def token_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def trained(run: Run, micro: Sequence[dict[str, torch.Tensor]]) -> float:
     """Return the trained tokens of a step over all ranks, per rank: DDP takes the mean over ranks."""
-    count = torch.tensor(float(sum((m["labels"][:, 1:] != -100).sum() for m in micro)))
+    each = [int((m["labels"][:, 1:] != -100).sum()) for m in micro]
+    run.notes.setdefault("tokens", []).append(each)
+    count = torch.tensor(float(sum(each)))
     if run.world > 1:
         torch.distributed.all_reduce(count)
     return float(count) / run.world
@@ -147,7 +151,7 @@ def both(name: str, folder: Path) -> dict[str, Any]:
     """Run a loop without and with the guard. It returns the parameters, or their digest."""
     function, about = LOOPS[name]
     said: dict[str, Any] = {"name": name, **about}
-    values = []
+    values, began = [], time.perf_counter()
     for is_guarded in (False, True):
         run = Run(folder / f"{name}-{is_guarded}", is_guarded)
         given = inspect.signature(function).parameters
@@ -166,15 +170,17 @@ def both(name: str, folder: Path) -> dict[str, Any]:
             torch.compiler.reset()
             run.end()
     return {**said, "bit_equal": values[0] == values[1], "hash": values[0], "failure": run.failure,
-            "records": run.records, "notes": run.notes}  # fmt: skip
+            "records": run.records, "notes": run.notes,
+            "seconds": time.perf_counter() - began}  # fmt: skip
 
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     sys.modules["framework_run"] = sys.modules["__main__"]
     torch.set_num_threads(1)
-    module, output, *names = sys.argv[1:]
-    importlib.import_module(module)
+    modules, output, *names = sys.argv[1:]
+    for module in modules.split(","):
+        importlib.import_module(module)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.distributed.init_process_group("gloo")
     versions = {}
