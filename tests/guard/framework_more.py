@@ -176,13 +176,21 @@ class _HeadLoss(torch.autograd.Function):
         return to_hidden, given[0] * slope.T @ hidden[kept], None
 
 
-@loop(sees_tokens=False)
-def fused_head(run: Run) -> Any:
+@loop()
+def fused_head(run: Run, is_mean: bool = False) -> Any:
     def loss(model: Any, m: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden = model.model(input_ids=m["input_ids"], attention_mask=m["attention_mask"], use_cache=False)[0]
-        return _HeadLoss.apply(hidden[:, :-1], model.lm_head.weight, m["labels"][:, 1:])
+        labels = m["labels"][:, 1:]
+        total = _HeadLoss.apply(hidden[:, :-1], model.lm_head.weight, labels)
+        return total / (labels != -100).sum() if is_mean else total
 
     return train(run, llama(), loss=loss)
+
+
+@loop(verdict="FAULT", code="micro_mean")
+def fused_head_mean(run: Run) -> Any:
+    """The mean of each micro-batch, as if all had as many tokens."""
+    return fused_head(run, is_mean=True)
 
 
 @loop(verdict="NOT OBSERVABLE", dtype="bfloat16")

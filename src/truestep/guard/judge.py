@@ -236,7 +236,8 @@ def _masks(step: _Step, seen: Sequence[Tokens]) -> None:
     if outside := sum(t.outside for t in seen):
         step.causes.append(cause("prompt_trained", "outside_trained", tokens=outside))
     missing, ends = sum(t.missing for t in seen), sum(t.missing_ends for t in seen)
-    if missing:
+    # In reinforcement learning, an advantage of 0 leaves a whole answer untrained.
+    if missing and step.declared.loss != "any" and not any(t.negative for t in seen):
         code = "stop_untrained" if missing == ends else "unexplained"
         step.causes.append(cause(code, "tokens_untrained", tokens=missing))
     stops, trained = sum(t.stops for t in seen), sum(t.stops_trained for t in seen)

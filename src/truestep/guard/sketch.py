@@ -1,7 +1,7 @@
 """Hooks on the watched modules: what each forward and backward pass gives their weights, as a few numbers.
 
-A hook reads and never returns a tensor, uses no random state, and keeps no activation: only projections of
-[T, K] numbers. The hooks of modules vanish where torch.compile traces them, so that its graph stays as it is;
+A hook reads and never returns a tensor, and uses no random state. It keeps projections of [T, K] numbers; of the
+activations, it only keeps a last hidden state that a fused loss needs as well. The hooks of modules vanish where torch.compile traces them, so that its graph stays as it is;
 there, and where a function uses a weight without its module, the gradient of the weight itself is projected.
 Shapes: T positions of a micro-batch, K probes of a module, V entries of the vocabulary.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truestep.guard.hidden import last_hidden, watch_hidden
 from truestep.guard.modules import Watched, head_of
 from truestep.guard.tokens import Batch, TokenHooks, Tokens
 
@@ -48,13 +49,15 @@ class Sketch:
         self.depth = 0
         self.tokens = TokenHooks(failed)
         self.handles: list[Any] = []
+        self.hidden: Tensor | None = None  # during a forward pass of the model
         self.was_skipped = False  # the optimizer did not step when it should have
         model = models[-1]
         for module in [*models[:-1], *_around(model, [w.module for w in watched])]:
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
-        if (head := head_of(model)) is not None:
-            self.handles.append(head.register_forward_hook(self._head))
+        self.head = head_of(model)
+        if self.head is not None:
+            self.handles.append(self.head.register_forward_hook(self._head))
         for index, one in enumerate(self.watched):
             self.handles.append(one.module.register_forward_hook(partial(self._forward, index)))
             # ZeRO stage 3 makes the gradient of a weight that is not there.
@@ -86,16 +89,24 @@ class Sketch:
             slopes = [one.weight.grad for one in self.watched]
             if all(slope is None or not bool(slope.any()) for slope in slopes):
                 self.micro_batches.clear()
-            self.was_skipped = False
+            self.hidden: Tensor | None = None  # during a forward pass of the model
+        self.was_skipped = False
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         self.depth -= 1
-        if not self.is_on or self.depth > 0 or not torch.is_grad_enabled() or not self.micro_batches:
+        if not self.is_on or not torch.is_grad_enabled() or not self.micro_batches:
             return
         try:
-            self.tokens.model_ran(self.micro_batches[-1], output)
+            if (hidden := last_hidden(output)) is not None:
+                self.hidden = hidden
+            if self.depth > 0:
+                return
+            micro, hidden, self.hidden = self.micro_batches[-1], self.hidden, None
+            self.tokens.model_ran(micro, output)
+            if hidden is not None and not micro.has_logits:
+                watch_hidden(micro, hidden, self.head, self.tokens.stop_ids, self.failed)
         except Exception as error:  # noqa: BLE001
             self.failed(error)
 

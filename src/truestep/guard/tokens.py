@@ -103,12 +103,12 @@ class TokenHooks:
             if logits.dim() == 3
             else logits.detach().reshape(ids.shape[0], -1, logits.shape[-1])
         )
-        seen = _Forward.of(lines, micro.batch)
+        seen = Forward.of(lines, micro.batch)
         if seen is not None:
             micro.has_logits = True
             logits.register_hook(partial(self._backward, micro, seen))
 
-    def _backward(self, micro: Any, seen: _Forward, delta: Tensor | None) -> None:
+    def _backward(self, micro: Any, seen: Forward, delta: Tensor | None) -> None:
         if delta is None or micro.tokens is not None:
             return
         try:
@@ -135,7 +135,7 @@ def logits_in(output: Any) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class _Forward:
+class Forward:
     """What is kept of the logits: log-probabilities [B, S] of the possible targets and of the top entry."""
 
     batch: Batch
@@ -147,19 +147,15 @@ class _Forward:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, logits: Tensor, batch: Batch) -> _Forward | None:
+    def of(cls, logits: Tensor, batch: Batch) -> Forward | None:
         ids = batch.ids
         if ids is None or logits.shape[0] != ids.shape[0] or logits.shape[1] > ids.shape[1]:
             return None
         rows, size, _ = logits.shape
-        first = ids.shape[1] - size
-        targets = torch.full((len(SHIFTS), rows, size), -1, dtype=torch.int64, device=logits.device)
-        for number, shift in enumerate(SHIFTS):
-            part = ids[:, first + shift :]
-            targets[number, :, : part.shape[1]] = part
+        targets = targets_of(ids, size)
         flat, wanted = logits.reshape(rows * size, -1), targets.reshape(len(SHIFTS), -1).T
         pieces = [
-            _logp(part, want) for part, want in zip(flat.split(CHUNK), wanted.split(CHUNK), strict=True)
+            logp_of(part, want) for part, want in zip(flat.split(CHUNK), wanted.split(CHUNK), strict=True)
         ]
         logp, top, top_logp = (torch.cat(one) for one in zip(*pieces, strict=True))
         shape = (rows, size)
@@ -173,9 +169,14 @@ class _Forward:
         pieces = [_row_sums(part, top) for part, top in zip(
             delta.reshape(self.shape[0] * self.shape[1], -1).split(CHUNK),
             self.top.flatten().split(CHUNK), strict=True)]  # fmt: skip
-        target, own, others, at_top = (
-            torch.cat(one).reshape(self.shape) for one in zip(*pieces, strict=True)
-        )
+        parts = [torch.cat(one).reshape(self.shape) for one in zip(*pieces, strict=True)]
+        return self.tokens(*parts, stop_ids)
+
+    def tokens(
+        self, target: Tensor, own: Tensor, others: Tensor, at_top: Tensor, stop_ids: tuple[int, ...]
+    ) -> Tokens:
+        """Return what is known of the tokens from the gradient of the logits: for each position [B, S], the
+        target, the entries there and at the top, and the sum of those that are not the target's."""
         trained = own != 0
         count = int(trained.sum())
         hits = [int(((target == self.targets[i]) & trained).sum()) for i in range(len(SHIFTS))]
@@ -213,9 +214,9 @@ class _Forward:
         outside = torch.zeros_like(trained)
         missing = missing_ends = 0
         if batch.attention is not None:
-            outside |= trained & exists & (_next(batch.attention, size, 1) == 0)
+            outside |= trained & exists & (next_values(batch.attention, size, 1) == 0)
         if batch.labels is not None and sums.shift == 1:
-            asked = (_next(batch.labels, size, -100) != -100) & exists
+            asked = (next_values(batch.labels, size, -100) != -100) & exists
             outside |= trained & exists & ~asked
             gone = asked & ~trained & (-torch.expm1(self.logp[0]) > CLEAR)
             ends = asked & ~_next_mask(asked)
@@ -224,7 +225,7 @@ class _Forward:
         if stop_ids:
             stop = torch.isin(following, torch.tensor(stop_ids, device=following.device)) & exists
             if batch.attention is not None:
-                stop &= _next(batch.attention, size, 0) != 0
+                stop &= next_values(batch.attention, size, 0) != 0
             after = torch.cat([torch.zeros_like(trained[:, :1]), trained[:, :-1]], 1)
             stops, stops_trained = int((stop & (after | trained)).sum()), int((stop & trained).sum())
         return replace(
@@ -233,7 +234,16 @@ class _Forward:
         )  # fmt: skip
 
 
-def _next(values: Tensor, size: int, filler: int) -> Tensor:
+def targets_of(ids: Tensor, size: int) -> Tensor:
+    """Return the possible targets [3, B, S] of the last ``size`` positions; -1 where there is none."""
+    targets = torch.full((len(SHIFTS), ids.shape[0], size), -1, dtype=torch.int64, device=ids.device)
+    for number, shift in enumerate(SHIFTS):
+        part = ids[:, ids.shape[1] - size + shift :]
+        targets[number, :, : part.shape[1]] = part
+    return targets
+
+
+def next_values(values: Tensor, size: int, filler: int) -> Tensor:
     """Return, for each of the last ``size`` positions, the value at the next one."""
     padded = torch.cat([values, torch.full_like(values[:, :1], filler)], 1)
     return padded[:, -size:]
@@ -249,7 +259,7 @@ def _spread(values: Tensor) -> float:
     return float((values.max() - values.min()) / values.mean().clamp(min=1e-300))
 
 
-def _logp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def logp_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p [R, 3] of the targets, the top entry [R] and its log p, for logits [R, V]."""
     wide = logits.float()
     total = wide.logsumexp(-1)

@@ -162,7 +162,7 @@ SENTENCES: dict[str, Form] = {
     # what was not seen
     "no_gradient_read": "the gradient that the optimizer used cannot be read ({why})",
     "other_loss": "the loss is not a weighted negative log-likelihood, so the weights of tokens were not read",
-    "no_logits": "no logits were seen (a fused or compiled loss), so the weights of tokens were not read",
+    "no_logits": "no logits were seen (a compiled model, or a fused loss), so the weights of tokens were not read",
     "gradient_unread": "the gradient that the optimizer used could not be read, so nothing is known of its weights",
     "weights_by_row": "the rows of a micro-batch have different weights",
     "signed_weights": "some tokens are pushed up and some down, so the weights of tokens are not judged",
