@@ -19,10 +19,12 @@ CHUNK = 256  # positions whose logits are made at a time
 TINY = 1e-30
 
 
-def last_hidden(output: Any) -> Tensor | None:
-    """Return the last hidden state [B, T, d] in a backbone's output, or None."""
+def last_hidden(output: Any, otherwise: Tensor | None) -> Tensor | None:
+    """Return the last hidden state [B, T, d] in a backbone's output, if there is one."""
     found = getattr(output, "last_hidden_state", None)
-    return found if isinstance(found, Tensor) and found.dim() == 3 and found.is_floating_point() else None
+    return (
+        found if isinstance(found, Tensor) and found.dim() == 3 and found.is_floating_point() else otherwise
+    )
 
 
 def _fits(hidden: Tensor, head: nn.Module | None, batch: Batch) -> bool:
@@ -62,7 +64,8 @@ def tokens_of(
     hidden: Tensor, delta: Tensor, head: nn.Linear, batch: Batch, stop_ids: tuple[int, ...]
 ) -> Tokens:
     """Return what the gradient ``delta`` [B, T, d] of the hidden state [B, T, d] says."""
-    shape, count = hidden.shape[:2], hidden[..., 0].numel()
+    shape = (hidden.shape[0], hidden.shape[1])
+    count = shape[0] * shape[1]
     assert batch.ids is not None
     targets = targets_of(batch.ids, shape[1])
     flat, slopes, wanted = hidden.flatten(0, 1), delta.flatten(0, 1), targets.flatten(1).T
@@ -86,11 +89,9 @@ def tokens_of(
             sums[:, part] = torch.stack(
                 [-others * (1 + missed), others, size * top_logp[part].double().exp()]
             )
-    by_row = [one.reshape(shape) for one in (target, *sums)]
-    seen = Forward(
-        batch, tuple(shape), targets, logp.T.reshape(-1, *shape), top.reshape(shape), top_logp.reshape(shape)
-    )
-    return seen.tokens(*by_row, stop_ids)
+    at_top = (top.reshape(shape), top_logp.reshape(shape))
+    seen = Forward(batch, shape, targets, logp.T.reshape(-1, *shape), *at_top)
+    return seen.tokens([one.reshape(shape) for one in (target, *sums)], stop_ids)
 
 
 def _fit(slopes: Tensor, ways: Tensor, exists: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """Hooks on the watched modules: what each forward and backward pass gives their weights, as a few numbers.
 
 A hook reads and never returns a tensor, and uses no random state. It keeps projections of [T, K] numbers; of the
-activations, it only keeps a last hidden state that a fused loss needs as well. The hooks of modules vanish where torch.compile traces them, so that its graph stays as it is;
-there, and where a function uses a weight without its module, the gradient of the weight itself is projected.
-Shapes: T positions of a micro-batch, K probes of a module, V entries of the vocabulary.
+activations, it only keeps a last hidden state, which a fused loss needs as well. The hooks of modules vanish where
+torch.compile traces them, so that its graph stays as it is; there, and where a function uses a weight without its
+module, the gradient of the weight itself is projected. Shapes: T positions of a micro-batch, K probes of a module,
+V entries of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from truestep.guard.hidden import last_hidden, watch_hidden
 from truestep.guard.modules import Watched, head_of
 from truestep.guard.tokens import Batch, TokenHooks, Tokens
+from truestep.guard.update import local
 
 CHUNK = 4096  # positions that are copied to float32 at a time
 
@@ -87,10 +89,9 @@ class Sketch:
         """Forget the micro-batches of a step that was skipped, if their gradients were thrown away."""
         if self.was_skipped:
             slopes = [one.weight.grad for one in self.watched]
-            if all(slope is None or not bool(slope.any()) for slope in slopes):
+            if all(slope is None or not bool(local(slope).any()) for slope in slopes):
                 self.micro_batches.clear()
-            self.hidden: Tensor | None = None  # during a forward pass of the model
-        self.was_skipped = False
+            self.was_skipped = False
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -99,11 +100,10 @@ class Sketch:
         if not self.is_on or not torch.is_grad_enabled() or not self.micro_batches:
             return
         try:
-            if (hidden := last_hidden(output)) is not None:
-                self.hidden = hidden
+            self.hidden = hidden = last_hidden(output, self.hidden)
             if self.depth > 0:
                 return
-            micro, hidden, self.hidden = self.micro_batches[-1], self.hidden, None
+            micro, self.hidden = self.micro_batches[-1], None
             self.tokens.model_ran(micro, output)
             if hidden is not None and not micro.has_logits:
                 watch_hidden(micro, hidden, self.head, self.tokens.stop_ids, self.failed)

@@ -169,14 +169,14 @@ class Forward:
         pieces = [_row_sums(part, top) for part, top in zip(
             delta.reshape(self.shape[0] * self.shape[1], -1).split(CHUNK),
             self.top.flatten().split(CHUNK), strict=True)]  # fmt: skip
-        parts = [torch.cat(one).reshape(self.shape) for one in zip(*pieces, strict=True)]
-        return self.tokens(*parts, stop_ids)
+        return self.tokens(
+            [torch.cat(one).reshape(self.shape) for one in zip(*pieces, strict=True)], stop_ids
+        )
 
-    def tokens(
-        self, target: Tensor, own: Tensor, others: Tensor, at_top: Tensor, stop_ids: tuple[int, ...]
-    ) -> Tokens:
-        """Return what is known of the tokens from the gradient of the logits: for each position [B, S], the
-        target, the entries there and at the top, and the sum of those that are not the target's."""
+    def tokens(self, parts: Sequence[Tensor], stop_ids: tuple[int, ...]) -> Tokens:
+        """Return what the gradient of the logits says, from four ``parts`` [B, S]: the target of each position,
+        the gradient there, the sum of the other entries, and the gradient at the top entry."""
+        target, own, others, at_top = parts
         trained = own != 0
         count = int(trained.sum())
         hits = [int(((target == self.targets[i]) & trained).sum()) for i in range(len(SHIFTS))]
