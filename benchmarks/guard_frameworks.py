@@ -120,7 +120,7 @@ def row(environment: str, ranks: list[Result]) -> Result:
         "wanted": wanted, "verdicts": [r["verdict"] for r in records],
         "codes": sorted({c for r in faults for c in r["codes"]}),
         "first_finding": faults[0]["step"] if faults else None, "fault": faults[0]["fault"] if faults else "",
-        "false_alarms": len(faults) if is_clean else sum(r["codes"] != [code] for r in faults),
+        "false_alarms": len(faults) if is_clean else sum(not set(r["codes"]) <= set(code.split()) for r in faults),
         "missed": 0 if is_clean else sum(r["verdict"] != "FAULT" for r in records[first.get("at", 1) - 1 :]),
         "tokens_read": sum(bool(r["token_weights"]) for r in records), "watched": len(records),
         "largest_residual": max((r["residual"] for r in records if r["residual"] is not None), default=None),

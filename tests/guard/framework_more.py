@@ -220,14 +220,20 @@ def master_copies_kept(run: Run) -> Any:
     return master_copies(run, keeps=True)
 
 
-@loop(verdict="FAULT", code="stale_parameters", at=2)
-def stale_copies(run: Run) -> Any:
-    """The optimizer has copies whose values never come back."""
-    model = llama()
-    copies = [p.detach().clone().requires_grad_() for p in model.parameters()]
+@loop(verdict="FAULT", code="stale_parameters momentum")
+def stale_copies(run: Run, dtype: torch.dtype = torch.float32) -> Any:
+    """The optimizer has copies whose values never come back, and the model's gradients are not cleared."""
+    model = llama().to(dtype)
+    copies = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
     return train(run, model, torch.optim.AdamW(copies, lr=1e-3))
+
+
+@loop(verdict="FAULT", code="stale_parameters", at=2)
+def stale_copies_bf16(run: Run) -> Any:
+    """As above; in the first step, the values could still come back."""
+    return stale_copies(run, torch.bfloat16)
 
 
 @loop(scale=[256, 128, 128, 128])

@@ -71,7 +71,8 @@ class _Nothing:
 
 
 def loop(**about: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a loop, with what is expected of it: ``verdict``, ``code`` and ``at`` (the
+    """Register a loop, with what is expected of it: ``verdict``, ``code`` (all that may be found,
+    the main one first), ``at`` (the
     first step with it), ``ranks``, ``dtype``, ``sees_tokens``, ``scale`` of the loss in each step, ``slow``."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -126,11 +126,11 @@ class Guard:
                 self.reader.before()
             self.taken = self._steps_taken()
         else:
-            mine = {id(p) for p in self.model.parameters()}
-            self.moved.has_copies = any(id(p) not in mine for group in groups for p in group["params"])
+            self.moved.has_copies = _has_copies(self.moved)
             if self.moved.has_copies:
-                self.log.say("truestep guard: the optimizer has tensors that are not the model's, such as copies "
-                             "in float32, so their gradients are not read")  # fmt: skip
+                self.log.say(
+                    "truestep guard: the optimizer has copies in float32, so their gradients are not read"
+                )
             self.reader = FromGradients(
                 self.watched, groups, _States(self.optimizers), reads_all=not self.moved.has_copies
             )
@@ -378,6 +378,13 @@ def _unwrapped(model: Any) -> list[nn.Module]:
         if not isinstance(inner, nn.Module):
             return chain
         chain.append(inner)
+
+
+def _has_copies(moved: Moved) -> bool:
+    """Return whether the optimizer has copies in float32 in place of parameters in 16 bits."""
+    mine, given = {id(p) for _, p in moved.named}, [p for group in moved.groups for p in group["params"]]
+    lacks = {id(p) for _, p in moved.named if p.element_size() == 2} - {id(p) for p in given}
+    return bool(lacks) and any(id(p) not in mine and p.element_size() > 2 for p in given)
 
 
 def _stop_ids(model: nn.Module) -> tuple[int, ...]:
