@@ -71,9 +71,9 @@ class _Nothing:
 
 
 def loop(**about: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a loop, with what is expected of it: ``verdict``, ``code`` (all that may be found,
-    the main one first), ``at`` (the
-    first step with it), ``ranks``, ``dtype``, ``sees_tokens``, ``scale`` of the loss in each step, ``slow``."""
+    """Register a loop, with what is expected of it: ``verdict``, ``code`` (all codes that may be found, the main
+    one first), ``at`` (the first step with it), ``sees_tokens`` and ``scale`` (of the loss, in each step); and with
+    ``ranks``, ``dtype`` and ``slow``."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         LOOPS[about.pop("name", function.__name__)] = (function, about)
