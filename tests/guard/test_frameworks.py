@@ -113,6 +113,7 @@ def right(record: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
         assert record["notes"]
         return
     tokens, token_weights = np.array(record["tokens"]), np.array(record["token_weights"])
+    assert token_weights.size
     scale = ranks[0].get("scale", [1] * 4)[record["step"] - 1] * len(ranks)
     if told := [r["notes"].get("tokens") for r in ranks if r["notes"]]:
         assert record["tokens"] == [each[record["step"] - 1] for each in told]
