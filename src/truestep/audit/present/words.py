@@ -167,7 +167,6 @@ SENTENCES: dict[str, Form] = {
     "weights_by_row": "the rows of a micro-batch have different weights",
     "signed_weights": "some tokens are pushed up and some down, so the weights of tokens are not judged",
     "common_factor": "everything is multiplied by {scale:.4g} (a clip, a loss scale or another constant)",
-    "too_many_to_solve": "{found} micro-batches are too many for {probes} probes",
     "no_micro_batch": "no backward pass reached the watched modules, or torch.compile hides those of a sharded model",
     "no_case": "no case was run",
     "case_not_run": "not run ({why})",
