@@ -9,7 +9,6 @@ import itertools
 import os
 import sys
 import types
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -397,7 +396,3 @@ def openrlhf_sft(run: Run, stage: int = 2) -> Any:
     values = engine_values(engine, stage)
     engine.destroy()
     return values
-
-
-if __name__ == "__main__":
-    raise SystemExit(f"run {Path(__file__).with_name('guard_frameworks.py')}")

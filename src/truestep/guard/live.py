@@ -24,7 +24,7 @@ from truestep.guard.modules import choose
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.sketch import Sketch
 from truestep.guard.update import Formula, Moved, gradient_norm, rate_causes
-from truestep.guard.used import FromDeepSpeed, FromGradients, Reader, is_deepspeed, unwrapped
+from truestep.guard.used import FromDeepSpeed, FromGradients, Reader, States, is_deepspeed, unwrapped
 
 FIRST = 3  # steps that are always watched
 SEED = 20260423
@@ -131,9 +131,8 @@ class Guard:
                 self.log.say(
                     "truestep guard: the optimizer has copies in float32, so their gradients are not read"
                 )
-            self.reader = FromGradients(
-                self.watched, groups, _States(self.optimizers), reads_all=not self.moved.has_copies
-            )
+            states, reads_all = States(self.optimizers), not self.moved.has_copies
+            self.reader = FromGradients(self.watched, groups, states, reads_all)
             for one in self.optimizers:
                 self.handles.append(one.register_step_pre_hook(self._before))
                 self.handles.append(one.register_step_post_hook(self._after))
@@ -199,11 +198,10 @@ class Guard:
             self.previous = self._vector(self.reader.after())
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.failure or self.sketch is None:
-            return
-        self.stepped.add(id(optimizer))
-        if len(self.stepped) == len(self.optimizers):
-            self._safely(self._finish)
+        if not self.failure and self.sketch is not None:
+            self.stepped.add(id(optimizer))
+            if len(self.stepped) == len(self.optimizers):
+                self._safely(self._finish)
 
     def _torch_step(self) -> None:
         if self.stepped:
@@ -329,7 +327,7 @@ class Guard:
             do()
         except GuardFault:
             raise
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             if self.is_users:
                 raise
             self._off(f"{type(error).__name__}: {error}")
@@ -356,16 +354,6 @@ class Guard:
         self._mark("off", lambda: {"step": self.step_number, "why": " ".join(why.split())[:300]})
         self.log.say(f"truestep guard: off ({' '.join(why.split())[:300]}); the training goes on without it")
         self.remove()
-
-
-class _States:
-    """The states of several optimizers as one mapping."""
-
-    def __init__(self, optimizers: Sequence[Any]) -> None:
-        self.optimizers = optimizers
-
-    def get(self, parameter: Any, default: Any = None) -> Any:
-        return next((o.state[parameter] for o in self.optimizers if parameter in o.state), default)
 
 
 def _unwrapped(model: Any) -> list[nn.Module]:

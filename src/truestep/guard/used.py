@@ -55,6 +55,16 @@ def is_deepspeed(one: Any) -> bool:
     return any(c.__module__.split(".")[0] == "deepspeed" for c in type(one).__mro__)
 
 
+class States:
+    """The states of several optimizers as one mapping."""
+
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self.optimizers = optimizers
+
+    def get(self, parameter: Any, default: Any = None) -> Any:
+        return next((o.state[parameter] for o in self.optimizers if parameter in o.state), default)
+
+
 class FromGradients:
     """Reads ``.grad`` before the step of torch optimizers, or else solves it from their state."""
 
