@@ -7,12 +7,12 @@ gives y, w and a residual. Shapes: B rows of T tokens, d hidden entries, N train
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from truestep.guard.survive import Survive
 from truestep.guard.tokens import SHIFTS, Batch, Forward, Tokens, logp_of, next_values, targets_of
 
 CHUNK = 256  # positions whose logits are made at a time
@@ -40,9 +40,7 @@ def _fits(hidden: Tensor, head: nn.Module | None, batch: Batch) -> bool:
     )
 
 
-def watch_hidden(
-    micro: Any, hidden: Tensor, head: Any, stop_ids: Any, failed: Callable[[Exception], None]
-) -> None:
+def watch_hidden(micro: Any, hidden: Tensor, head: Any, stop_ids: Any, survive: Survive) -> None:
     """Read the tokens' weights from the gradient of the hidden state, unless the logits' gradient comes first."""
     if not hidden.requires_grad or not _fits(hidden, head, micro.batch):
         return
@@ -51,10 +49,8 @@ def watch_hidden(
     def backward(delta: Tensor | None) -> None:
         if delta is None or micro.tokens is not None:
             return
-        try:
+        with survive:
             micro.tokens = tokens_of(values, delta, head, micro.batch, stop_ids)
-        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
-            failed(error)
 
     hidden.register_hook(backward)
 

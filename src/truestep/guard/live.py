@@ -17,12 +17,14 @@ from torch import nn
 from truestep.audit.measure.findings import Cause, Verdict, cause
 from truestep.guard import ranks as rank_exchange
 from truestep.guard import trackers
+from truestep.guard.given import has_copies, rounds_products, stop_ids, unwrapped_models
 from truestep.guard.header import describe
 from truestep.guard.judge import LOSSES, Declared, Judged, judge
 from truestep.guard.log import Log, message
 from truestep.guard.modules import choose
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.sketch import Sketch
+from truestep.guard.survive import Survive
 from truestep.guard.update import Formula, Moved, gradient_norm, rate_causes
 from truestep.guard.used import FromDeepSpeed, FromGradients, Reader, States, is_deepspeed, unwrapped
 
@@ -97,7 +99,7 @@ class Guard:
         optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
         if optimizer is None:
             raise ValueError("no optimizer was given")
-        models = _unwrapped(model)
+        models = unwrapped_models(model)
         self.model = models[-1]
         self.group = self.group or rank_exchange.world()
         random = torch.Generator().manual_seed(SEED)
@@ -111,7 +113,7 @@ class Guard:
         self.is_deepspeed = any(is_deepspeed(one) for chain in chains for one in chain)
         groups = [group for one in self.optimizers for group in one.param_groups]
         self.sketch = Sketch(models, self.watched, self._failed)
-        self.sketch.tokens.stop_ids = _stop_ids(self.model)
+        self.sketch.tokens.stop_ids = stop_ids(self.model)
         self.moved = Moved(self.model, groups, self.is_deepspeed)
         self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
         self.modules = np.repeat(np.arange(len(self.watched)), [len(w.left) for w in self.watched])
@@ -126,7 +128,7 @@ class Guard:
                 self.reader.before()
             self.taken = self._steps_taken()
         else:
-            self.moved.has_copies = _has_copies(self.moved)
+            self.moved.has_copies = has_copies(self.moved)
             if self.moved.has_copies:
                 self.log.say(
                     "truestep guard: the optimizer has copies in float32, so their gradients are not read"
@@ -153,7 +155,9 @@ class Guard:
 
     def close(self) -> None:
         """Judge a step that is not judged yet, remove all hooks, and tell trackers a summary."""
-        if self.sketch is not None and not self.failure and sys.exc_info()[0] is None:
+        is_running = self.sketch is not None and not self.failure and sys.exc_info()[0] is None
+        # Without an engine, every call of ``step`` is one of DeepSpeed's steps.
+        if is_running and (self.engine is not None or not self.is_deepspeed):
             self.step()
         self.remove()
         if not self.is_closed:
@@ -249,28 +253,22 @@ class Guard:
 
     def _seen(self, micro: Sequence[Any]) -> tuple[RankSeen, list[Cause]]:
         """Return what this rank saw, also if reading it failed: other ranks wait for it."""
-        size = len(self.modules)
-        try:
-            target = self._vector(self.reader.after())
-            still = self.moved.after()
+        nothing = np.full(len(self.modules), np.nan)
+        seen = RankSeen(failed=True, is_narrow=False, target=nothing, previous=nothing, micro=())
+        causes: list[Cause] = []
+        with Survive(self._failed):
+            target, still = self._vector(self.reader.after()), self.moved.after()
             causes = [c for formula in self.formulas for c in formula.causes()]
-            seen = [
-                MicroSeen(column=self._vector(m.columns, 0.0), mark=m.batch.mark(), tokens=m.tokens)
-                for m in micro
-            ]
-            narrow = {torch.bfloat16, torch.float16}
-            parts = {d for m in micro for d in m.dtypes} | {w.weight.dtype for w in self.watched}
-            return RankSeen(
-                failed=bool(self.failure), is_narrow=bool(parts & narrow) or _rounds_products(), target=target,
-                previous=self.previous, micro=tuple(seen), replicated=self.moved.replicated, still=tuple(still),
-                wrong_update=bool(causes),
-                norm=self.norm,
+            columns = [(self._vector(m.columns, 0.0), m) for m in micro]
+            narrow = {d for m in micro for d in m.dtypes} | {w.weight.dtype for w in self.watched}
+            seen = RankSeen(
+                failed=bool(self.failure), target=target, previous=self.previous,
+                is_narrow=bool(narrow & {torch.bfloat16, torch.float16}) or rounds_products(),
+                micro=tuple(MicroSeen(column=c, mark=m.batch.mark(), tokens=m.tokens) for c, m in columns),
+                replicated=self.moved.replicated, still=tuple(still), wrong_update=bool(causes), norm=self.norm,
                 noise=self.reader.noise,
-            ), causes  # fmt: skip
-        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
-            self._failed(error)
-            nothing = np.full(size, np.nan)
-            return RankSeen(failed=True, is_narrow=False, target=nothing, previous=nothing, micro=()), []
+            )  # fmt: skip
+        return seen, causes
 
     def _vector(self, parts: dict[int, Any], missing: float = float("nan")) -> np.ndarray:
         whole = [
@@ -323,14 +321,11 @@ class Guard:
             self.log.say_fault(record)
 
     def _safely(self, do: Callable[[], None]) -> None:
-        try:
+        with Survive(self._ended, passes=lambda error: isinstance(error, GuardFault) or self.is_users):
             do()
-        except GuardFault:
-            raise
-        except Exception as error:
-            if self.is_users:
-                raise
-            self._off(f"{type(error).__name__}: {error}")
+
+    def _ended(self, error: Exception) -> None:
+        self._off(f"{type(error).__name__}: {error}")
 
     def _failed(self, error: Exception) -> None:
         """Note an error in a hook; the guard goes off together on all ranks at the end of the step."""
@@ -354,39 +349,6 @@ class Guard:
         self._mark("off", lambda: {"step": self.step_number, "why": " ".join(why.split())[:300]})
         self.log.say(f"truestep guard: off ({' '.join(why.split())[:300]}); the training goes on without it")
         self.remove()
-
-
-def _unwrapped(model: Any) -> list[nn.Module]:
-    """Return the model's wrappers, the outermost first, and then the model."""
-    chain = [model]
-    while True:
-        last = chain[-1]
-        is_wrapper = is_deepspeed(last) or isinstance(last, torch.nn.parallel.DistributedDataParallel)
-        inner = last.module if is_wrapper else last._modules.get("_orig_mod")
-        if not isinstance(inner, nn.Module):
-            return chain
-        chain.append(inner)
-
-
-def _has_copies(moved: Moved) -> bool:
-    """Return whether the optimizer has copies in float32 in place of parameters in 16 bits."""
-    mine, given = {id(p) for _, p in moved.named}, [p for group in moved.groups for p in group["params"]]
-    lacks = {id(p) for _, p in moved.named if p.element_size() == 2} - {id(p) for p in given}
-    return bool(lacks) and any(id(p) not in mine and p.element_size() > 2 for p in given)
-
-
-def _stop_ids(model: nn.Module) -> tuple[int, ...]:
-    """Return the tokens that end an answer, from the model's own settings."""
-    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found = getattr(settings, "eos_token_id", None)
-        if found is not None:
-            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
-    return ()
-
-
-def _rounds_products() -> bool:
-    """Return whether float32 products are rounded to a shorter format."""
-    return bool(torch.get_float32_matmul_precision() != "highest")
 
 
 def guard(model: nn.Module, optimizer: Any = None, **options: Any) -> Guard:

@@ -125,7 +125,7 @@ def _device(group: Any) -> torch.device:
 
 
 def current_device() -> str:
-    """Return the accelerator of this process, such as "cuda:0"."""
+    """Return the accelerator of this process."""
     found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
     return f"{found.type}:{torch.accelerator.current_device_index()}" if found else "cpu"
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from truestep.guard.hidden import last_hidden, watch_hidden
 from truestep.guard.modules import Watched, head_of
+from truestep.guard.survive import Survive
 from truestep.guard.tokens import Batch, TokenHooks, Tokens
 from truestep.guard.update import local
 
@@ -45,11 +46,11 @@ class Sketch:
         self, models: Sequence[nn.Module], watched: Sequence[Watched], failed: Callable[[Exception], None]
     ) -> None:
         """``models`` is the model, and what it is wrapped in, the outermost first."""
-        self.watched, self.failed = list(watched), failed
+        self.watched, self.survive = list(watched), Survive(failed)
         self.micro_batches: list[MicroBatch] = []
         self.is_on = False
         self.depth = 0
-        self.tokens = TokenHooks(failed)
+        self.tokens = TokenHooks(self.survive)
         self.handles: list[Any] = []
         self.hidden: Tensor | None = None  # during a forward pass of the model
         self.was_skipped = False  # the optimizer did not step when it should have
@@ -79,11 +80,9 @@ class Sketch:
         self.depth += 1
         if not self.is_on or self.depth > 1 or not torch.is_grad_enabled():
             return
-        try:
+        with self.survive:
             self._drop_skipped()
             self.micro_batches.append(MicroBatch(Batch.of(args, kwargs)))
-        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
-            self.failed(error)
 
     def _drop_skipped(self) -> None:
         """Forget the micro-batches of a step that was skipped, if their gradients were thrown away."""
@@ -99,33 +98,29 @@ class Sketch:
         self.depth -= 1
         if not self.is_on or not torch.is_grad_enabled() or not self.micro_batches:
             return
-        try:
+        with self.survive:
             self.hidden = hidden = last_hidden(output, self.hidden)
             if self.depth > 0:
                 return
             micro, self.hidden = self.micro_batches[-1], None
             self.tokens.model_ran(micro, output)
             if hidden is not None and not micro.has_logits:
-                watch_hidden(micro, hidden, self.head, self.tokens.stop_ids, self.failed)
-        except Exception as error:  # noqa: BLE001
-            self.failed(error)
+                watch_hidden(micro, hidden, self.head, self.tokens.stop_ids, self.survive)
 
     def _head(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         if not self.is_on or not self.micro_batches or not torch.is_grad_enabled():
             return
-        try:
+        with self.survive:
             self.tokens.head_ran(self.micro_batches[-1], output, self.depth > 0)
-        except Exception as error:  # noqa: BLE001
-            self.failed(error)
 
     def _forward(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         if not self.is_on or not self.micro_batches or not torch.is_grad_enabled():
             return
-        try:
+        with self.survive:
             if not isinstance(output, Tensor) or not output.requires_grad:
                 return
             micro = self.micro_batches[-1]
@@ -133,27 +128,23 @@ class Sketch:
             # Under autocast, the module multiplies its input in the output's precision.
             right = projected(args[0].detach(), self.watched[index].probes(output.device)[1], output.dtype)
             output.register_hook(partial(self._backward, index, micro, right, output.dtype))
-        except Exception as error:  # noqa: BLE001
-            self.failed(error)
 
     def _backward(
         self, index: int, micro: MicroBatch, right: Tensor, dtype: torch.dtype, delta: Tensor | None
     ) -> None:
         if delta is None:
             return
-        try:
+        with self.survive:
             left = projected(delta, self.watched[index].probes(delta.device)[0], dtype)
             given = (left * right).sum(0, dtype=torch.float64)
             micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
             micro.dtypes.add(dtype)
-        except Exception as error:  # noqa: BLE001
-            self.failed(error)
 
     def _weight(self, index: int, gradient: Tensor) -> None:
         """Take the gradient of a weight whose module's call was not seen, once per backward pass."""
         if not self.is_on or (self.micro_batches and index in self.micro_batches[-1].ran):
             return
-        try:
+        with self.survive:
             if not self.micro_batches or (
                 index in self.micro_batches[-1].columns and not self.micro_batches[-1].is_called
             ):
@@ -162,8 +153,6 @@ class Sketch:
             micro = self.micro_batches[-1]
             given = self.watched[index].project(gradient.detach())
             micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
-        except Exception as error:  # noqa: BLE001
-            self.failed(error)
 
 
 @torch.no_grad()

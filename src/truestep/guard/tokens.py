@@ -9,13 +9,15 @@ vocabulary, S positions with logits (the last S of each row).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from truestep.guard.survive import Survive
 
 CHUNK = 1024  # positions that are copied to float32 at a time
 SHIFTS = (1, 0, 2)  # a logit's target is this many positions later; 0 and 2 are faults
@@ -70,8 +72,8 @@ class Tokens:
 class TokenHooks:
     """Hooks on the logits. ``stop_ids`` are the tokens that end an answer."""
 
-    def __init__(self, failed: Callable[[Exception], None]) -> None:
-        self.failed = failed
+    def __init__(self, survive: Survive) -> None:
+        self.survive = survive
         self.stop_ids: tuple[int, ...] = ()
         self.from_head: Tensor | None = None  # during a forward pass of the model
 
@@ -111,10 +113,8 @@ class TokenHooks:
     def _backward(self, micro: Any, seen: Forward, delta: Tensor | None) -> None:
         if delta is None or micro.tokens is not None:
             return
-        try:
+        with self.survive:
             micro.tokens = seen.judge(delta, self.stop_ids)
-        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
-            self.failed(error)
 
 
 def _is_copy(logits: Tensor, head: Tensor) -> bool:
