@@ -82,7 +82,7 @@ def step(number: int = 1, **more: Any) -> dict[str, Any]:
         "schema": 1, "kind": "step", "step": number, "verdict": "RIGHT", "codes": [], "fault": "", "notes": [],
         "weights": [[1.0] * 4], "errors": [[1e-6] * 4], "tokens": [list(LENGTHS)], "token_weights": [[1 / 49] * 4],
         "residual": 1.2e-6, "scale": 1.0, "condition": 2.0, "dtype": "float32", "causes": [],
-        "gradient": "gradients", "seconds": 0.0123, **more,
+        "engine": {}, "gradient": "gradients", "seconds": 0.0123, **more,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from truestep.guard.engine_http import Engine, Server
 from truestep.guard.judge import Declared
 from truestep.guard.live import Act, Guard
 
@@ -29,17 +30,22 @@ class TruestepGuard(transformers.TrainerCallback):
         on_fault: Act = "warn",
         log: str | Path | None = None,
         loss: str = "token_mean",
+        engine: str | Engine | None = None,
+        engine_lag: int = 1,
     ) -> None:
-        self.options: dict[str, Any] = {"every": every, "on_fault": on_fault}
+        self.options: dict[str, Any] = {"every": every, "on_fault": on_fault, "engine": engine}
+        self.engine_lag = engine_lag
         self.log, self.loss = log, loss
         self.guard: Guard | None = None
         Guard.check(every, on_fault, loss)
+        if isinstance(engine, str):
+            Server(engine)  # raises for a wrong address
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         declared = Declared(
             accumulation=int(args.gradient_accumulation_steps), loss=self.loss,
             max_grad_norm=0.0 if args.deepspeed else float(args.max_grad_norm or 0.0),
-            rate=_rate(args, state),
+            rate=_rate(args, state), engine_lag=self.engine_lag,
         )  # fmt: skip
         log = self.log or Path(args.output_dir) / LOG
         self.guard = Guard(given["model"], given["optimizer"], log=log, declared=declared, **self.options)

@@ -38,6 +38,7 @@ class Declared:
     rate: Callable[[int], float] | None = (
         None  # number of the step, from 0 → learning rate of the first group
     )
+    engine_lag: int = 1  # optimizer steps that the weights of the sampling engine may be behind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,16 +17,25 @@ from torch import nn
 from truestep.audit.measure.findings import Cause, Verdict, cause
 from truestep.guard import ranks as rank_exchange
 from truestep.guard import trackers
-from truestep.guard.given import has_copies, rounds_products, stop_ids, unwrapped_models
+from truestep.guard.engine import EngineCheck, EngineSeen
+from truestep.guard.engine_http import Engine, Server
 from truestep.guard.header import describe
 from truestep.guard.judge import LOSSES, Declared, Judged, judge
 from truestep.guard.log import Log, message
-from truestep.guard.modules import choose
+from truestep.guard.modules import choose, rounds_products, stop_ids_of
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.sketch import Sketch
 from truestep.guard.survive import Survive
-from truestep.guard.update import Formula, Moved, gradient_norm, rate_causes
-from truestep.guard.used import FromDeepSpeed, FromGradients, Reader, States, is_deepspeed, unwrapped
+from truestep.guard.update import Formula, Moved, gradient_norm, has_copies, rate_causes
+from truestep.guard.used import (
+    FromDeepSpeed,
+    FromGradients,
+    Reader,
+    States,
+    is_deepspeed,
+    unwrapped,
+    unwrapped_models,
+)
 
 FIRST = 3  # steps that are always watched
 SEED = 20260423
@@ -48,7 +57,8 @@ class Guard:
     ``model`` is the module that is trained, wrapped or not, or a DeepSpeed engine. ``optimizer`` is a torch
     optimizer, a list of them, or a framework's wrapper around one. The first three steps are watched, then
     every ``every``-th. ``on_fault`` is "warn", "stop" (raises ``GuardFault``) or a function of the record.
-    ``log`` is a JSON Lines file for the records of all watched steps.
+    ``log`` is a JSON Lines file for the records of all watched steps. ``engine`` is what samples in RL, a server's
+    address or a callable: watched steps then check that it has the trainer's weights (see ``guard.engine``).
     """
 
     def __init__(
@@ -61,6 +71,7 @@ class Guard:
         log: str | Path | None = None,
         declared: Declared | None = None,
         group: Any = None,
+        engine: str | Engine | None = None,
     ) -> None:
         declared = declared or Declared()
         self.check(every, on_fault, declared.loss)
@@ -78,7 +89,10 @@ class Guard:
         self.pending: list[Cause] = []  # found outside of a step, such as by a scheduler
         self.is_closed = False
         self.tracked: set[str] = set()  # faults that trackers were told
-        self._safely(lambda: self._attach(model, optimizer))
+        self.engine_check: EngineCheck | None = None
+        self.engine_seen = EngineSeen()
+        sampler = Server(engine) if isinstance(engine, str) else engine
+        self._safely(lambda: self._attach(model, optimizer, sampler))
         if not self.failure:
             self._mark("run", lambda: describe(self))
 
@@ -94,7 +108,7 @@ class Guard:
 
     # attach and remove
 
-    def _attach(self, model: nn.Module, optimizer: Any) -> None:
+    def _attach(self, model: nn.Module, optimizer: Any, sampler: Engine | None) -> None:
         self.engine: Any = model if is_deepspeed(model) else None
         optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
         if optimizer is None:
@@ -113,8 +127,11 @@ class Guard:
         self.is_deepspeed = any(is_deepspeed(one) for chain in chains for one in chain)
         groups = [group for one in self.optimizers for group in one.param_groups]
         self.sketch = Sketch(models, self.watched, self._failed)
-        self.sketch.tokens.stop_ids = stop_ids(self.model)
+        self.sketch.tokens.stop_ids = stop_ids_of(self.model)
         self.moved = Moved(self.model, groups, self.is_deepspeed)
+        if sampler is not None:
+            self.engine_check = EngineCheck(
+                sampler, self.model, lag=self.declared.engine_lag, group=self.group)  # fmt: skip
         self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
         self.modules = np.repeat(np.arange(len(self.watched)), [len(w.left) for w in self.watched])
         self.previous = np.full(len(self.modules), np.nan)
@@ -182,12 +199,21 @@ class Guard:
         return step <= FIRST or (step - FIRST) % self.every == 0
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.failure or self.sketch is None:
+        if self.sketch is None:
             return
-        if id(optimizer) in self.stepped:  # another optimizer had no part in the step before
+        micro = self.sketch.micro_batches
+        if id(optimizer) in self.stepped and not self.failure:  # another had no part in the step before
             self._safely(self._finish)
-        if not self.stepped:
+        if self.stepped:
+            return
+        self._safely(lambda: self._ask_engine(micro))  # also if a hook failed on this rank: the others wait
+        if not self.failure:
             self._safely(self._read_before)
+
+    def _ask_engine(self, micro: Sequence[Any]) -> None:
+        if self.engine_check is not None:
+            number, batches = self.step_number, [one.batch for one in micro]
+            self.engine_seen = self.engine_check.before_step(number, self._is_due, batches) or EngineSeen()
 
     def _read_before(self) -> None:
         assert self.sketch is not None
@@ -226,7 +252,10 @@ class Guard:
         if getattr(self.wrapper, "overflow", False):
             self.sketch.was_skipped = True
             return
+        micro = self.sketch.micro_batches
         self._finish()
+        if not self.failure:
+            self._ask_engine(micro)
         if self.sketch.is_on:
             self.reader.before()
 
@@ -285,7 +314,8 @@ class Guard:
             found += list(own) or [cause("update", "update_on_another_rank")]
         if len({r.replicated for r in ranks}) > 1:
             found.append(cause("ranks_diverge", "ranks_have_other_parameters"))
-        found, self.pending = found + self.pending, []
+        found, self.pending = [*found, *self.pending, *self.engine_seen.causes], []
+        judged = replace(judged, notes=(*judged.notes, *self.engine_seen.notes))
         asked, count = self.declared.accumulation, max(len(r.micro) for r in ranks)
         self.short_steps += count < asked
         # One short step may be the end of an epoch.
@@ -299,11 +329,13 @@ class Guard:
 
     def _tell(self, judged: Judged, seconds: float) -> None:
         record = self.log.record(self.step_number, judged, seconds, getattr(self.reader, "source", ""))
+        record["engine"] = self.engine_seen.numbers
         self.records.append(record)
         self.unread = record
         is_first_rank = self._is_first_rank()
         if is_first_rank:
             self.log.write(record)
+            self.log.say_unread(record, self.engine_seen.unread)
         if judged.verdict is not Verdict.FAULT:
             if is_first_rank and len(self.records) == 1:
                 self.log.say(message(record))

@@ -6,10 +6,12 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from truestep.audit.measure.findings import Cause
 from truestep.audit.present import words
 from truestep.guard.judge import Judged
 
@@ -84,6 +86,13 @@ class Log:
         if record["fault"] not in self.said:
             self.said.add(record["fault"])
             self.say(message(record))
+
+    def say_unread(self, record: dict[str, Any], causes: Sequence[Cause]) -> None:
+        """Say once that something could not be checked."""
+        for text in map(words.sentence, causes):
+            if text not in self.said:
+                self.said.add(text)
+                self.say(f"truestep guard: step {record['step']}: {words.line(text, 600)}")
 
     def close(self) -> None:
         if self.file is not None:

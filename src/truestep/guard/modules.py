@@ -115,3 +115,17 @@ def _with_probes(
     num_out, num_in = (columns, rows) if is_transposed else (rows, columns)
     left = torch.randn(probes, num_out, generator=random)
     return Watched(name, module, is_transposed, left, torch.randn(probes, num_in, generator=random))
+
+
+def stop_ids_of(model: nn.Module) -> tuple[int, ...]:
+    """Return the tokens that end an answer, from the model's own settings."""
+    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        found = getattr(settings, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
+
+
+def rounds_products() -> bool:
+    """Return whether float32 products are rounded to a shorter format."""
+    return bool(torch.get_float32_matmul_precision() != "highest")

@@ -254,3 +254,10 @@ def predicted(kind: str, one: _Sample) -> Tensor:
         square = square.maximum(torch.as_tensor(kept["max_exp_avg_sq"]))
     size = (square / (1 - second**step)).sqrt() + float(group["eps"])
     return value - rate * (mean / (1 - first**step)) / size
+
+
+def has_copies(moved: Moved) -> bool:
+    """Return whether the optimizer has copies in float32 in place of parameters in 16 bits."""
+    mine, given = {id(p) for _, p in moved.named}, [p for group in moved.groups for p in group["params"]]
+    lacks = {id(p) for _, p in moved.named if p.element_size() == 2} - {id(p) for p in given}
+    return bool(lacks) and any(id(p) not in mine and p.element_size() > 2 for p in given)

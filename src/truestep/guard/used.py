@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from truestep.guard.modules import Watched
 from truestep.guard.ranks import on_all_ranks
@@ -53,6 +53,18 @@ def _is_wrapper(optimizer: Any) -> bool:
 
 def is_deepspeed(one: Any) -> bool:
     return any(c.__module__.split(".")[0] == "deepspeed" for c in type(one).__mro__)
+
+
+def unwrapped_models(model: Any) -> list[nn.Module]:
+    """Return the model's wrappers, the outermost first, and then the model."""
+    chain = [model]
+    while True:
+        last = chain[-1]
+        is_wrapper = is_deepspeed(last) or isinstance(last, torch.nn.parallel.DistributedDataParallel)
+        inner = last.module if is_wrapper else last._modules.get("_orig_mod")
+        if not isinstance(inner, nn.Module):
+            return chain
+        chain.append(inner)
 
 
 class States:
