@@ -35,6 +35,7 @@ from truestep.audit.measure.findings import Cause, cause
 from truestep.guard.engine_http import SECONDS, Engine, Server
 from truestep.guard.engine_read import MOST, Rounding, logprobs, probes, undisturbed
 from truestep.guard.ranks import current_device
+from truestep.guard.survive import Survive
 from truestep.guard.tokens import Batch
 from truestep.redaction import redact
 
@@ -210,12 +211,9 @@ class EngineCheck:
             self._read(version)
         if not is_due(version + 1):
             return None
-        found: tuple[int, dict[str, float]] = (NOTHING, {})
-        try:
-            found = self._judge(version) if self.is_first else found
-        except Exception as error:  # noqa: BLE001 (the guard must not end the training)
-            self._failed(error)
-            found = (UNREAD, {})
+        found: tuple[int, dict[str, float]] = (UNREAD, {})
+        with Survive(self._failed):
+            found = self._judge(version) if self.is_first else (NOTHING, {})
         return self._shared(*found)
 
     def _failed(self, error: object) -> None:
@@ -229,10 +227,8 @@ class EngineCheck:
             next((p.device for p in self.model.parameters()), self.device),
         )
         found: list[list[int]] = []
-        try:
+        with Survive(self._failed):  # the other ranks wait
             found = probes(batches, self.tokens) if self.is_first else []
-        except Exception as error:  # noqa: BLE001 (the other ranks wait)
-            self._failed(error)
         sizes = self._sent([len(found), *map(len, found)], 1 + MOST, torch.int64)
         ids = self._sent([i for one in found for i in one], sum(sizes[1:]), torch.int64)
         ends = np.cumsum([0, *sizes[1 : 1 + sizes[0]]])
@@ -253,12 +249,13 @@ class EngineCheck:
         return list(sent.tolist())
 
     def _read(self, version: int) -> None:
-        try:
+        values = None
+        with Survive(self._failed):
             values, self.is_narrow = logprobs(self.model, self.sequences or [], self.device)
-            self.history.append(Version(version, values))
-        except Exception as error:  # noqa: BLE001
+        if values is None:
             self.history.clear()
-            self._failed(error)
+        else:
+            self.history.append(Version(version, values))
 
     def _ask(self) -> np.ndarray:
         """Return the engine's log-probabilities [N]. Raises ValueError if they are not what was asked for."""
@@ -283,10 +280,10 @@ class EngineCheck:
             return UNREAD, {}
         if self.base is None and version and len(self.history) <= self.lag:
             return NOTHING, {}  # the engine may have a version that was not read
-        try:
+        engine = None
+        with Survive(self._failed):
             engine = self._ask()
-        except Exception as error:  # noqa: BLE001
-            self._failed(error)
+        if engine is None:
             self.failures += 1
             return UNREACHABLE, {}
         self.failures = 0

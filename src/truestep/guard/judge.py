@@ -228,11 +228,8 @@ def _tokens(step: _Step) -> np.ndarray | None:
 def _masks(step: _Step, seen: Sequence[Tokens]) -> None:
     shifts = {t.shift for t in seen}
     if shifts != {1}:
-        kind = {frozenset({0}): "shift_0", frozenset({2}): "shift_2"}.get(
-            frozenset(shifts), "labels_elsewhere"
-        )
-        code = kind if kind.startswith("shift") else "unexplained"
-        step.causes.append(cause(code, "targets_" + kind if code == kind else kind))
+        named = {frozenset({0}): ("shift_0", "targets_shift_0"), frozenset({2}): ("shift_2", "targets_shift_2")}
+        step.causes.append(cause(*named.get(frozenset(shifts), ("unexplained", "labels_elsewhere"))))
         return
     if outside := sum(t.outside for t in seen):
         step.causes.append(cause("prompt_trained", "outside_trained", tokens=outside))

@@ -112,7 +112,6 @@ SENTENCES: dict[str, Form] = {
     "padding_counted": "padding is counted in the denominator of the loss",
     "labels_elsewhere": "the targets are not the next tokens",
     "outside_trained": "{tokens} tokens outside the mask are trained on",
-    "padding_trained": "{tokens} padding tokens are trained on",
     "tokens_untrained": "{tokens} tokens inside the mask are not trained on",
     "stop_never_trained": "the stop token is never trained on ({stops} times it follows a trained token)",
     "tensors_do_not_move": lambda v: f"{v['count']} of {v['of']} trainable tensors do not move, such as "
@@ -160,7 +159,6 @@ SENTENCES: dict[str, Form] = {
     "nothing_moved": "no parameter moved: the optimizer does not have the parameters that the model uses",
     "ranks_diverge": "the ranks have different parameters (by up to {difference:.1e})",
     # what was not seen
-    "no_gradient_read": "the gradient that the optimizer used cannot be read ({why})",
     "other_loss": "the loss is not a weighted negative log-likelihood, so the weights of tokens were not read",
     "no_logits": "no logits were seen (a compiled model, or a fused loss), so the weights of tokens were not read",
     "gradient_unread": "the gradient that the optimizer used could not be read, so nothing is known of its weights",
