@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from truestep.guard.modules import rounds_products
 from truestep.guard.ranks import current_device
-from truestep.guard.tokens import CHUNK, Batch, logits_in
+from truestep.guard.tokens import Batch, in_pieces, logits_in
 from truestep.guard.update import local
 from truestep.guard.used import whole
 
@@ -116,7 +116,7 @@ def _of_next(logits: Tensor, ids: Tensor) -> np.ndarray:
         raise ValueError(f"the model returns {len(lines)} logits for {len(ids)} tokens")
     parts = [
         part.float().log_softmax(-1).gather(1, want[:, None])[:, 0].double().cpu()
-        for part, want in zip(lines[:-1].split(CHUNK), ids[1:].split(CHUNK), strict=True)
+        for part, want in in_pieces(lines[:-1], ids[1:])
     ]
     return torch.cat(parts).numpy()
 

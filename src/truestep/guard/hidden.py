@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from truestep.guard.survive import Survive
-from truestep.guard.tokens import SHIFTS, Batch, Forward, Tokens, logp_of, next_values, targets_of
+from truestep.guard.tokens import ENTRIES, SHIFTS, Batch, Forward, Tokens, logp_of, next_values, targets_of
 
-CHUNK = 256  # positions whose logits are made at a time
 TINY = 1e-30
 
 
@@ -73,7 +72,7 @@ def tokens_of(
     target = torch.full_like(top, -2)
     sums = torch.zeros(3, count, dtype=torch.float64, device=hidden.device)  # own, others, at the top
     with torch.autocast(hidden.device.type, enabled=False):
-        for part in asked.nonzero()[:, 0].split(CHUNK):
+        for part in asked.nonzero()[:, 0].split(max(1, ENTRIES // head.weight.shape[0])):
             logits = nn.functional.linear(flat[part], head.weight, head.bias).float()
             logp[part], top[part], top_logp[part] = logp_of(logits, wanted[part])
             mean = logits.softmax(-1).to(head.weight.dtype) @ head.weight

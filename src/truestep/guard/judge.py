@@ -228,7 +228,10 @@ def _tokens(step: _Step) -> np.ndarray | None:
 def _masks(step: _Step, seen: Sequence[Tokens]) -> None:
     shifts = {t.shift for t in seen}
     if shifts != {1}:
-        named = {frozenset({0}): ("shift_0", "targets_shift_0"), frozenset({2}): ("shift_2", "targets_shift_2")}
+        named = {
+            frozenset({0}): ("shift_0", "targets_shift_0"),
+            frozenset({2}): ("shift_2", "targets_shift_2"),
+        }
         step.causes.append(cause(*named.get(frozenset(shifts), ("unexplained", "labels_elsewhere"))))
         return
     if outside := sum(t.outside for t in seen):

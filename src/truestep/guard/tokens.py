@@ -9,7 +9,7 @@ vocabulary, S positions with logits (the last S of each row).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from truestep.guard.survive import Survive
 
-CHUNK = 1024  # positions that are copied to float32 at a time
+ENTRIES = 2**24  # of logits that are copied to float32 at a time
 SHIFTS = (1, 0, 2)  # a logit's target is this many positions later; 0 and 2 are faults
 CLEAR = 1e-3  # a trained position with a smaller 1 − p may have a gradient that rounds to zero
 
@@ -154,9 +154,7 @@ class Forward:
         rows, size, _ = logits.shape
         targets = targets_of(ids, size)
         flat, wanted = logits.reshape(rows * size, -1), targets.reshape(len(SHIFTS), -1).T
-        pieces = [
-            logp_of(part, want) for part, want in zip(flat.split(CHUNK), wanted.split(CHUNK), strict=True)
-        ]
+        pieces = [logp_of(part, want) for part, want in in_pieces(flat, wanted)]
         logp, top, top_logp = (torch.cat(one) for one in zip(*pieces, strict=True))
         shape = (rows, size)
         return cls(
@@ -166,9 +164,8 @@ class Forward:
     @torch.no_grad()
     def judge(self, delta: Tensor, stop_ids: tuple[int, ...]) -> Tokens:
         """Return what the gradient [.., V] of the logits says."""
-        pieces = [_row_sums(part, top) for part, top in zip(
-            delta.reshape(self.shape[0] * self.shape[1], -1).split(CHUNK),
-            self.top.flatten().split(CHUNK), strict=True)]  # fmt: skip
+        lines = delta.reshape(self.shape[0] * self.shape[1], -1)
+        pieces = [_row_sums(part, top) for part, top in in_pieces(lines, self.top.flatten())]
         return self.tokens(
             [torch.cat(one).reshape(self.shape) for one in zip(*pieces, strict=True)], stop_ids
         )
@@ -251,6 +248,12 @@ def next_values(values: Tensor, size: int, filler: int) -> Tensor:
 
 def _next_mask(mask: Tensor) -> Tensor:
     return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+
+
+def in_pieces(lines: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a few rows at a time of the lines [R, V], with the same rows of ``others`` [R, ..]."""
+    rows = max(1, ENTRIES // lines.shape[-1])
+    return zip(lines.split(rows), others.split(rows), strict=True)
 
 
 def _spread(values: Tensor) -> float:
