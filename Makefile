@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 # Let Python save byte code; without it, every process would compile torch's source files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill damage mutate study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill damage guard-bench mutate study smollm clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,12 @@ kill: $(TRAIN) ## kill a tiny run 100 times at random moments, and compare its f
 
 damage: $(TRAIN) ## flip 500 bits of files that a command reads again, and kill commands 200 times; no result may differ (an hour)
 	@$(BIN)/python benchmarks/damage.py --flips 500 --kills 200 --out results/damage.json
+
+guard-bench: $(DEV) ## the live guard: 600 right runs, its cost, its power against a frozen engine, and 129 loops of other frameworks
+	@$(BIN)/python benchmarks/guard_noise.py --out results/guard_noise.json
+	@$(BIN)/python benchmarks/guard_cost.py --out results/guard_cost.json
+	@$(BIN)/python benchmarks/guard_engine_power.py
+	@$(BIN)/python benchmarks/guard_frameworks.py
 
 mutate: $(DEV) ## make random one-place changes to the code that decides numbers, and report the share that no test detects (hours; resumable)
 	@$(BIN)/python benchmarks/mutate.py $(MUTATE)

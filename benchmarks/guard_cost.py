@@ -1,7 +1,8 @@
 """What the live guard costs, in pairs of steps of one process: SmolLM2-135M's shape with random weights, on a CPU.
 
 Three kinds of steps follow each other in every round: without a guard, with one that does not watch this step,
-and with one that watches it. Processor time is compared, which other processes disturb less. Peak memory is that of child processes with and without a guard.
+and with one that watches it. Processor time is compared, which other
+processes disturb less. Peak memory is that of child processes with and without a guard.
 usage: python benchmarks/guard_cost.py [--rounds 5] [--tokens 512] [--micro 4] [--dtype float32] [--out FILE]"""
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from truestep.guard import guard
 from truestep.guard.live import FIRST
+from truestep.rundir import provenance
 
 SMOLLM2_135M = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -139,8 +141,10 @@ def main() -> None:
         ),
     }
     memory = {kind: peak(asked, kind) for kind in ("none", "guard")}
+    command = f"python benchmarks/guard_cost.py --rounds {asked.rounds} --tokens {asked.tokens}"
+    command += f" --micro {asked.micro} --dtype {asked.dtype}"
     document = {
-        "command": "python " + " ".join(sys.argv), "torch": torch.__version__, "dtype": asked.dtype,
+        "command": command, "commit": provenance(0)["commit"], "torch": torch.__version__, "dtype": asked.dtype,
         "tokens": asked.tokens, "micro": asked.micro, "threads": asked.threads, "rounds": rows, "share": share,
         "peak_mib": memory, "every": EVERY,
     }  # fmt: skip

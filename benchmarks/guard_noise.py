@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from truestep.rundir import provenance
+
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE / "tests" / "guard"))
 from faulty_loops import Loop, clip_by, limited, nothing, train  # noqa: E402
@@ -111,7 +113,8 @@ def main() -> int:
         print(json.dumps(row))
     if asked.out:
         document = {
-            "command": "python " + " ".join(sys.argv),
+            "command": f"python benchmarks/guard_noise.py --runs {asked.runs} --seed {asked.seed}",
+            "commit": provenance(0)["commit"],
             "torch": torch.__version__,
             "table": table,
             "wrong": wrong,
