@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from truestep.guard.judge import Declared, Judged, judge
+from truestep.guard.judge import Judged, judge
+from truestep.guard.options import Declared
 from truestep.guard.ranks import MicroSeen, RankSeen, pack, unpack
 from truestep.guard.solve import RESIDUAL, TOLERANCE
 from truestep.guard.tokens import Tokens
@@ -15,7 +16,7 @@ from truestep.guard.tokens import Tokens
 MODULES = np.repeat(np.arange(6), 32)
 ROWS = len(MODULES)
 TOKENS = Tokens(
-    trained=10, negative=0, weight=1.0, spread=0.0, sequence_spread=0.0, form=0.0, shift=1, outside=0, missing=0,
+    trained=10, negative=0, weight=1.0, token_spread=0.0, spread=0.0, sequence_spread=0.0, form=0.0, shift=1, outside=0, missing=0,
     missing_ends=0, slots=20, stops=0, stops_trained=0,
 )  # fmt: skip
 

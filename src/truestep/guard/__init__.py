@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from truestep.guard.callback import TruestepGuard as TruestepGuard
-    from truestep.guard.judge import Declared as Declared
     from truestep.guard.live import Guard as Guard
-    from truestep.guard.live import GuardFault as GuardFault
     from truestep.guard.live import guard as guard
+    from truestep.guard.options import Declared as Declared
+    from truestep.guard.tell import GuardFault as GuardFault
 
 __all__ = ["Declared", "Guard", "GuardFault", "TruestepGuard", "guard"]
-_PLACES = {"Declared": "judge", "Guard": "live", "GuardFault": "live", "guard": "live"}
+_PLACES = {"Declared": "options", "Guard": "live", "GuardFault": "tell", "guard": "live"}
 _PLACES |= {"TruestepGuard": "callback"}  # needs transformers
 
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from truestep.guard.engine_http import Engine, Server
-from truestep.guard.judge import Declared
 from truestep.guard.live import Act, Guard
+from truestep.guard.options import Declared, check
 
 LOG = "truestep_guard.jsonl"
 
@@ -37,15 +37,17 @@ class TruestepGuard(transformers.TrainerCallback):
         self.engine_lag = engine_lag
         self.log, self.loss = log, loss
         self.guard: Guard | None = None
-        Guard.check(every, on_fault, loss)
+        check(every, on_fault, Declared(loss=loss))
         if isinstance(engine, str):
             Server(engine)  # raises for a wrong address
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self.guard is not None:
+            self.guard.remove()  # of a training that was interrupted
         declared = Declared(
             accumulation=int(args.gradient_accumulation_steps), loss=self.loss,
             max_grad_norm=0.0 if args.deepspeed else float(args.max_grad_norm or 0.0),
-            rate=_rate(args, state), engine_lag=self.engine_lag,
+            rate=_rate(given.get("lr_scheduler"), state), engine_lag=self.engine_lag,
         )  # fmt: skip
         log = self.log or Path(args.output_dir) / LOG
         self.guard = Guard(given["model"], given["optimizer"], log=log, declared=declared, **self.options)
@@ -59,19 +61,12 @@ class TruestepGuard(transformers.TrainerCallback):
             self.guard.close()
 
 
-def _rate(args: Any, state: Any) -> Any:
-    """Return the learning rate of a step from the Trainer's arguments, or None if it is not a function of the
-    step alone."""
-    if args.deepspeed:
-        return None
-    own = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    warmup = args.get_warmup_steps(state.max_steps)
-    more = {"scheduler_specific_kwargs": getattr(args, "lr_scheduler_kwargs", None) or {}}
-    try:
-        made = transformers.get_scheduler(args.lr_scheduler_type, own, warmup, state.max_steps, **more)
-    except (TypeError, ValueError, AttributeError):
-        return None
-    if not isinstance(made, torch.optim.lr_scheduler.LambdaLR):
-        return None
-    first = state.global_step
-    return lambda step: args.learning_rate * made.lr_lambdas[0](first + step)
+def _rate(scheduler: Any, state: Any) -> Any:
+    """Return the learning rate of each of the guard's steps: the Trainer's own schedule, ticked once per step. None
+    if it is not a function of the step alone."""
+    while not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        scheduler = getattr(scheduler, "scheduler", None)  # of a wrapper
+        if scheduler is None:
+            return None
+    first, base, share = state.global_step, scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+    return lambda step: base * share(first + step)

@@ -5,7 +5,7 @@ Shapes: R equations, M micro-batches of all ranks, rank after rank, D ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from truestep.audit.measure import thresholds
 from truestep.audit.measure.findings import Cause, Verdict, cause
 from truestep.audit.measure.one_step import Seen, fit_pattern, scale_cause
 from truestep.audit.measure.weights import Recovered
+from truestep.guard.options import Declared
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.solve import RESIDUAL, TOLERANCE, Solved, solve
 from truestep.guard.tokens import Tokens
@@ -22,23 +23,10 @@ from truestep.guard.tokens import Tokens
 FORM = {"float32": 5e-4, "bfloat16": 8e-3}
 TOKEN_TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}  # relative error of a micro-batch's token weight
 EQUATIONS = 2  # per unknown weight
+NO_BACKWARD, SEVERAL = -1, -2  # in place of the number of the backward pass that reached a micro-batch
 CLIPPED = 2e-2  # relative difference of two norms that are not the same
 RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
 STOPS = 3  # untrained stop tokens that are not an accident
-LOSSES = ("token_mean", "sequence_mean", "any")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Declared:
-    """What the user says of the run; 0 and None mean unknown."""
-
-    accumulation: int = 0  # micro-batches of one process in one step
-    loss: str = "token_mean"  # of a loss whose weights are all positive
-    max_grad_norm: float = 0.0
-    rate: Callable[[int], float] | None = (
-        None  # number of the step, from 0 → learning rate of the first group
-    )
-    engine_lag: int = 1  # optimizer steps that the weights of the sampling engine may be behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +77,7 @@ def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) ->
     """Judge one step. ``modules`` [R] numbers each equation's module."""
     step = _Step(ranks, declared)
     if not step.micro:
-        return Judged(verdict=Verdict.NOT_OBSERVABLE, notes=(cause("", "no_micro_batch"),))
+        return _again(step) or Judged(verdict=Verdict.NOT_OBSERVABLE, notes=(cause("", "no_micro_batch"),))
     if any(not np.isfinite(m.column).all() for m in step.micro):
         return Judged(
             verdict=Verdict.FAULT, causes=(cause("not_finite", "gradient_not_finite"),), dtype=step.dtype
@@ -101,7 +89,8 @@ def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) ->
     solved = _sum(step, modules)
     weighed = _tokens(step)
     _name(step, solved, weighed)
-    verdict = Verdict.FAULT if step.causes else Verdict.RIGHT if solved else Verdict.NOT_OBSERVABLE
+    unjudged = solved is None and declared.gradient == "sum"
+    verdict = Verdict.FAULT if step.causes else Verdict.NOT_OBSERVABLE if unjudged else Verdict.RIGHT
     counts = np.array([m.tokens.trained if m.tokens else 0 for m in step.micro])
     shown = np.ones(len(step.micro)) if weighed is None else weighed * counts.sum() / step.token_scale
     common = _common(solved, step.dtype) if solved else 1.0
@@ -116,6 +105,19 @@ def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) ->
     )  # fmt: skip
 
 
+def _again(step: _Step) -> Judged | None:
+    """Judge a step without a backward pass, if it used the gradient of the step before."""
+    now, before = step.ranks[0].target, step.ranks[0].previous
+    read = np.isfinite(now) & np.isfinite(before)
+    if not read.any() or not now[read].any() or not before[read].any():
+        return None
+    share = float(now[read] @ before[read]) / float(before[read] @ before[read])
+    if np.linalg.norm(now[read] - share * before[read]) > RESIDUAL["float32"] * np.linalg.norm(now[read]):
+        return None
+    found = (cause("momentum", "carried", coefficient=share),)
+    return Judged(verdict=Verdict.FAULT, causes=found, dtype=step.dtype)
+
+
 def _common(solved: Solved, dtype: str) -> float:
     """Return the weight that most of the micro-batches with a weight have."""
     if not solved.differ(dtype).any():
@@ -124,14 +126,34 @@ def _common(solved: Solved, dtype: str) -> float:
     return float(np.median(solved.weights[size >= size.max() / 2])) or 1.0
 
 
+def _passes(step: _Step) -> None:
+    """Judge the number of micro-batches. One may run the model several times, so both the forward and the
+    backward passes must differ from what was declared."""
+    asked = step.declared.accumulation
+    for rank in step.ranks:
+        reached = [m.backward for m in rank.micro if m.backward != NO_BACKWARD]
+        if asked and SEVERAL not in reached and min(len(reached), len(set(reached))) > asked:
+            found = min(len(reached), len(set(reached)))
+            step.causes.append(cause("grouping", "too_many_micro_batches", found=found, asked=asked))
+            return
+        if asked and len(rank.micro) == asked and 0 < len(reached) < asked:
+            lost = [i + 1 for i, m in enumerate(rank.micro) if m.backward == NO_BACKWARD]
+            step.causes.append(cause("kept", "without_backward", lost=lost, of=asked))
+            return
+    if missing := sum(m.backward == NO_BACKWARD for rank in step.ranks for m in rank.micro):
+        step.notes.append(cause("", "forward_only", found=missing))
+
+
+def same_rows(ranks: Sequence[RankSeen]) -> bool:
+    """Return whether all ranks, of two or more, had the same micro-batches."""
+    marks = [[m.mark for m in rank.micro] for rank in ranks]
+    return len(marks) > 1 and all(rank == marks[0] and rank and all(rank) for rank in marks)
+
+
 def _data(step: _Step) -> None:
-    asked, found = step.declared.accumulation, max(len(rank) for rank in step.by_rank)
-    if asked and found > asked:
-        step.causes.append(cause("grouping", "too_many_micro_batches", found=found, asked=asked))
-    marks = [[m.mark for m in rank] for rank in step.by_rank]
-    rows = sum(max(1, len(rank)) for rank in marks)
-    same = len(marks) > 1 and all(rank == marks[0] and rank and all(rank) for rank in marks)
-    if same and rows > len(marks):  # a single micro-batch may be the same by chance
+    _passes(step)
+    # A single micro-batch may be the same by chance.
+    if same_rows(step.ranks) and len(step.ranks[0].micro) > 1:
         step.causes.append(cause("data_lost", "ranks_have_same_rows"))
 
 
@@ -152,6 +174,9 @@ def _sum(step: _Step, modules: np.ndarray) -> Solved | None:
     _, order = np.unique(modules[read], return_inverse=True)
     limit = max(RESIDUAL[step.dtype], thresholds.STANDARD_ERRORS * max(r.noise for r in step.ranks))
     solved = _grouped(step, columns, target[read], order, limit)
+    if step.declared.gradient == "any":
+        step.notes.append(cause("", "gradient_not_judged", share=solved.residual))
+        return None
     if solved.residual > limit and apart <= RANKS_EQUAL * size:
         step.causes.append(_rest(step, solved, columns, target[read], order))
     return step.used or solved
@@ -210,11 +235,15 @@ def _tokens(step: _Step) -> np.ndarray | None:
     if max(t.form for t in seen) > FORM[step.dtype]:
         step.notes.append(cause("", "other_loss"))
         return None
-    _masks(step, seen)
+    if not _masks(step, seen) or step.declared.loss == "any":
+        return None
     if any(t.negative for t in seen):
         step.notes.append(cause("", "signed_weights"))
         return None
     tolerance = 2 * TOKEN_TOLERANCE[step.dtype]
+    if any(t.token_spread > tolerance for t in seen) and all(t.spread <= tolerance for t in seen):
+        step.notes.append(cause("", "weights_by_token"))
+        return None
     uneven = [t for t in seen if t.spread > tolerance]
     if uneven and any(t.sequence_spread > tolerance for t in uneven):
         step.notes.append(cause("", "weights_by_row"))
@@ -225,15 +254,16 @@ def _tokens(step: _Step) -> np.ndarray | None:
     return np.array([t.weight for t in seen])
 
 
-def _masks(step: _Step, seen: Sequence[Tokens]) -> None:
-    shifts = {t.shift for t in seen}
-    if shifts != {1}:
-        named = {
-            frozenset({0}): ("shift_0", "targets_shift_0"),
-            frozenset({2}): ("shift_2", "targets_shift_2"),
-        }
-        step.causes.append(cause(*named.get(frozenset(shifts), ("unexplained", "labels_elsewhere"))))
-        return
+def _masks(step: _Step, seen: Sequence[Tokens]) -> bool:
+    """Judge which tokens are trained. Return whether each is the next one of its position."""
+    shifts = {t.shift for t in seen if t.trained}
+    named = {frozenset({0}): ("shift_0", "targets_shift_0"), frozenset({2}): ("shift_2", "targets_shift_2")}
+    if wrong := named.get(frozenset(shifts)):
+        step.causes.append(cause(*wrong))
+    elif shifts - {1}:  # a masked or a classifying model, and not one of the next token
+        step.notes.append(cause("", "other_targets"))
+    if shifts - {1}:
+        return False
     if outside := sum(t.outside for t in seen):
         step.causes.append(cause("prompt_trained", "outside_trained", tokens=outside))
     missing, ends = sum(t.missing for t in seen), sum(t.missing_ends for t in seen)
@@ -244,6 +274,7 @@ def _masks(step: _Step, seen: Sequence[Tokens]) -> None:
     stops, trained = sum(t.stops for t in seen), sum(t.stops_trained for t in seen)
     if stops >= STOPS and not trained and not missing:
         step.causes.append(cause("stop_untrained", "stop_never_trained", stops=stops))
+    return True
 
 
 def _name(step: _Step, solved: Solved | None, weighed: np.ndarray | None) -> None:
@@ -293,8 +324,6 @@ def _fit(
 def _normalisers(step: _Step, pattern: Seen) -> list[Cause]:
     """Return the causes of a denominator that is not the one that was declared."""
     found = [c for c in pattern.causes if c.code in ("micro_mean", "rank_mean", "dp_token_mean")]
-    if step.declared.loss == "any":
-        return []
     if not all(m.tokens is None or m.tokens.sequence_spread == 0 for m in step.micro):
         return found
     # If every micro-batch is one row, a mean of the rows' means looks the same.

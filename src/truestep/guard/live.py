@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -16,39 +14,32 @@ from torch import nn
 
 from truestep.audit.measure.findings import Cause, Verdict, cause
 from truestep.guard import ranks as rank_exchange
-from truestep.guard import trackers
 from truestep.guard.engine import EngineCheck, EngineSeen
 from truestep.guard.engine_http import Engine, Server
 from truestep.guard.header import describe
-from truestep.guard.judge import LOSSES, Declared, Judged, judge
-from truestep.guard.log import Log, message
+from truestep.guard.judge import NO_BACKWARD, SEVERAL, Judged, judge, same_rows
 from truestep.guard.modules import choose, rounds_products, stop_ids_of
-from truestep.guard.ranks import MicroSeen, RankSeen
-from truestep.guard.sketch import Sketch
+from truestep.guard.options import Declared, check
+from truestep.guard.ranks import MicroSeen, RankSeen, on_all_ranks
+from truestep.guard.sketch import MicroBatch, Sketch
 from truestep.guard.survive import Survive
+from truestep.guard.tell import Act, Record, Teller
 from truestep.guard.update import Formula, Moved, gradient_norm, has_copies, rate_causes
 from truestep.guard.used import (
     FromDeepSpeed,
     FromGradients,
     Reader,
     States,
+    has_gradient,
     is_deepspeed,
     unwrapped,
     unwrapped_models,
 )
+from truestep.redaction import redact
 
 FIRST = 3  # steps that are always watched
+WAITED = 20  # a gradient scaler may skip a few
 SEED = 20260423
-Act = str | Callable[["Record"], None]
-Record = dict[str, Any]
-
-
-class GuardFault(RuntimeError):
-    """Raised by a guard with ``on_fault="stop"``; ``record`` is the step's record."""
-
-    def __init__(self, text: str, record: Record) -> None:
-        super().__init__(text)
-        self.record = record
 
 
 class Guard:
@@ -74,39 +65,47 @@ class Guard:
         engine: str | Engine | None = None,
     ) -> None:
         declared = declared or Declared()
-        self.check(every, on_fault, declared.loss)
-        self.every, self.on_fault, self.declared, self.group = every, on_fault, declared, group
-        self.log = Log(log)
-        self.records: list[Record] = []
+        check(every, on_fault, declared)
+        self.every, self.declared, self.group = every, declared, group
+        self.teller = Teller(log, on_fault, group)
         self.step_number = 0  # of the steps that the guard has seen
         self.unread: Record | None = None
-        self.is_users = False
         self.failure = ""  # why the guard is off
+        self.broken = ""  # why it goes off, on all ranks together, at the end of this step
         self.sketch: Sketch | None = None
         self.handles: list[Any] = []
         self.stepped: set[int] = set()  # optimizers that had their part in this step
+        self.waited = 0  # calls of ``step`` before the first step
+        self.has_begun = False  # there was a gradient before the guard
         self.told = 0  # the number of steps at the last call of ``step``
         self.pending: list[Cause] = []  # found outside of a step, such as by a scheduler
         self.is_closed = False
-        self.tracked: set[str] = set()  # faults that trackers were told
         self.engine_check: EngineCheck | None = None
         self.engine_seen = EngineSeen()
         sampler = Server(engine) if isinstance(engine, str) else engine
         self._safely(lambda: self._attach(model, optimizer, sampler))
+        self._agree()
         if not self.failure:
-            self._mark("run", lambda: describe(self))
+            self.teller.mark("run", lambda: describe(self))
 
-    @staticmethod
-    def check(every: int, on_fault: Act, loss: str) -> None:
-        """Raise ValueError for options that are not valid."""
-        if every < 1:
-            raise ValueError(f"every = {every}; use 1 or more")
-        if not callable(on_fault) and on_fault not in ("warn", "stop"):
-            raise ValueError(f'on_fault = {on_fault!r}; use "warn", "stop" or a function')
-        if loss not in LOSSES:
-            raise ValueError(f"loss = {loss!r}; use one of {', '.join(LOSSES)}")
+    @property
+    def records(self) -> list[Record]:
+        """The records of all watched steps."""
+        return self.teller.records
 
     # attach and remove
+
+    def _agree(self) -> None:
+        """Go off if another rank could not begin: it would never take part in an exchange. Leave out the first
+        step if some rank has a gradient already."""
+        with Survive(self._ended):
+            if not on_all_ranks(not self.failure, self.group or rank_exchange.world()) and not self.failure:
+                self._off("another process could not begin")
+            if (
+                not on_all_ranks(not self.has_begun, self.group or rank_exchange.world())
+                and self.sketch is not None
+            ):
+                self.sketch.is_on = False  # a gradient from before would be part of the first step
 
     def _attach(self, model: nn.Module, optimizer: Any, sampler: Engine | None) -> None:
         self.engine: Any = model if is_deepspeed(model) else None
@@ -135,7 +134,8 @@ class Guard:
         self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
         self.modules = np.repeat(np.arange(len(self.watched)), [len(w.left) for w in self.watched])
         self.previous = np.full(len(self.modules), np.nan)
-        self.norm, self.short_steps = 0.0, 0
+        self.norm, self.short_steps, self.same_steps = 0.0, 0, 0
+        self.has_begun = any(has_gradient(one.weight) for one in self.watched)
         self.sketch.is_on = self._is_due(1)
         self.reader: Reader
         if self.is_deepspeed:
@@ -147,9 +147,7 @@ class Guard:
         else:
             self.moved.has_copies = has_copies(self.moved)
             if self.moved.has_copies:
-                self.log.say(
-                    "truestep guard: the optimizer has copies in float32, so their gradients are not read"
-                )
+                self.teller.once("the optimizer has copies in float32, so their gradients are not read")
             states, reads_all = States(self.optimizers), not self.moved.has_copies
             self.reader = FromGradients(self.watched, groups, states, reads_all)
             for one in self.optimizers:
@@ -167,23 +165,20 @@ class Guard:
     def __enter__(self) -> Guard:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self.close(finished=kind is None)
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = True) -> None:
         """Judge a step that is not judged yet, remove all hooks, and tell trackers a summary."""
-        is_running = self.sketch is not None and not self.failure and sys.exc_info()[0] is None
+        is_running = self.sketch is not None and not self.failure and finished
         # Without an engine, every call of ``step`` is one of DeepSpeed's steps.
         if is_running and (self.engine is not None or not self.is_deepspeed):
             self.step()
         self.remove()
         if not self.is_closed:
             self.is_closed = True
-            finished = sys.exc_info()[0] is None
-            self._mark("end", lambda: {"steps": self.step_number, "finished": finished})
-            if self.records and self._is_first_rank():
-                trackers.tell(self._summary(), is_finding=False)
-        self.log.close()
+            self.teller.end(self.step_number, self.failure, finished)
+        self.teller.log.close()
 
     # one step
 
@@ -206,9 +201,20 @@ class Guard:
             self._safely(self._finish)
         if self.stepped:
             return
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:  # args[0] is the optimizer
+            self._not_watched("a step with a closure computes its gradient by itself, so it is not watched")
+            return
         self._safely(lambda: self._ask_engine(micro))  # also if a hook failed on this rank: the others wait
-        if not self.failure:
-            self._safely(self._read_before)
+        with Survive(self._failed):
+            self._read_before()
+
+    def _not_watched(self, why: str) -> None:
+        """Leave this step out."""
+        assert self.sketch is not None
+        self.sketch.is_on = False
+        self.sketch.micro_batches.clear()
+        if why:
+            self.teller.once(why)
 
     def _ask_engine(self, micro: Sequence[Any]) -> None:
         if self.engine_check is not None:
@@ -229,6 +235,9 @@ class Guard:
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self.failure and self.sketch is not None:
+            overflowed = getattr(optimizer, "found_inf", None)
+            if overflowed is not None and bool(overflowed):
+                self._not_watched("")  # a fused optimizer skips the step by itself
             self.stepped.add(id(optimizer))
             if len(self.stepped) == len(self.optimizers):
                 self._safely(self._finish)
@@ -238,6 +247,9 @@ class Guard:
             self._finish()
         assert self.sketch is not None
         self.sketch.was_skipped = self.told == self.step_number
+        self.waited = 0 if self.step_number else self.waited + 1
+        if self.waited == WAITED:
+            self.teller.once("the optimizer has not stepped; is it the one that trains this model?")
         self.told = self.step_number
 
     def _steps_taken(self) -> int:
@@ -266,7 +278,7 @@ class Guard:
         self.step_number += 1
         self.stepped.clear()
         was_on, self.sketch.is_on = self.sketch.is_on, self._is_due(self.step_number + 1)
-        micro, self.sketch.micro_batches = self.sketch.micro_batches, []
+        micro, self.sketch.micro_batches, self.sketch.depth = self.sketch.micro_batches, [], 0
         if not was_on:
             for formula in self.formulas:
                 formula.forget()
@@ -274,11 +286,15 @@ class Guard:
         seen, causes = self._seen(micro)
         all_ranks = rank_exchange.gather(seen, self.group)
         if any(rank.failed for rank in all_ranks):
-            self._off(self.failure or "another process failed")
+            self._off(self.broken or "another process failed")
             return
         judged = self._with_update(judge(all_ranks, self.modules, self.declared), all_ranks, causes)
         self.previous = seen.target
-        self._tell(judged, time.perf_counter() - began)
+        source, seconds = getattr(self.reader, "source", ""), time.perf_counter() - began
+        record = self.teller.log.record(self.step_number, judged, seconds, source)
+        record["engine"] = self.engine_seen.numbers
+        self.unread = record
+        self.teller.tell(record, self.engine_seen.unread, self.step_number)
 
     def _seen(self, micro: Sequence[Any]) -> tuple[RankSeen, list[Cause]]:
         """Return what this rank saw, also if reading it failed: other ranks wait for it."""
@@ -288,12 +304,15 @@ class Guard:
         with Survive(self._failed):
             target, still = self._vector(self.reader.after()), self.moved.after()
             causes = [c for formula in self.formulas for c in formula.causes()]
-            columns = [(self._vector(m.columns, 0.0), m) for m in micro]
+            columns = [
+                (self._vector(m.columns, 0.0), m) for m in micro if m.passes or not m.batch.is_untrained
+            ]
             narrow = {d for m in micro for d in m.dtypes} | {w.weight.dtype for w in self.watched}
             seen = RankSeen(
-                failed=bool(self.failure), target=target, previous=self.previous,
+                failed=bool(self.broken), target=target, previous=self.previous,
                 is_narrow=bool(narrow & {torch.bfloat16, torch.float16}) or rounds_products(),
-                micro=tuple(MicroSeen(column=c, mark=m.batch.mark(), tokens=m.tokens) for c, m in columns),
+                micro=tuple(_micro(c, m)
+                    for c, m in columns),
                 replicated=self.moved.replicated, still=tuple(still), wrong_update=bool(causes), norm=self.norm,
                 noise=self.reader.noise,
             )  # fmt: skip
@@ -316,71 +335,46 @@ class Guard:
             found.append(cause("ranks_diverge", "ranks_have_other_parameters"))
         found, self.pending = [*found, *self.pending, *self.engine_seen.causes], []
         judged = replace(judged, notes=(*judged.notes, *self.engine_seen.notes))
-        asked, count = self.declared.accumulation, max(len(r.micro) for r in ranks)
-        self.short_steps += count < asked
+        asked = self.declared.accumulation
+        count = max(sum(m.backward != NO_BACKWARD for m in r.micro) for r in ranks)
+        self.same_steps = self.same_steps + 1 if same_rows(ranks) else 0
+        # A single micro-batch may be the same by chance.
+        if self.same_steps == 2 and all(c.code != "data_lost" for c in judged.causes):
+            found.append(cause("data_lost", "ranks_have_same_rows"))
+        self.short_steps = self.short_steps + 1 if count < asked else 0
         # One short step may be the end of an epoch.
-        if self.short_steps == FIRST == self.step_number:
+        if self.short_steps == FIRST:
             found.append(cause("grouping", "too_few_micro_batches", found=count, asked=asked))
         if not found:
             return judged
         return replace(judged, causes=(*judged.causes, *found), verdict=Verdict.FAULT)
 
-    # what is said
-
-    def _tell(self, judged: Judged, seconds: float) -> None:
-        record = self.log.record(self.step_number, judged, seconds, getattr(self.reader, "source", ""))
-        record["engine"] = self.engine_seen.numbers
-        self.records.append(record)
-        self.unread = record
-        is_first_rank = self._is_first_rank()
-        if is_first_rank:
-            self.log.write(record)
-            self.log.say_unread(record, self.engine_seen.unread)
-        if judged.verdict is not Verdict.FAULT:
-            if is_first_rank and len(self.records) == 1:
-                self.log.say(message(record))
-            return
-        if is_first_rank and record["fault"] not in self.tracked:
-            self.tracked.add(record["fault"])
-            trackers.tell(self._summary(), is_finding=True)
-        if callable(self.on_fault):
-            self.is_users = True  # what this function raises is meant for the training
-            self.on_fault(record)
-            self.is_users = False
-        elif self.on_fault == "stop":
-            raise GuardFault(message(record), record)
-        elif is_first_rank:
-            self.log.say_fault(record)
+    # errors
 
     def _safely(self, do: Callable[[], None]) -> None:
-        with Survive(self._ended, passes=lambda error: isinstance(error, GuardFault) or self.is_users):
+        with Survive(self._ended, passes=self.teller.is_meant):
             do()
 
     def _ended(self, error: Exception) -> None:
         self._off(f"{type(error).__name__}: {error}")
 
     def _failed(self, error: Exception) -> None:
-        """Note an error in a hook; the guard goes off together on all ranks at the end of the step."""
-        self.failure = self.failure or f"{type(error).__name__}: {error}"
-
-    def _is_first_rank(self) -> bool:
-        group = self.group or rank_exchange.world()
-        return group is None or torch.distributed.get_rank(group) == 0
-
-    def _summary(self) -> dict[str, Any]:
-        return trackers.summary_of(self.records, self.step_number, self.failure)
-
-    def _mark(self, kind: str, values: Callable[[], dict[str, Any]]) -> None:
-        """Write a record that is not about a step. An error in it does not turn the guard off."""
-        with contextlib.suppress(Exception):
-            if self._is_first_rank():
-                self.log.mark(kind, **values())
+        """Note an error; the guard goes off together on all ranks at the end of the step."""
+        self.broken = self.broken or f"{type(error).__name__}: {error}"
 
     def _off(self, why: str) -> None:
-        self.failure = why
-        self._mark("off", lambda: {"step": self.step_number, "why": " ".join(why.split())[:300]})
-        self.log.say(f"truestep guard: off ({' '.join(why.split())[:300]}); the training goes on without it")
+        self.failure = why = " ".join(redact(why).split())[:300] or "unknown"
+        self.teller.mark("off", lambda: {"step": self.step_number, "why": why})
+        self.teller.log.say(f"truestep guard: off ({why}); the training goes on without it")
         self.remove()
+
+
+def _micro(column: np.ndarray, seen: MicroBatch) -> MicroSeen:
+    """Return what is exchanged of a micro-batch."""
+    passes = seen.passes
+    backward = NO_BACKWARD if not passes else SEVERAL if len(passes) > 1 else next(iter(passes))
+    tokens = None if seen.is_split else seen.tokens
+    return MicroSeen(column=column, mark=seen.batch.mark(), backward=backward, tokens=tokens)
 
 
 def guard(model: nn.Module, optimizer: Any = None, **options: Any) -> Guard:

@@ -67,7 +67,8 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     for name, module in model.named_modules():
         is_conv = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         weight = getattr(module, "weight", None)
-        if module is head or not (isinstance(module, nn.Linear) or is_conv) or not isinstance(weight, Tensor):
+        is_plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if module is head or not (is_plain or is_conv) or not isinstance(weight, Tensor):
             continue
         if weight.requires_grad and weight.is_floating_point() and uses[id(weight)] == 1:
             yield name, module, is_conv

@@ -24,6 +24,7 @@ class MicroSeen:
 
     column: np.ndarray  # R
     mark: int  # a hash of its tokens; 0 if they are not known
+    backward: int = 0  # number of the backward pass that reached it; -1: none, -2: several
     tokens: Tokens | None
 
 
@@ -51,7 +52,7 @@ def pack(seen: RankSeen) -> np.ndarray:
     rows = [np.asarray(head, dtype=np.float64), seen.target, seen.previous]
     for one in seen.micro:
         told = [float("nan")] * len(NAMES) if one.tokens is None else list(map(float, astuple(one.tokens)))
-        rows += [one.column, np.asarray([one.mark, *told], dtype=np.float64)]
+        rows += [one.column, np.asarray([one.mark, one.backward, *told], dtype=np.float64)]
     return np.concatenate(rows)
 
 
@@ -64,18 +65,15 @@ def unpack(row: np.ndarray) -> RankSeen:
     target, previous = row[at : at + size], row[at + size : at + 2 * size]
     at, micro = at + 2 * size, []
     for _ in range(count):
-        column, mark, told = (
-            row[at : at + size],
-            int(row[at + size]),
-            row[at + size + 1 : at + size + 1 + len(NAMES)],
-        )
+        column, (mark, backward) = row[at : at + size], map(int, row[at + size : at + size + 2])
+        told = row[at + size + 2 : at + size + 2 + len(NAMES)]
         tokens = (
             None
             if np.isnan(told[0])
             else Tokens(**{n: _number(n, v) for n, v in zip(NAMES, told, strict=True)})
         )
-        micro.append(MicroSeen(column=column, mark=mark, tokens=tokens))
-        at += size + 1 + len(NAMES)
+        micro.append(MicroSeen(column=column, mark=mark, backward=backward, tokens=tokens))
+        at += size + 2 + len(NAMES)
     return RankSeen(
         failed=bool(failed), is_narrow=bool(is_narrow), target=target, previous=previous, micro=tuple(micro),
         replicated=int(replicated), still=tuple(bits), wrong_update=bool(wrong_update),
@@ -89,7 +87,11 @@ def _parts(flags: Sequence[bool]) -> list[Sequence[bool]]:
 
 
 def _number(name: str, value: float) -> Any:
-    return float(value) if name in ("weight", "spread", "sequence_spread", "form") else int(value)
+    return (
+        float(value)
+        if name in ("weight", "token_spread", "spread", "sequence_spread", "form")
+        else int(value)
+    )
 
 
 def gather(seen: RankSeen, group: Any) -> list[RankSeen]:

@@ -34,9 +34,24 @@ class MicroBatch:
     is_called: bool = True  # the call of the model was seen
     ran: set[int] = field(default_factory=set)  # modules whose call was seen
     columns: dict[int, Tensor] = field(default_factory=dict)  # module → K in float64
+    passes: set[int] = field(default_factory=set)  # backward passes that reached it
     dtypes: set[torch.dtype] = field(default_factory=set)  # of the watched modules' outputs
     tokens: Tokens | None = None
     has_logits: bool = False
+    is_split: bool = False  # its logits come in several parts
+
+
+class Inert:
+    """What a copy of a watched model has in place of the guard's hooks: nothing is watched there."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _nothing
+
+
+def _nothing(*given: Any, **named: Any) -> None:
+    pass
 
 
 class Sketch:
@@ -62,10 +77,16 @@ class Sketch:
         if self.head is not None:
             self.handles.append(self.head.register_forward_hook(self._head))
         for index, one in enumerate(self.watched):
-            self.handles.append(one.module.register_forward_hook(partial(self._forward, index)))
+            self.handles.append(
+                one.module.register_forward_hook(partial(self._forward, index), with_kwargs=True)
+            )
             # ZeRO stage 3 makes the gradient of a weight that is not there.
             if not hasattr(one.weight, "ds_id"):
                 self.handles.append(one.weight.register_hook(partial(self._weight, index)))
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """A copied or saved model, such as a moving average of the weights, has no guard."""
+        return Inert, ()
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -115,7 +136,7 @@ class Sketch:
         with self.survive:
             self.tokens.head_ran(self.micro_batches[-1], output, self.depth > 0)
 
-    def _forward(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def _forward(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         if not self.is_on or not self.micro_batches or not torch.is_grad_enabled():
@@ -125,8 +146,9 @@ class Sketch:
                 return
             micro = self.micro_batches[-1]
             micro.ran.add(index)
+            given = args[0] if args else kwargs["input"]
             # Under autocast, the module multiplies its input in the output's precision.
-            right = projected(args[0].detach(), self.watched[index].probes(output.device)[1], output.dtype)
+            right = projected(given.detach(), self.watched[index].probes(output.device)[1], output.dtype)
             output.register_hook(partial(self._backward, index, micro, right, output.dtype))
 
     def _backward(
@@ -139,10 +161,11 @@ class Sketch:
             given = (left * right).sum(0, dtype=torch.float64)
             micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
             micro.dtypes.add(dtype)
+            micro.passes.add(torch._C._current_graph_task_id())
 
     def _weight(self, index: int, gradient: Tensor) -> None:
         """Take the gradient of a weight whose module's call was not seen, once per backward pass."""
-        if not self.is_on or (self.micro_batches and index in self.micro_batches[-1].ran):
+        if not self.is_on or any(index in micro.ran for micro in self.micro_batches):
             return
         with self.survive:
             if not self.micro_batches or (
@@ -151,6 +174,7 @@ class Sketch:
                 self._drop_skipped()
                 self.micro_batches.append(MicroBatch(Batch(), is_called=False))
             micro = self.micro_batches[-1]
+            micro.passes.add(torch._C._current_graph_task_id())
             given = self.watched[index].project(gradient.detach())
             micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
 

@@ -38,7 +38,7 @@ class Solved:
 
 # Relative, measured: the largest error of a weight in clean runs was 4e-6 in float32 and 1e-2 in bfloat16.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
-RESIDUAL = {"float32": 3e-4, "bfloat16": 5e-2}
+RESIDUAL = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def solve(columns: np.ndarray, target: np.ndarray, modules: np.ndarray) -> Solved:

@@ -42,6 +42,11 @@ class Batch:
         same = [o.detach() if isinstance(o, Tensor) and o.shape == ids.shape else None for o in others]
         return cls(ids, *same)
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the labels say that nothing is trained."""
+        return self.labels is not None and not bool((self.labels != -100).any())
+
     def mark(self) -> int:
         """Return 48 bits of a hash of the tokens; 0 if there are none."""
         if self.ids is None:
@@ -57,6 +62,7 @@ class Tokens:
     trained: int
     negative: int  # with a negative weight
     weight: float  # mean weight of a trained token, signed sizes apart
+    token_spread: float  # root mean square of the relative differences of the tokens' weights
     spread: float  # (largest − smallest) / mean weight, of the rows
     sequence_spread: float  # the same for weight × trained tokens of the row
     form: float  # relative distance from a weighted negative log-likelihood
@@ -97,9 +103,11 @@ class TokenHooks:
 
     def attach(self, micro: Any, logits: Tensor) -> None:
         ids = micro.batch.ids
-        if ids is None or micro.has_logits:
+        if micro.has_logits:
+            micro.is_split = True  # a head that is called for one part after the other
             return
-        # Some models return the logits of all rows as one list.
+        if ids is None or (logits.dim() == 2 and len(logits) != ids.numel()):
+            return  # two dimensions: all rows as one list
         lines = (
             logits.detach()
             if logits.dim() == 3
@@ -111,7 +119,7 @@ class TokenHooks:
             logits.register_hook(partial(self._backward, micro, seen))
 
     def _backward(self, micro: Any, seen: Forward, delta: Tensor | None) -> None:
-        if delta is None or micro.tokens is not None:
+        if delta is None or micro.tokens is not None or micro.is_split:
             return
         with self.survive:
             micro.tokens = seen.judge(delta, self.stop_ids)
@@ -151,6 +159,8 @@ class Forward:
         ids = batch.ids
         if ids is None or logits.shape[0] != ids.shape[0] or logits.shape[1] > ids.shape[1]:
             return None
+        if not ids.numel() or int(ids.max()) >= logits.shape[2]:
+            return None  # classes or a score, not tokens
         rows, size, _ = logits.shape
         targets = targets_of(ids, size)
         flat, wanted = logits.reshape(rows * size, -1), targets.reshape(len(SHIFTS), -1).T
@@ -187,6 +197,10 @@ class Forward:
         own_size = torch.where(known, own.abs(), 0.0).double()
         weight = float(size.sum() / rest.sum()) if bool(rest.sum() > 0) else 0.0
         token_weight = size / rest.clamp(min=1e-12)
+        # The weight of a token that is nearly certain is mostly noise.
+        clear = known & (rest > 0.1)
+        relative = token_weight[clear] / weight - 1 if weight else token_weight[clear] * 0
+        token_spread = float(relative.square().mean().sqrt()) if bool(clear.any()) else 0.0
         apart = known & (self.top != target)
         predicted = torch.where(apart, token_weight * self.top_logp.exp(), 0.0)
         observed = torch.where(apart, at_top.abs().double(), 0.0)
@@ -198,7 +212,7 @@ class Forward:
         negative = int((known & (own > 0)).sum())
         form = lost / whole if whole else 0.0
         sums = Tokens(
-            trained=count, negative=negative, weight=weight, spread=_spread(row_weight),
+            trained=count, negative=negative, weight=weight, token_spread=token_spread, spread=_spread(row_weight),
             sequence_spread=_spread(row_weight * row_count[used]), form=form, shift=shift,
             outside=0, missing=0, missing_ends=0, slots=self.shape[0] * self.shape[1], stops=0, stops_trained=0,
         )  # fmt: skip
@@ -213,7 +227,8 @@ class Forward:
         if batch.attention is not None:
             outside |= trained & exists & (next_values(batch.attention, size, 1) == 0)
         if batch.labels is not None and sums.shift == 1:
-            asked = (next_values(batch.labels, size, -100) != -100) & exists
+            mask = batch.labels[:, -size:] if _is_shifted(batch) else next_values(batch.labels, size, -100)
+            asked = (mask != -100) & exists
             outside |= trained & exists & ~asked
             gone = asked & ~trained & (-torch.expm1(self.logp[0]) > CLEAR)
             ends = asked & ~_next_mask(asked)
@@ -229,6 +244,16 @@ class Forward:
             sums, outside=int(outside.sum()), missing=missing, missing_ends=missing_ends, stops=stops,
             stops_trained=stops_trained,
         )  # fmt: skip
+
+
+def _is_shifted(batch: Batch) -> bool:
+    """Return whether each label stands at the position that predicts it, not at its own token."""
+    ids, labels = batch.ids, batch.labels
+    if ids is None or labels is None:
+        return False
+    asked = labels != -100
+    own = int(((labels == ids) & asked).sum())
+    return int(((labels[:, :-1] == ids[:, 1:]) & asked[:, :-1]).sum()) > own
 
 
 def targets_of(ids: Tensor, size: int) -> Tensor:

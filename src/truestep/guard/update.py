@@ -80,9 +80,12 @@ class Moved:
         if (gradient := parameter.grad) is None:
             return False
         slope, value = local(gradient).float().abs(), local(parameter).float().abs()
-        rate = max((float(group["lr"]) for group in self.groups), default=0.0)
+        group = self.group_of.get(id(parameter))
+        rates = [float(g["lr"]) for g in self.groups] if group is None else [float(group["lr"])]
+        rate = max(rates, default=0.0)
         # Below one unit in the last place, nothing moves; update.lost is about those.
-        step = rate * (slope > 0) if "betas" in self.group_of.get(id(parameter), {}) else rate * slope
+        is_adam = group is not None and "betas" in group
+        step = rate * slope / (slope + float(group.get("eps") or 1e-8)) if group and is_adam else rate * slope
         return bool((step > EPS[parameter.dtype] * value).any())
 
     def causes(self, still: Sequence[bool]) -> list[Cause]:
@@ -164,7 +167,8 @@ class Formula:
         self.left = []
 
     def _sample(self) -> None:
-        if not self.kind:
+        # A fused optimizer unscales the gradients itself.
+        if not self.kind or getattr(self.optimizer, "grad_scale", None) is not None:
             return
         for name, parameter, group, places in self.chosen:
             if parameter.grad is None:

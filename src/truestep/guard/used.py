@@ -29,6 +29,12 @@ class Reader(Protocol):
     def after(self) -> Targets: ...  # called after it
 
 
+def has_gradient(parameter: Tensor) -> bool:
+    """Return whether this rank has a gradient of the parameter that is not zero."""
+    gradient = parameter.grad
+    return gradient is not None and bool((getattr(gradient, "to_local", lambda: gradient)() != 0).any())
+
+
 def whole(value: Tensor) -> Tensor:
     """Return the whole tensor, gathered over ranks if it is sharded."""
     gather = getattr(value.detach(), "full_tensor", None)
@@ -113,8 +119,11 @@ class FromGradients:
             one = self.watched[index]
             betas = self.group_of.get(id(one.weight), {}).get("betas")
             if betas is not None and "exp_avg" in self.state.get(one.weight, {}):
+                now = self._moment(one)
+                if torch.equal(now, was):
+                    continue  # the optimizer left it out, as it does without a gradient
                 self.source = "the first moment"
-                self.targets[index] = (self._moment(one) - betas[0] * was) / (1 - betas[0])
+                self.targets[index] = (now - betas[0] * was) / (1 - betas[0])
         return self.targets
 
 
