@@ -11,6 +11,12 @@ import torch
 from faulty_loops import Loop, train
 from ported import BOTH, PORTED
 
+from truestep.guard.used import FromGradients
+
+
+def broken(reader: FromGradients) -> None:
+    raise MemoryError("simulated")
+
 
 def main() -> None:
     store, rank, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -28,6 +34,11 @@ def main() -> None:
             pairs = zip(model.parameters(), alone.parameters(), strict=True)
             same = all(torch.equal(a, b) for a, b in pairs)
             found[f"clean {rows} {dtype}"] = {"records": records, "failure": failure, "same": same}
+    right = FromGradients.before
+    FromGradients.before = broken if rank == 1 else right  # type: ignore[method-assign]
+    records, _, failure = train(Loop(), torch.float32, rank, 2, 3)
+    FromGradients.before = right  # type: ignore[method-assign]
+    found["an error on one rank"] = {"records": records, "failure": failure}
     out.write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -58,6 +58,13 @@ def test_right_runs_of_two_processes(rows: int, dtype: torch.dtype, two_ranks: l
         assert found["same"]  # the parameters without the guard
 
 
+def test_an_error_on_one_rank_turns_all_off(two_ranks: list[dict[str, Any]]) -> None:
+    other, faulty = (rank["an error on one rank"] for rank in two_ranks)
+    assert "simulated" in faulty["failure"]
+    assert other["failure"] == "another process failed"
+    assert other["records"] == faulty["records"] == []
+
+
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

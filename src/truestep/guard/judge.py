@@ -23,7 +23,8 @@ from truestep.guard.tokens import Tokens
 FORM = {"float32": 5e-4, "bfloat16": 8e-3}
 TOKEN_TOLERANCE = {"float32": 2e-3, "bfloat16": 3e-2}  # relative error of a micro-batch's token weight
 EQUATIONS = 2  # per unknown weight
-NO_BACKWARD, SEVERAL = -1, -2  # in place of the number of the backward pass that reached a micro-batch
+# In place of the number of the backward pass that reached a micro-batch.
+NO_BACKWARD, SEVERAL, UNTRAINED = -1, -2, -3
 CLIPPED = 2e-2  # relative difference of two norms that are not the same
 RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
 STOPS = 3  # untrained stop tokens that are not an accident
@@ -131,12 +132,13 @@ def _passes(step: _Step) -> None:
     backward passes must differ from what was declared."""
     asked = step.declared.accumulation
     for rank in step.ranks:
-        reached = [m.backward for m in rank.micro if m.backward != NO_BACKWARD]
+        reached = [m.backward for m in rank.micro if m.backward not in (NO_BACKWARD, UNTRAINED)]
+        untrained = sum(m.backward == UNTRAINED for m in rank.micro)
         if asked and SEVERAL not in reached and min(len(reached), len(set(reached))) > asked:
             found = min(len(reached), len(set(reached)))
             step.causes.append(cause("grouping", "too_many_micro_batches", found=found, asked=asked))
             return
-        if asked and len(rank.micro) == asked and 0 < len(reached) < asked:
+        if asked and len(rank.micro) == asked and 0 < len(reached) < asked - untrained:
             lost = [i + 1 for i, m in enumerate(rank.micro) if m.backward == NO_BACKWARD]
             step.causes.append(cause("kept", "without_backward", lost=lost, of=asked))
             return

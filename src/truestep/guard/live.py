@@ -17,7 +17,7 @@ from truestep.guard import ranks as rank_exchange
 from truestep.guard.engine import EngineCheck, EngineSeen
 from truestep.guard.engine_http import Engine, Server
 from truestep.guard.header import describe
-from truestep.guard.judge import NO_BACKWARD, SEVERAL, Judged, judge, same_rows
+from truestep.guard.judge import NO_BACKWARD, SEVERAL, UNTRAINED, Judged, judge, same_rows
 from truestep.guard.modules import choose, rounds_products, stop_ids_of
 from truestep.guard.options import Declared, check
 from truestep.guard.ranks import MicroSeen, RankSeen, on_all_ranks
@@ -304,9 +304,7 @@ class Guard:
         with Survive(self._failed):
             target, still = self._vector(self.reader.after()), self.moved.after()
             causes = [c for formula in self.formulas for c in formula.causes()]
-            columns = [
-                (self._vector(m.columns, 0.0), m) for m in micro if m.passes or not m.batch.is_untrained
-            ]
+            columns = [(self._vector(m.columns, 0.0), m) for m in micro]
             narrow = {d for m in micro for d in m.dtypes} | {w.weight.dtype for w in self.watched}
             seen = RankSeen(
                 failed=bool(self.broken), target=target, previous=self.previous,
@@ -336,7 +334,7 @@ class Guard:
         found, self.pending = [*found, *self.pending, *self.engine_seen.causes], []
         judged = replace(judged, notes=(*judged.notes, *self.engine_seen.notes))
         asked = self.declared.accumulation
-        count = max(sum(m.backward != NO_BACKWARD for m in r.micro) for r in ranks)
+        count = max(len(r.micro) for r in ranks)
         self.same_steps = self.same_steps + 1 if same_rows(ranks) else 0
         # A single micro-batch may be the same by chance.
         if self.same_steps == 2 and all(c.code != "data_lost" for c in judged.causes):
@@ -372,7 +370,8 @@ class Guard:
 def _micro(column: np.ndarray, seen: MicroBatch) -> MicroSeen:
     """Return what is exchanged of a micro-batch."""
     passes = seen.passes
-    backward = NO_BACKWARD if not passes else SEVERAL if len(passes) > 1 else next(iter(passes))
+    unreached = UNTRAINED if seen.batch.is_untrained else NO_BACKWARD
+    backward = unreached if not passes else SEVERAL if len(passes) > 1 else next(iter(passes))
     tokens = None if seen.is_split else seen.tokens
     return MicroSeen(column=column, mark=seen.batch.mark(), backward=backward, tokens=tokens)
 

@@ -42,7 +42,9 @@ class MicroBatch:
 
 
 class Inert:
-    """What a copy of a watched model has in place of the guard's hooks: nothing is watched there."""
+    """What a copy of a watched model has in place of the guard: the hooks return at once."""
+
+    is_on, depth = False, 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
