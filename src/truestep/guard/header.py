@@ -41,6 +41,7 @@ def describe(guard: Any) -> dict[str, Any]:
         "declared": {
             "accumulation": declared.accumulation,
             "loss": declared.loss,
+            "gradient": declared.gradient,
             "max_grad_norm": declared.max_grad_norm,
             "rate": declared.rate is not None,
         },
@@ -92,6 +93,8 @@ def unseen(guard: Any, trained: list[tuple[str, Any]]) -> list[str]:
     ]
     if missing:
         found.append(f"not declared, so not checked: {', '.join(missing)}")
+    if declared.gradient == "any":
+        found.append("the sum of the micro-batches is not checked, because the gradient was declared as any")
     if declared.loss == "any":
         found.append("the denominator of the loss is not checked, because the loss was declared as any")
     return found
