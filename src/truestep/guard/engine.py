@@ -15,7 +15,7 @@ What it compares with: the first reading, until the engine has followed a change
 one to compare with. So an engine that stops being updated late is found as soon as one that never was.
 
 Shapes: N tokens of all probe sequences, without the first of each. Units: nats.
-Held by: tests/guard/test_engine.py, tests/guard/test_engine_http.py"""
+Held by: tests/guard/test_guard_engine.py, tests/guard/test_engine_http.py"""
 
 from __future__ import annotations
 
