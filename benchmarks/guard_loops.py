@@ -16,8 +16,10 @@ import torch
 from framework_run import Run, collate, digest, llama, loop, rows, steps_of, token_sum, trained
 
 STEPS, ACCUMULATION = 4, 4
-ALONE = {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-         "MASTER_PORT": "29573"}  # fmt: skip
+ONE_PROCESS = {
+    "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29573",
+}  # fmt: skip
 
 
 def logits_of(model: Any, m: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -231,7 +233,7 @@ def trl_dpo(run: Run) -> Any:
 
 def deepspeed_ready() -> Any:
     # These are needed before the import, which picks the accelerator.
-    for key, value in ALONE.items():
+    for key, value in ONE_PROCESS.items():
         os.environ.setdefault(key, value)
     import deepspeed
     import deepspeed.ops

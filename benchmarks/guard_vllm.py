@@ -2,7 +2,7 @@
 
     python benchmarks/guard_vllm.py [--python VLLM_PYTHON] [--steps 6] [--dtypes bfloat16] [--out results/guard_vllm.json]
 
-A tiny Llama is trained in float32 with AdamW; vLLM runs in a process of its own in bfloat16 or float32, and gets the weights by
+A tiny Llama is trained in float32 with AdamW; vLLM runs in a separate process in bfloat16 or float32, and gets the weights by
 its development route reload_weights. Without ``--python``, vLLM's environment is made under .bench/.
 """
 

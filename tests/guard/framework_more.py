@@ -236,11 +236,10 @@ def stale_copies_bf16(run: Run) -> Any:
     return stale_copies(run, torch.bfloat16)
 
 
-@loop(scale=[256, 128, 128, 128])
-def scaler_skips(run: Run) -> Any:
-    """Step 2 has an infinite loss scale, so it is skipped."""
+def _skipped(run: Run, optimizer_of: Any, bad: float, unscales: bool) -> Any:
+    """Train with a gradient scaler; the second step has a gradient that is not finite, so it is skipped."""
     model, scaler = llama(), torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000)
-    optimizer = adam(model)
+    optimizer = optimizer_of(model)
     with run.watch(model, optimizer) as guard:
         for number, micro in enumerate(steps_of(run, STEPS + 1, ACCUMULATION)):
             count = trained(run, micro)
@@ -248,31 +247,23 @@ def scaler_skips(run: Run) -> Any:
                 scaler.scale(token_sum(logits_of(model, m), m["labels"]) / count).backward()
             if number == 1:
                 run.notes["tokens"].pop()
-                model.lm_head.weight.grad[0, 0] = float("inf")
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                model.lm_head.weight.grad[0, 0] = bad
+            if unscales:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
             guard.step()
             optimizer.zero_grad()
     return list(model.parameters())
+
+
+@loop(scale=[256, 128, 128, 128])
+def scaler_skips(run: Run) -> Any:
+    return _skipped(run, adam, float("inf"), unscales=True)
 
 
 @loop(scale=[256, 128, 128, 128])
 def scaler_skips_scaled(run: Run) -> Any:
-    """As above, but the scaler unscales within its step."""
-    model, scaler = llama(), torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with run.watch(model, optimizer) as guard:
-        for number, micro in enumerate(steps_of(run, STEPS + 1, ACCUMULATION)):
-            count = trained(run, micro)
-            for m in micro:
-                scaler.scale(token_sum(logits_of(model, m), m["labels"]) / count).backward()
-            if number == 1:
-                run.notes["tokens"].pop()
-                model.lm_head.weight.grad[0, 0] = float("nan")
-            scaler.step(optimizer)
-            scaler.update()
-            guard.step()
-            optimizer.zero_grad()
-    return list(model.parameters())
+    """The scaler unscales within its step."""
+    return _skipped(run, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), float("nan"), unscales=False)

@@ -71,7 +71,15 @@ def run(
 ) -> list[EngineSeen]:
     """Train; before each step, ``deliver`` updates the engine. Return what each check saw, from version 0 on."""
     model = llama()
-    engine, optimizer = Copy(model, dtype), torch.optim.AdamW(model.parameters(), lr=rate)
+    return watched(model, Copy(model, dtype), deliver, steps=steps, lag=lag, rate=rate)
+
+
+def watched(
+    model: nn.Module, engine: Copy, deliver: Deliver, *, steps: int, lag: int = 1, rate: float
+) -> list[EngineSeen]:
+    """As ``run``, of a model whose trainable parameters are trained, and an engine."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate)
     check, found = EngineCheck(engine, model, lag=lag), []
     for version in range(steps):
         if version:
@@ -304,18 +312,13 @@ def test_an_adapter_is_never_delivered(delivered: bool) -> None:
                 Adapted(layer.mlp.down_proj),
                 Adapted(layer.self_attn.q_proj),
             )
-    trainable = [p for p in model.parameters() if p.requires_grad]
     engine = Copy(model if delivered else base, torch.bfloat16)
-    check, optimizer, found = EngineCheck(engine, model), torch.optim.AdamW(trainable, lr=1e-2), []
-    for version in range(8):
+
+    def deliver(engine: Copy, model: nn.Module, version: int) -> None:
         if delivered:
             engine.update(model)
-        seen = check.before_step(version, ALWAYS, [Batch(ids=ROWS)])
-        assert seen is not None
-        found.append(seen)
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
+
+    found = watched(model, engine, deliver, steps=8, rate=1e-2)
     assert bool(stale(found)) == (not delivered)
 
 

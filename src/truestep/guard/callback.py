@@ -62,8 +62,8 @@ class TruestepGuard(transformers.TrainerCallback):
 
 
 def _rate(scheduler: Any, state: Any) -> Any:
-    """Return the learning rate of each of the guard's steps: the Trainer's own schedule, ticked once per step. None
-    if it is not a function of the step alone."""
+    """Return the learning rate of each of the guard's steps: the Trainer's own schedule, ticked once per step. Return
+    None for a schedule that depends on more than the step."""
     while not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         scheduler = getattr(scheduler, "scheduler", None)  # of a wrapper
         if scheduler is None:

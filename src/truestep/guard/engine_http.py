@@ -39,7 +39,7 @@ class Server:
         self.is_sglang: bool | None = None  # not known before the first answer
 
     def __call__(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Raises OSError or ValueError, with a message without secrets, if there is no usable answer."""
+        """Raises OSError or ValueError if no usable answer came. The messages contain no secrets."""
         until = time.monotonic() + self.client.seconds
         try:
             if self.is_sglang is None:

@@ -74,7 +74,7 @@ def logprobs(
 ) -> tuple[np.ndarray, bool]:
     """Return the model's log-probabilities [N] in nats, and whether it computes in 16 bits.
 
-    One pass of the model for each sequence, so there is no padding. Under sharding, all ranks must call it.
+    The model is run once for each sequence, so no padding is needed. Under sharding, all ranks must call it.
     Raises ValueError if the model returns no logits for the tokens."""
     kinds: set[torch.dtype] = set()
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):

@@ -134,8 +134,8 @@ def _passes(step: _Step) -> None:
     for rank in step.ranks:
         reached = [m.backward for m in rank.micro if m.backward not in (NO_BACKWARD, UNTRAINED)]
         untrained = sum(m.backward == UNTRAINED for m in rank.micro)
-        if asked and SEVERAL not in reached and min(len(reached), len(set(reached))) > asked:
-            found = min(len(reached), len(set(reached)))
+        found = len(set(reached))  # each is one run of the model or more
+        if asked and SEVERAL not in reached and found > asked:
             step.causes.append(cause("grouping", "too_many_micro_batches", found=found, asked=asked))
             return
         if asked and len(rank.micro) == asked and 0 < len(reached) < asked - untrained:

@@ -99,12 +99,10 @@ class Guard:
         """Go off if another rank could not begin: it would never take part in an exchange. Leave out the first
         step if some rank has a gradient already."""
         with Survive(self._ended):
-            if not on_all_ranks(not self.failure, self.group or rank_exchange.world()) and not self.failure:
+            group = self.group or rank_exchange.world()
+            if not on_all_ranks(not self.failure, group) and not self.failure:
                 self._off("another process could not begin")
-            if (
-                not on_all_ranks(not self.has_begun, self.group or rank_exchange.world())
-                and self.sketch is not None
-            ):
+            if not on_all_ranks(not self.has_begun, group) and self.sketch is not None:
                 self.sketch.is_on = False  # a gradient from before would be part of the first step
 
     def _attach(self, model: nn.Module, optimizer: Any, sampler: Engine | None) -> None:
@@ -118,7 +116,7 @@ class Guard:
         random = torch.Generator().manual_seed(SEED)
         self.watched = choose(self.model, random)
         if not self.watched:
-            raise ValueError("the model has no trainable linear module of its own that could be watched")
+            raise ValueError("the model has no trainable linear module that can be watched")
         chains = [
             unwrapped(one) for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])
         ]
@@ -127,7 +125,7 @@ class Guard:
         groups = [group for one in self.optimizers for group in one.param_groups]
         self.sketch = Sketch(models, self.watched, self._failed)
         self.sketch.tokens.stop_ids = stop_ids_of(self.model)
-        self.moved = Moved(self.model, groups, self.is_deepspeed)
+        self.moved = Moved(self.model, groups)
         if sampler is not None:
             self.engine_check = EngineCheck(
                 sampler, self.model, lag=self.declared.engine_lag, group=self.group)  # fmt: skip
@@ -235,7 +233,7 @@ class Guard:
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self.failure and self.sketch is not None:
-            overflowed = getattr(optimizer, "found_inf", None)
+            overflowed = getattr(optimizer, "found_inf", None) if self.sketch.is_on else None
             if overflowed is not None and bool(overflowed):
                 self._not_watched("")  # a fused optimizer skips the step by itself
             self.stepped.add(id(optimizer))
@@ -309,8 +307,7 @@ class Guard:
             seen = RankSeen(
                 failed=bool(self.broken), target=target, previous=self.previous,
                 is_narrow=bool(narrow & {torch.bfloat16, torch.float16}) or rounds_products(),
-                micro=tuple(_micro(c, m)
-                    for c, m in columns),
+                micro=tuple(_micro(c, m) for c, m in columns),
                 replicated=self.moved.replicated, still=tuple(still), wrong_update=bool(causes), norm=self.norm,
                 noise=self.reader.noise,
             )  # fmt: skip

@@ -53,11 +53,11 @@ def fingerprint(parameter: Tensor) -> int:
 class Moved:
     """Watches the trainable tensors by their fingerprints."""
 
-    def __init__(self, model: nn.Module, groups: Iterable[dict[str, Any]], is_flat: bool) -> None:
+    def __init__(self, model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
         self.named = [
             (n, p) for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()
         ]
-        self.groups, self.is_flat = list(groups), is_flat
+        self.groups = list(groups)
         self.group_of = {id(p): group for group in self.groups for p in group["params"]}
         self.first = [fingerprint(p) for _, p in self.named]
         self.has_moved = [False] * len(self.named)
