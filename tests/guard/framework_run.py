@@ -198,7 +198,11 @@ def main() -> None:
             file.write(json.dumps({**found, "versions": versions}) + "\n")
             file.flush()
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no rank leaves while another one still talks to it
         torch.distributed.destroy_process_group()
+        # All results are on the disk. torch's threads sometimes abort an interpreter that ends normally.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
