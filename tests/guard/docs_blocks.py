@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leave import leave
 from torch.nn.functional import cross_entropy
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guard.md"
@@ -65,4 +66,4 @@ if __name__ == "__main__":
         "gloo", init_method=f"file://{store}", rank=own_rank, world_size=ranks
     )
     run(chosen, names(own_rank))
-    torch.distributed.destroy_process_group()
+    leave()

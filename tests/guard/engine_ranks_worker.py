@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from leave import leave
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -86,8 +87,7 @@ def main() -> None:
                 "same": all(torch.equal(a, b) for a, b in zip(alone, values, strict=True)),
             }  # fmt: skip
     out.write_text(json.dumps(found), encoding="utf-8")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

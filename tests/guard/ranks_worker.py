@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from faulty_loops import Loop, train
+from leave import leave
 from ported import BOTH, PORTED
 
 from truestep.guard.used import FromGradients
@@ -40,8 +41,7 @@ def main() -> None:
     FromGradients.before = right  # type: ignore[method-assign]
     found["an error on one rank"] = {"records": records, "failure": failure}
     out.write_text(json.dumps(found), encoding="utf-8")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
