@@ -1,0 +1,121 @@
+"""Loops of LLaMA-Factory, for ``tests/guard/framework_run.py``."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import sys
+import types
+from typing import Any
+
+import torch
+from framework_run import Run, digest, llama, loop, rows
+from guard_loops import ACCUMULATION, STEPS, tokenizer, words
+
+
+def saved_values(run: Run) -> str:
+    """Return the digest of the weights that a tuner wrote at its end."""
+    from safetensors.torch import load_file
+
+    files = sorted((run.folder / "out").glob("*.safetensors"))
+    assert files, "the tuner saved no weights"
+    return digest(tensor for file in files for _, tensor in sorted(load_file(file).items()))
+
+
+def inputs(run: Run, pictures: bool = False) -> None:
+    """Write a model, its tokenizer and questions with answers of different lengths to the run's folder. With
+    ``pictures``, the model also takes pictures, but the questions have none."""
+    (llava() if pictures else llama()).save_pretrained(run.folder / "model")
+    (processor() if pictures else tokenizer()).save_pretrained(run.folder / "model")
+    asked = [
+        {"question": words(r["input_ids"][:4]), "answer": words(r["input_ids"][4:-1])} for r in rows(72)
+    ]
+    (run.folder / "rows.json").write_text(json.dumps(asked))
+
+
+def llava() -> Any:
+    import transformers
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen = transformers.CLIPVisionConfig(**small, image_size=8, patch_size=4, projection_dim=16)
+    config = transformers.LlavaConfig(
+        text_config=llama().config, vision_config=seen, image_token_index=63, image_seq_length=4,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def processor() -> Any:
+    import transformers
+
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    pictures = transformers.CLIPImageProcessorPil(**sizes)
+    return transformers.LlavaProcessor(image_processor=pictures, tokenizer=tokenizer(), image_token="w63")
+
+
+# LLaMA-Factory
+
+
+def without_sound() -> None:
+    """Replace torchaudio, which LLaMA-Factory imports for sound files, by an empty module."""
+    module = types.ModuleType("torchaudio")
+    module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = module
+
+
+def llamafactory(run: Run, pictures: bool = False, **more: Any) -> str:
+    without_sound()
+    from llamafactory.train.tuner import run_exp
+
+    inputs(run, pictures)
+    columns = {"prompt": "question", "response": "answer"}
+    described = {"own": {"file_name": "rows.json", "columns": columns}}
+    (run.folder / "dataset_info.json").write_text(json.dumps(described))
+    args = {
+        "stage": "sft", "do_train": True, "finetuning_type": "full", "model_name_or_path": str(run.folder / "model"),
+        "dataset_dir": str(run.folder), "dataset": "own", "template": "default", "cutoff_len": 128,
+        "cache_dir": str(run.folder / "cache"), "output_dir": str(run.folder / "out"), "overwrite_cache": True,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": ACCUMULATION, "max_steps": STEPS,
+        "learning_rate": 1e-3, "seed": 3, "report_to": "none", "logging_steps": 1, "save_strategy": "no",
+        "disable_tqdm": True, "use_cpu": True, "plot_loss": False, "disable_gradient_checkpointing": True,
+        "dataloader_num_workers": 0, "preprocessing_num_workers": None,
+    }  # fmt: skip
+    run_exp({**args, **more}, callbacks=run.callbacks())
+    return saved_values(run)
+
+
+@loop()
+def llamafactory_full(run: Run) -> Any:
+    return llamafactory(run)
+
+
+@loop()
+def llamafactory_lora(run: Run) -> Any:
+    return llamafactory(run, finetuning_type="lora", lora_rank=4, lora_target="q_proj,v_proj,down_proj")
+
+
+@loop(verdict="FAULT", code="kept")
+def llamafactory_drops(run: Run) -> Any:
+    """Every micro-batch overwrites the gradient of the previous one."""
+    without_sound()
+    from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+
+    right = CustomSeq2SeqTrainer.training_step
+
+    def training_step(self: Any, model: Any, *given: Any, **more: Any) -> Any:
+        model.zero_grad()
+        return right(self, model, *given, **more)
+
+    CustomSeq2SeqTrainer.training_step = training_step
+    try:
+        return llamafactory(run)
+    finally:
+        CustomSeq2SeqTrainer.training_step = right
+
+
+@loop(verdict="FAULT", code="micro_mean")
+def llamafactory_processor(run: Run) -> Any:
+    """Nothing is patched: with a model that has a processor, as those for pictures do, LLaMA-Factory 0.9.5 turns off
+    the Trainer's mean over all tokens."""
+    return llamafactory(run, pictures=True)
