@@ -1,9 +1,10 @@
-"""Loops of LLaMA-Factory, for ``tests/guard/framework_run.py``."""
+"""Loops of LLaMA-Factory and axolotl, for ``tests/guard/framework_run.py``."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import json
+import os
 import sys
 import types
 from typing import Any
@@ -119,3 +120,48 @@ def llamafactory_processor(run: Run) -> Any:
     """Nothing is patched: with a model that has a processor, as those for pictures do, LLaMA-Factory 0.9.5 turns off
     the Trainer's mean over all tokens."""
     return llamafactory(run, pictures=True)
+
+
+# axolotl
+
+
+def axolotl(run: Run, **more: Any) -> str:
+    os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    import yaml
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.integrations.base import BasePlugin, PluginManager
+    from axolotl.train import train
+
+    inputs(run)
+    given = lambda plugin, cfg, model: run.callbacks()  # noqa: E731 (a method)
+    module = types.ModuleType("watching")
+    module.Plugin = type("Plugin", (BasePlugin,), {"add_callbacks_pre_trainer": given})  # type: ignore[attr-defined]
+    sys.modules["watching"] = module
+    PluginManager.get_instance().plugins.clear()
+    args = {
+        "base_model": str(run.folder / "model"), "plugins": ["watching.Plugin"], "sequence_len": 128,
+        "datasets": [{"path": str(run.folder / "rows.json"), "ds_type": "json", "split": "train", "type": {
+            "field_instruction": "question", "field_output": "answer", "format": "{instruction}",
+            "no_input_format": "{instruction}"}}],
+        "dataset_prepared_path": str(run.folder / "prepared"), "output_dir": str(run.folder / "out"),
+        "micro_batch_size": 1, "gradient_accumulation_steps": ACCUMULATION, "max_steps": STEPS, "num_epochs": 1,
+        "learning_rate": 1e-3, "optimizer": "adamw_torch", "lr_scheduler": "constant", "seed": 3, "bf16": False,
+        "fp16": False, "tf32": False, "attn_implementation": "eager", "train_on_inputs": False, "logging_steps": 1,
+        "save_strategy": "no", "use_tensorboard": False, "dataset_num_proc": 1, "save_first_step": False,
+    }  # fmt: skip
+    file = run.folder / "axolotl.yaml"
+    file.write_text(yaml.safe_dump({**args, **more}))
+    config = load_cfg(str(file))
+    train(cfg=config, dataset_meta=load_datasets(cfg=config))
+    return saved_values(run)
+
+
+@loop()
+def axolotl_full(run: Run) -> Any:
+    return axolotl(run)
+
+
+@loop()
+def axolotl_lora(run: Run) -> Any:
+    return axolotl(run, adapter="lora", lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v_proj", "down_proj"])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from truestep import __version__
+from truestep.guard.flat import entries_of, is_flat
 from truestep.guard.modules import head_of, linear_modules, shape_of
 
 PACKAGES = ("transformers", "accelerate", "deepspeed", "trl", "peft")
@@ -31,7 +32,8 @@ def describe(guard: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "packages": _packages(),
         "model": type(model).__name__,
-        "parameters": sum(int(torch.Size(shape_of(p)).numel()) for _, p in trained),
+        "parameters": entries_of(model)
+        + sum(int(torch.Size(shape_of(p)).numel()) for _, p in trained if not is_flat(p)),
         "tensors": len(trained),
         "linear": sum(1 for _ in linear_modules(model)),
         "watched": [w.name for w in guard.watched],

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from truestep.guard.flat import Part, parts_of
+
 PROBES = 32  # per module
 DEPTHS, NEIGHBORS = (
     3,
@@ -31,6 +33,7 @@ class Watched:
     is_transposed: bool  # the weight is [in, out], as in GPT-2's Conv1D
     left: Tensor
     right: Tensor
+    part: Part | None = None  # under FSDP1
     copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def probes(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -41,7 +44,8 @@ class Watched:
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight  # type: ignore[return-value]
+        """What the optimizer has: under FSDP1, this may be the flat parameter of several weights."""
+        return self.module.weight if self.part is None else self.part.owner  # type: ignore[return-value]
 
     def project(self, matrix: Tensor) -> Tensor:
         """Return uᵀ·matrix·v [K] in float64 for a matrix in the weight's own layout."""
@@ -62,15 +66,17 @@ def shape_of(weight: Tensor) -> tuple[int, ...]:
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Yield (name, module, is_transposed) of the trainable linear modules, except the output head and modules
     that share their weight."""
+    parts = parts_of(model)
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     head = head_of(model)
     for name, module in model.named_modules():
         is_conv = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        weight = getattr(module, "weight", None)
+        part = parts.get(id(module))
+        weight = getattr(module, "weight", None) if part is None else part.owner
         is_plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         if module is head or not (is_plain or is_conv) or not isinstance(weight, Tensor):
             continue
-        if weight.requires_grad and weight.is_floating_point() and uses[id(weight)] == 1:
+        if weight.requires_grad and weight.is_floating_point() and (part or uses[id(weight)] == 1):
             yield name, module, is_conv
 
 
@@ -91,11 +97,11 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 def choose(model: nn.Module, random: torch.Generator, probes: int = PROBES) -> list[Watched]:
     """Return the watched modules, from the smaller half of the linear modules, at evenly spaced depths."""
-    found = list(linear_modules(model))
-    sizes = {name: _numel(module) for name, module, _ in found}
+    found, parts = list(linear_modules(model)), parts_of(model)
+    sizes = {name: int(torch.Size(_shape(module, parts)).numel()) for name, module, _ in found}
     limit = sorted(sizes.values())[len(sizes) // 2] if sizes else 0
     small = [entry for entry in found if sizes[entry[0]] <= limit]
-    return [_with_probes(*small[i], random, probes) for i in _spread(len(small))]
+    return [_with_probes(*small[i], parts, random, probes) for i in _spread(len(small))]
 
 
 def _spread(count: int) -> Sequence[int]:
@@ -104,18 +110,20 @@ def _spread(count: int) -> Sequence[int]:
     return sorted({i for start in starts for i in range(start, min(count, start + NEIGHBORS))})
 
 
-def _numel(module: nn.Module) -> int:
-    shape = shape_of(module.weight)  # type: ignore[arg-type]
-    return int(torch.Size(shape).numel())
+def _shape(module: nn.Module, parts: dict[int, Part]) -> tuple[int, ...]:
+    part = parts.get(id(module))
+    return shape_of(module.weight) if part is None else part.shape  # type: ignore[arg-type]
 
 
 def _with_probes(
-    name: str, module: nn.Module, is_transposed: bool, random: torch.Generator, probes: int
-) -> Watched:
-    rows, columns = shape_of(module.weight)  # type: ignore[arg-type]
+    name: str, module: nn.Module, is_transposed: bool, parts: dict[int, Part], random: torch.Generator,
+    probes: int,
+) -> Watched:  # fmt: skip
+    rows, columns = _shape(module, parts)
     num_out, num_in = (columns, rows) if is_transposed else (rows, columns)
     left = torch.randn(probes, num_out, generator=random)
-    return Watched(name, module, is_transposed, left, torch.randn(probes, num_in, generator=random))
+    right = torch.randn(probes, num_in, generator=random)
+    return Watched(name, module, is_transposed, left, right, parts.get(id(module)))
 
 
 def stop_ids_of(model: nn.Module) -> tuple[int, ...]:

@@ -121,6 +121,13 @@ def on_all_ranks(flag: bool, group: Any) -> bool:
     return bool(told)
 
 
+def summed(values: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks of the group, on the CPU."""
+    total = values.to(_device(group))
+    torch.distributed.all_reduce(total, group=group)
+    return total.cpu()
+
+
 def _device(group: Any) -> torch.device:
     gloo = "gloo" in str(torch.distributed.get_backend(group))
     return torch.device("cpu" if gloo else current_device())

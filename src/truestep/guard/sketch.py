@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truestep.guard.flat import parts_of
 from truestep.guard.hidden import last_hidden, watch_hidden
 from truestep.guard.modules import Watched, head_of
 from truestep.guard.survive import Survive
@@ -78,12 +79,13 @@ class Sketch:
         self.head = head_of(model)
         if self.head is not None:
             self.handles.append(self.head.register_forward_hook(self._head))
+        self.whole_head = None if id(self.head) in parts_of(model) else self.head
         for index, one in enumerate(self.watched):
             self.handles.append(
                 one.module.register_forward_hook(partial(self._forward, index), with_kwargs=True)
             )
-            # ZeRO stage 3 makes the gradient of a weight that is not there.
-            if not hasattr(one.weight, "ds_id"):
+            # ZeRO stage 3 and FSDP1 make the gradient of a weight that is not there.
+            if not hasattr(one.weight, "ds_id") and one.part is None:
                 self.handles.append(one.weight.register_hook(partial(self._weight, index)))
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
@@ -128,7 +130,7 @@ class Sketch:
             micro, self.hidden = self.micro_batches[-1], None
             self.tokens.model_ran(micro, output)
             if hidden is not None and not micro.has_logits:
-                watch_hidden(micro, hidden, self.head, self.tokens.stop_ids, self.survive)
+                watch_hidden(micro, hidden, self.whole_head, self.tokens.stop_ids, self.survive)
 
     def _head(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():

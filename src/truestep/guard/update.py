@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from truestep.audit.measure.findings import Cause, cause
+from truestep.guard.flat import is_flat
 
 TENSORS, ENTRIES = 12, 64  # that are sampled
 OFF = 0.1  # share of the sampled entries that may differ from the formula
@@ -31,7 +32,7 @@ def local(value: Tensor) -> Tensor:
 
 def is_split(parameter: Tensor) -> bool:
     """Return whether every rank has only its own part of this parameter."""
-    if hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id") or is_flat(parameter):
         return True
     placements = getattr(parameter, "placements", ())
     return any(not p.is_replicate() for p in placements)

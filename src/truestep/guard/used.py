@@ -104,7 +104,9 @@ class FromGradients:
             if not self.reads_all and id(one.weight) not in self.group_of:
                 continue
             grad = one.weight.grad
-            if grad is not None:
+            if one.part is not None:  # a rank without a part of this weight takes part in the sum
+                self.targets[index] = one.part.sum(one.project(one.part.spread(grad)))
+            elif grad is not None:
                 self.targets[index] = one.project(whole(grad))
             else:
                 self.moments[index] = self._moment(one)
