@@ -1,4 +1,4 @@
-"""Loops of LLaMA-Factory and axolotl, for ``tests/guard/framework_run.py``."""
+"""Loops of LLaMA-Factory, axolotl and Liger kernels, for ``tests/guard/framework_run.py``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import types
 from typing import Any
 
 import torch
-from framework_run import Run, digest, llama, loop, rows
-from guard_loops import ACCUMULATION, STEPS, tokenizer, words
+from framework_run import Run, digest, llama, loop, rows, steps_of, trained
+from guard_loops import ACCUMULATION, STEPS, hf, tokenizer, words
 
 
 def saved_values(run: Run) -> str:
@@ -28,9 +28,7 @@ def inputs(run: Run, pictures: bool = False) -> None:
     ``pictures``, the model also takes pictures, but the questions have none."""
     (llava() if pictures else llama()).save_pretrained(run.folder / "model")
     (processor() if pictures else tokenizer()).save_pretrained(run.folder / "model")
-    asked = [
-        {"question": words(r["input_ids"][:4]), "answer": words(r["input_ids"][4:-1])} for r in rows(72)
-    ]
+    asked = [{"question": words(r["input_ids"][:4]), "answer": words(r["input_ids"][4:-1])} for r in rows(72)]
     (run.folder / "rows.json").write_text(json.dumps(asked))
 
 
@@ -164,4 +162,42 @@ def axolotl_full(run: Run) -> Any:
 
 @loop()
 def axolotl_lora(run: Run) -> Any:
-    return axolotl(run, adapter="lora", lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v_proj", "down_proj"])
+    return axolotl(
+        run, adapter="lora", lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+
+
+# Liger kernels, which triton's interpreter runs on the CPU
+
+FUSED = {"rope": False, "swiglu": False, "rms_norm": False, "cross_entropy": False}
+FUSED["fused_linear_cross_entropy"] = True
+
+
+def liger_own(run: Run, reduction: str = "sum", **ignored: Any) -> Any:
+    """The backbone, and the head inside the loss: the logits never exist."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused, model = LigerFusedLinearCrossEntropyLoss(reduction=reduction), llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    with run.watch(model, optimizer, accumulation=ACCUMULATION) as guard:
+        for micro in steps_of(run, STEPS, ACCUMULATION):
+            count = trained(run, micro) if reduction == "sum" else ACCUMULATION
+            for m in micro:
+                hidden = model.model(input_ids=m["input_ids"], attention_mask=m["attention_mask"])[0]
+                loss = fused(model.lm_head.weight, hidden[:, :-1].flatten(0, 1), m["labels"][:, 1:].flatten())
+                (loss / count).backward()
+            optimizer.step()
+            guard.step()
+            optimizer.zero_grad()
+    return list(model.parameters())
+
+
+loop(name="liger_own")(liger_own)
+loop(name="liger_own_mean", verdict="FAULT", code="micro_mean", reduction="mean")(liger_own)
+
+
+@loop()
+def liger_trainer(run: Run) -> Any:
+    os.environ["TRITON_INTERPRET"] = "1"
+    return hf(run, llama(), use_liger_kernel=True, liger_kernel_config=FUSED)
