@@ -1,10 +1,11 @@
 """Runs training loops of the frameworks with the live guard and without it, and writes results/guard_frameworks.json.
 
-    python benchmarks/guard_frameworks.py [--only TEXT] [--python NAME=PATH ...]
+    python benchmarks/guard_frameworks.py [--only TEXT] [--add] [--python NAME=PATH ...]
 
-Environments: ``now`` (peft, TRL and the newest DeepSpeed), ``deepspeed-0.18.9``, ``transformers-4.45.2`` and
-``openrlhf-0.10.2``; truestep builds and caches those that no PATH is given for. Loops of torch, accelerate and
-transformers run in this environment. Every loop must give the same bits with the guard and without it.
+Environments: ``now`` (peft, TRL and the newest DeepSpeed), ``deepspeed-0.18.9``, ``transformers-4.45.2``,
+``openrlhf-0.10.2``, ``llamafactory-0.9.5``, ``axolotl-0.19.0`` and ``liger-0.8.5``; truestep builds and caches those
+that no PATH is given for, and the loops of one that cannot be built are left out with the reason. Loops of torch,
+accelerate and transformers run in this environment. Every loop must give the same bits with the guard and without it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ REQUIREMENTS = {
     "deepspeed-0.18.9": "deepspeed==0.18.9+transformers==5.19.0",
     "transformers-4.45.2": "transformers==4.45.2",
     "openrlhf-0.10.2": "openrlhf==0.10.2",
+    "llamafactory-0.9.5": "llamafactory==0.9.5",
+    "axolotl-0.19.0": "axolotl==0.19.0",
+    "liger-0.8.5": "liger-kernel==0.8.5+triton==3.9.0+transformers==5.19.0",
 }
 LIMIT = 1200.0  # seconds for one child
 Result = dict[str, Any]
@@ -34,36 +38,46 @@ sys.path[:0] = [str(RUN.parent), str(Path(__file__).resolve().parent)]
 
 def plan() -> list[tuple[str, str, int, list[str]]]:
     """Return (environment, modules, ranks, loops) of every group of children."""
+    import framework_fsdp1  # noqa: F401
     import framework_loops  # noqa: F401
     import framework_more  # noqa: F401
     from framework_run import LOOPS
 
     own = dict(LOOPS)
     import guard_loops  # noqa: F401
+    import guard_loops_tuners  # noqa: F401
 
     others = {name: about for name, (_, about) in LOOPS.items() if name not in own}
     groups: list[tuple[str, str, int, list[str]]] = []
     for ranks in (1, 2):
         here = [name for name, (_, about) in own.items() if about.get("ranks", 1) == ranks]
         now = [name for name, about in others.items() if about.get("ranks", 1) == ranks]
-        groups.append(("", "framework_loops,framework_more", ranks, here))
+        groups.append(("", "framework_loops,framework_more,framework_fsdp1", ranks, here))
         for kind in ("peft", "trl", "deepspeed"):
             groups.append(("now", "guard_loops", ranks, [n for n in now if n.startswith(kind)]))
         older = [n for n in now if n.startswith("deepspeed")]
         groups.append(("deepspeed-0.18.9", "guard_loops", ranks, older))
     groups.append(("transformers-4.45.2", "guard_loops", 1, ["transformers_4_45"]))
     groups.append(("openrlhf-0.10.2", "guard_loops", 1, ["openrlhf_sft"]))
+    for environment in ("llamafactory-0.9.5", "axolotl-0.19.0", "liger-0.8.5"):
+        kind = environment.partition("-")[0]
+        groups.append((environment, "guard_loops_tuners", 1, [n for n in others if n.startswith(kind)]))
     return [group for group in groups if group[3]]
 
 
 def interpreter(name: str, given: dict[str, str]) -> str:
+    """Return the Python of an environment, or an empty text if it cannot be built."""
     if not name:
         return sys.executable
     if name in given:
         return given[name]
     from truestep.audit.environments import virtual
 
-    return str(virtual.build(REQUIREMENTS[name], say=lambda line: print(line, file=sys.stderr)))
+    try:
+        return str(virtual.build(REQUIREMENTS[name], say=lambda line: print(line, file=sys.stderr)))
+    except virtual.BuildFailed as error:
+        print(f"{name:20} left out: {error}")
+        return ""
 
 
 def free_port() -> int:
@@ -150,6 +164,9 @@ def main() -> None:
     )
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--only", default="", help="loops or environments whose name contains this")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows in the file of loops that did not run"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "guard_frameworks.json")
     options = parser.parse_args()
     given = dict(text.split("=", 1) for text in options.python)
@@ -158,9 +175,15 @@ def main() -> None:
         chosen = [n for n in names if options.only in n or options.only in (environment or "development")]
         if not chosen:
             continue
-        for found in run(interpreter(environment, given), modules, ranks, chosen):
+        if not (python := interpreter(environment, given)):
+            continue
+        for found in run(python, modules, ranks, chosen):
             rows.append(row(environment, found))
             print(shown(rows[-1]), flush=True)
+    if options.add:
+        ran = {(r["loop"], r["environment"]) for r in rows}
+        before = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+        rows = [r for r in before if (r["loop"], r["environment"]) not in ran] + rows
     clean = [r for r in rows if r["wanted"] != "FAULT"]
     summary = {
         "loops": len(rows), "clean_loops": len(clean), "clean_steps": sum(r["watched"] for r in clean),

@@ -123,7 +123,7 @@ def llamafactory_processor(run: Run) -> Any:
 # axolotl
 
 
-def axolotl(run: Run, **more: Any) -> str:
+def axolotl(run: Run, all_tokens: bool = False, **more: Any) -> str:
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     import yaml
     from axolotl.cli.config import load_cfg
@@ -132,9 +132,15 @@ def axolotl(run: Run, **more: Any) -> str:
     from axolotl.train import train
 
     inputs(run)
-    given = lambda plugin, cfg, model: run.callbacks()  # noqa: E731 (a method)
+
+    def created(plugin: Any, cfg: Any, trainer: Any) -> None:
+        if all_tokens:
+            trainer.model_accepts_loss_kwargs = True
+
+    methods = {"add_callbacks_pre_trainer": lambda plugin, cfg, model: run.callbacks()}
+    methods["post_trainer_create"] = created
     module = types.ModuleType("watching")
-    module.Plugin = type("Plugin", (BasePlugin,), {"add_callbacks_pre_trainer": given})  # type: ignore[attr-defined]
+    module.Plugin = type("Plugin", (BasePlugin,), methods)  # type: ignore[attr-defined]
     sys.modules["watching"] = module
     PluginManager.get_instance().plugins.clear()
     args = {
@@ -155,16 +161,35 @@ def axolotl(run: Run, **more: Any) -> str:
     return saved_values(run)
 
 
-@loop()
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+}
+
+
+@loop(verdict="FAULT", code="micro_mean")
 def axolotl_full(run: Run) -> Any:
+    """Nothing is patched: axolotl 0.19.0 turns off the Trainer's mean over all tokens for each model whose ``forward``
+    takes ``num_items_in_batch`` as one of its ``**kwargs``, as the models of transformers do."""
     return axolotl(run)
 
 
-@loop()
+@loop(verdict="FAULT", code="micro_mean")
 def axolotl_lora(run: Run) -> Any:
-    return axolotl(
-        run, adapter="lora", lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v_proj", "down_proj"]
-    )
+    return axolotl(run, **LORA)
+
+
+@loop()
+def axolotl_all_tokens(run: Run) -> Any:
+    """The plugin turns the mean over all tokens on again."""
+    return axolotl(run, all_tokens=True)
+
+
+@loop()
+def axolotl_lora_all_tokens(run: Run) -> Any:
+    return axolotl(run, all_tokens=True, **LORA)
 
 
 # Liger kernels, which triton's interpreter runs on the CPU

@@ -186,7 +186,8 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.distributed.init_process_group("gloo")
     versions = {}
-    for package in ("torch", "transformers", "accelerate", "trl", "peft", "deepspeed", "openrlhf"):
+    for package in ("torch", "transformers", "accelerate", "trl", "peft", "deepspeed", "openrlhf", "llamafactory",
+                    "axolotl", "liger-kernel"):  # fmt: skip
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     with (

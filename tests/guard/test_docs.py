@@ -65,7 +65,7 @@ def test_transformers(folder: Path) -> None:
     assert found.header["model"] == "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("heading", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("heading", ["DDP", "FSDP2", "FSDP1"])
 def test_two_processes(heading: str, folder: Path) -> None:
     here = Path(__file__).parent
     words = [sys.executable, str(here / "docs_blocks.py"), heading, str(folder / "store")]

@@ -18,6 +18,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+import framework_fsdp1  # noqa: E402, F401
 import framework_loops  # noqa: E402, F401
 import framework_more  # noqa: E402, F401
 from framework_run import LOOPS  # noqa: E402
@@ -35,7 +36,7 @@ def results(folder: Path, names: list[str], ranks: int) -> dict[str, list[dict[s
     script = [
         sys.executable,
         str(HERE / "framework_run.py"),
-        "framework_loops,framework_more",
+        "framework_loops,framework_more,framework_fsdp1",
         str(folder / "out"),
         *names,
     ]
