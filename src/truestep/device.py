@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,22 @@ def compute_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Return the names of the GPUs that this process may use: those in CUDA_VISIBLE_DEVICES, otherwise their
+    numbers. No GPU is initialized."""
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get(_VISIBLE, "").split(",") if name.strip()]
+    return tuple(named[:count] if named else map(str, range(count)))
+
+
+def use_only_gpus(names: Sequence[str]) -> None:
+    """Hide all other GPUs from this process, which must not have used one yet, and from its children."""
+    os.environ[_VISIBLE] = ",".join(names)
 
 
 def collective_backend() -> str:

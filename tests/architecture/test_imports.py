@@ -68,7 +68,8 @@ import truestep.data.procedural, truestep.data.chat, truestep.evaluate.estimate,
 import truestep.cli.main, truestep.cli.run, truestep.cli.data, truestep.cli.report
 import truestep.cli.study, truestep.report.study
 import truestep.study.plan, truestep.study.run, truestep.study.table, truestep.study.analyse, truestep.study.budget
-import truestep.study.estimate, truestep.study.cell_runner, truestep.study.cell_results
+import truestep.study.estimate, truestep.study.cell_runner, truestep.study.cell_results, truestep.study.processes
+import truestep.study.engines, truestep.study.resources
 import truestep.rewards.scorer, truestep.rewards.worker, truestep.rewards.functions, truestep.rewards.judge
 """
 

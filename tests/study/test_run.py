@@ -21,9 +21,10 @@ from truestep.cli.study import write_cell
 from truestep.errors import UserError
 from truestep.pipeline.code import code_of
 from truestep.settings import OptimizerSettings, RlSettings, SamplingSettings, load_settings
-from truestep.study import cell_runner
-from truestep.study.cell_runner import Order, Runner, base_identity, with_absolute_paths
+from truestep.study import processes
+from truestep.study.cell_runner import Runner, base_identity, with_absolute_paths
 from truestep.study.plan import load_study
+from truestep.study.processes import Order
 from truestep.study.run import run_cells, tables_of, tuning_cost
 from truestep.study.table import results
 
@@ -214,7 +215,7 @@ def test_no_two_children_in_one_folder(tmp_path: Path) -> None:
     import fcntl
     import threading
 
-    from truestep.study.cell_runner import start
+    from truestep.study.processes import start
 
     study = tmp_path / "s"
     (study / "cells").mkdir(parents=True)
@@ -432,22 +433,22 @@ class Quick:
         self.exitcode = 0
 
     def start(self) -> None:
-        assert cell_runner.ONE_AT_A_TIME.locked()
+        assert processes.ONE_AT_A_TIME.locked()
 
     def join(self) -> None:
-        assert cell_runner.ONE_AT_A_TIME.locked()
+        assert processes.ONE_AT_A_TIME.locked()
 
 
 def test_exit_codes_are_read_by_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two threads that read the end of one child the second finds nothing: exit code 255 of one that was
     well."""
-    monkeypatch.setattr(cell_runner, "_forks", lambda: SimpleNamespace(Process=Quick))
+    monkeypatch.setattr(processes, "_forks", lambda: SimpleNamespace(Process=Quick))
     (tmp_path / "run.log").write_text("said\n")
-    assert cell_runner.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")
+    assert processes.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "said")
 
 
 def test_a_process_that_ends_before_it_has_a_log_has_said_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cell_runner, "_forks", lambda: SimpleNamespace(Process=Quick))
-    assert cell_runner.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "")
+    monkeypatch.setattr(processes, "_forks", lambda: SimpleNamespace(Process=Quick))
+    assert processes.start(Order(study=str(tmp_path), recipe="r", run="run")) == (0, "")

@@ -52,7 +52,7 @@ def study(
         raise UserError(f"study: expected one study file, got {len(paths)}; run them one after the other")
     path = Path(paths[0])
     announce(f"truestep study: checking {path} and its data")
-    from truestep.study import cell_runner, plan
+    from truestep.study import cell_runner, engines, plan
 
     declared = plan.load_study(path)
     if workers is not None:
@@ -69,13 +69,15 @@ def study(
     if dry_run:
         show_plan(declared, path, folder, as_json)
         return
-    launched = cell_runner.engine(engine, declared.workers)
+    say = ConsoleReporter().say
+    launched = engines.engine(engine, declared, say)
     runner = cell_runner.Runner(
-        study=declared, where=path, out=folder, launch=launched, workers=declared.workers, results=results,
-        say=ConsoleReporter().say,
+        study=declared, where=path, out=folder, launch=launched.launch, workers=declared.workers, results=results,
+        say=say, gpus=launched.gpus, stop=launched.stop,
     )  # fmt: skip
     # A run's own process removes what was left in its directory; an earlier one may still be at work there.
     with rundir.locked(folder, apart="run"):
+        launched.check(folder)
         shutil.copy(path, folder / "study.toml")
         finish(runner, as_json, {**rundir.provenance(declared.seeds[0]), "trainer_audit": trainer_verdict()})
 

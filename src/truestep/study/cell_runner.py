@@ -2,148 +2,31 @@
 
 A task is requested by name, and the first thread that requests it does it. A run requests the run that it
 starts from. Most threads wait; at most ``workers`` of them have a child process. All state is in files: a run
-is done if cells/KEY/cell.json exists. Each run is a child process, ``truestep run``, with one thread. It is
-forked from a process that has imported everything, because importing takes a sixth of a small cell's time.
-The child holds a lock file, so that a study that is killed and started again waits for the child to end.
+is done if cells/KEY/cell.json exists. Each run is a child process, which is started again if it is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import functools
-import multiprocessing
 import os
-import runpy
 import shutil
-import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing import connection, forkserver
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from truestep import rundir
+from truestep import rundir, signals
 from truestep.data.files import find_source
 from truestep.errors import UserError
 from truestep.pipeline.code import code_of
 from truestep.settings import RejectionSettings, RlSettings, Settings, Stage, load_settings, settings_hash
 from truestep.study import cell_results
+from truestep.study.engines import Launch
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
-
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-ONE_THREAD |= {"OMP_WAIT_POLICY": "passive"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """A request to run a recipe to its end. The paths are relative to ``study``, the study directory."""
-
-    study: str
-    recipe: str
-    run: str
-
-
-Launch = Callable[[Order], tuple[int, str]]  # → exit code, last line on stderr
-
-
-IMPORTED = [
-    "truestep.cli.run", "truestep.cli.progress", "truestep.pipeline.run", "truestep.report.html",
-    "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
-    "torch.distributed.tensor", "matplotlib.backends.backend_svg", "matplotlib.figure",
-]  # fmt: skip
-ONE_AT_A_TIME = threading.Lock()
-_RUNNING: set[Any] = set()  # processes that have not been told to end
-
-
-@functools.cache
-def _forks() -> ForkServerContext:
-    """Return the server that forks child processes. It is started once, with ``environment``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    mine = dict(os.environ)
-    os.environ.update(environment(mine))
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(mine)
-    return context
-
-
-def start(order: Order) -> tuple[int, str]:
-    """Run a child process, which first waits for any other process that is working in its folder."""
-    study = Path(order.study)
-    log = study / f"{order.run}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with ONE_AT_A_TIME:
-        process = _forks().Process(target=_child, args=(order,))
-        try:
-            process.start()
-        except EOFError:  # Ctrl-C while it was still importing
-            return 130, "the process that cells are forked from has ended"
-        _RUNNING.add(process)
-    # An exit code can be read only once, and starting a process reads the exit codes of all ended processes.
-    connection.wait([process.sentinel])
-    with ONE_AT_A_TIME:
-        process.join()
-        _RUNNING.discard(process)
-    # A process that is told to end while it starts has no log yet.
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return process.exitcode or 0, said[-1] if said else ""
-
-
-def terminate_children() -> None:
-    """Send SIGTERM once to every child process that runs, so that it saves its work and ends."""
-    with ONE_AT_A_TIME:
-        for process in _RUNNING:
-            process.terminate()
-        _RUNNING.clear()
-
-
-def _child(order: Order) -> None:
-    """Do what ``python -m truestep run`` does, in the study directory. Messages go to the log."""
-    os.chdir(order.study)
-    lock = os.open(f"{order.run}.lock", os.O_CREAT | os.O_RDWR, 0o644)  # held to the end of this process
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    log = os.open(f"{order.run}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for mine, theirs in ((nothing, 0), (nothing, 1), (log, 2)):
-        os.dup2(mine, theirs)
-    sys.argv = ["truestep", "run", order.recipe, "--out", order.run, "--resume"]
-    runpy.run_module("truestep", run_name="__main__")
-
-
-def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a child process, with one thread and the path of this package."""
-    here = str(Path(__file__).resolve().parents[2])
-    paths = [here, *[os.path.abspath(p) for p in inherited.get("PYTHONPATH", "").split(os.pathsep) if p]]
-    return {**inherited, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-
-
-def ray(workers: int) -> Launch:
-    """Return a launcher that starts the child processes through Ray, with one processor each. All nodes must
-    share the study directory."""
-    try:
-        import ray as cluster
-    except ModuleNotFoundError:
-        raise UserError('--engine ray needs the ray package; run pip install "truestep[ray]"') from None
-    if not cluster.is_initialized():
-        address: Any = os.environ.get("RAY_ADDRESS")
-        mine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": 10**8}
-        paths = {"env_vars": {"PYTHONPATH": environment(os.environ)["PYTHONPATH"]}}
-        cluster.init(address=address, log_to_driver=False, runtime_env=paths, **({} if address else mine))
-    remote = cluster.remote(num_cpus=1, max_retries=0)(start)
-    return lambda order: cluster.get(remote.remote(order))
-
-
-def engine(name: str, workers: int) -> Launch:
-    if name not in ("local", "ray"):
-        raise UserError(f"--engine {name} is not an engine; pass local or ray")
-    return ray(workers) if name == "ray" else start
+from truestep.study.processes import Order, how_it_ended, was_killed
+from truestep.study.resources import Places, Share
 
 
 class CellFailed(RuntimeError):
@@ -152,7 +35,8 @@ class CellFailed(RuntimeError):
 
 @dataclass(kw_only=True)
 class Runner:
-    """The state of one call of ``truestep study``. ``results`` is a folder of earlier cells, or None."""
+    """The state of one call of ``truestep study``. ``results`` is a folder of earlier cells, or None. ``gpus``
+    and ``stop`` are those of the engine."""
 
     study: Study
     where: Path  # the study file
@@ -161,6 +45,8 @@ class Runner:
     workers: int
     results: Path | None = None
     say: Callable[[str], None] = print
+    gpus: tuple[str, ...] | None = None
+    stop: Callable[[int], None] = lambda signum: None
     failures: dict[str, str] = field(default_factory=dict)
     # Set after a signal, with its number; then no more child processes are started.
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -168,10 +54,10 @@ class Runner:
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     _made: dict[str, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _gate: threading.Semaphore = field(init=False)
+    _places: Places = field(init=False)
 
     def __post_init__(self) -> None:
-        self._gate = threading.Semaphore(self.workers)
+        self._places = Places(self.workers, self.gpus)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the result of a task, which only the first caller computes."""
@@ -209,7 +95,9 @@ def key_of(runner: Runner, settings: Settings) -> str:
     """Return a cell's identity: a hash of its settings, its other inputs and the recipe's own code."""
     code = [code_of(stage, runner.where.parent) for stage in settings.stages]
     given = given_identity(runner)
-    return cell_results.cell_key(settings, settings_hash(given, str(code)) if any(code) else given)
+    given = settings_hash(given, str(code)) if any(code) else given
+    kinds = runner.study.resources.kinds([stage.name for stage in settings.stages])
+    return cell_results.cell_key(settings, settings_hash(given, str(kinds)) if kinds else given)
 
 
 def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, Any]:
@@ -223,7 +111,8 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
     parent = _parent(runner, settings)
     if runner.study.base:
         runner.once("base", lambda: _base(runner))
-    with runner._gate:
+    share = runner.study.resources.of(settings.stages[-1].name if settings.stages else "")
+    with runner._places.take(share.gpus) as devices:
         if parent is not None:
             made = runner.out / "cells" / key_of(runner, parent) / "run"
             adopt(made, home / "run", len(parent.stages), settings)
@@ -231,21 +120,38 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
-        rundir.write_atomic(home / "name", cell_results.cell_name(arm, settings.seed) + "\n")
-        child(runner, f"cells/{key}")
+        name = cell_results.cell_name(arm, settings.seed)
+        rundir.write_atomic(home / "name", name + "\n")
+        child(runner, _order(runner, f"cells/{key}", share, devices), name)
         cell = cell_results.compact(home / "run", arm=arm, seed=settings.seed, key=key)
         rundir.write_json(done, cell)
     return cell
 
 
-def child(runner: Runner, folder: str) -> None:
-    """Run FOLDER/recipe.toml in FOLDER/run. Raises CellFailed if that fails."""
-    order = Order(study=str(runner.out.resolve()), recipe=f"{folder}/recipe.toml", run=f"{folder}/run")
-    if runner.stopped.is_set():
-        raise CellFailed(f"{order.run}: not started")
-    code, words = runner.launch(order)
-    if code != 0:
-        raise CellFailed(f"{order.run}: exit code {code}, {rundir.redact(words)[:300]}")
+def _order(runner: Runner, folder: str, share: Share, devices: tuple[str, ...] | None) -> Order:
+    """Return the request to run FOLDER/recipe.toml in FOLDER/run."""
+    return Order(study=str(runner.out.resolve()), recipe=f"{folder}/recipe.toml", run=f"{folder}/run",
+                 ranks=share.ranks, gpus=share.gpus, devices=devices)  # fmt: skip
+
+
+def child(runner: Runner, order: Order, name: str) -> None:
+    """Run a child process. If it is killed, start it again where it stopped. Raises CellFailed if it fails, or
+    if it is killed more than ``retries`` times."""
+    for again in range(runner.study.retries + 1):
+        if runner.stopped.is_set():
+            raise CellFailed(f"{order.run}: not started")
+        code, words = runner.launch(order)
+        if code == 0:
+            return
+        ended = f"{how_it_ended(code)}, {rundir.redact(words)[:300]}".removesuffix(", ")
+        if not was_killed(code) or runner.stopped.is_set() or signals.pending():
+            break
+        if again < runner.study.retries:
+            count = f"{again + 1} of {runner.study.retries}"
+            runner.say(f"{name}: {ended}; it is started again where it stopped ({count})")
+        elif again:
+            ended = f"{ended}; it was started again {again} times"
+    raise CellFailed(f"{order.run}: {ended}")
 
 
 def _parent(runner: Runner, settings: Settings) -> Settings | None:
@@ -337,7 +243,13 @@ def base_identity(runner: Runner) -> str:
         return ""
     folder = (runner.where.parent / runner.study.base).parent
     recipe = base_recipe(runner.where, runner.study)
-    return str(runner.once("base identity", lambda: cell_results.cell_key(recipe, files_of(recipe, folder))))
+    kinds = runner.study.resources.kinds(["base"])
+
+    def make() -> str:
+        files = files_of(recipe, folder)
+        return cell_results.cell_key(recipe, settings_hash(files, str(kinds)) if kinds else files)
+
+    return str(runner.once("base identity", make))
 
 
 def given_identity(runner: Runner) -> str:
@@ -376,8 +288,9 @@ def _base(runner: Runner) -> Path:
     made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
     rundir.write_atomic(home / "recipe.toml", rundir.to_toml(made.model_dump(mode="json")))
     rundir.write_atomic(identity, base_identity(runner) + "\n")
-    with runner._gate:
-        child(runner, "base")
+    share = runner.study.resources.of("base")
+    with runner._places.take(share.gpus) as devices:
+        child(runner, _order(runner, "base", share, devices), "base")
     last = f"{len(settings.stages):02d}-{settings.stages[-1].name}"
     link.symlink_to(Path("run", "stages", last, "export"))
     return link

@@ -20,6 +20,7 @@ from truestep.errors import UserError
 from truestep.frozen import Frozen
 from truestep.redaction import INSTEAD, find_secret
 from truestep.settings import Settings, parse_settings
+from truestep.study.resources import Resources
 
 Control = Literal["base", "sft", "sft-continued", "rl-from-base", "random-reward", "rejection"]
 Seed = Annotated[int, Field(ge=0)]
@@ -66,6 +67,8 @@ class Study(Frozen):
     declaration: str = ""  # the page that was written before anything ran
     seeds: tuple[Seed, ...] = Field(min_length=1, max_length=MOST_SEEDS)
     workers: int = Field(2, ge=1)
+    retries: int = Field(3, ge=0)  # how often a cell is started again after its process was killed
+    resources: Resources = Resources()  # the ranks and GPUs of each cell
     flops_per_second: float = Field(2e10, gt=0)  # of one cell; only for the plan's estimate of time
     base: str = ""  # a recipe that is run once; its last stage makes the pinned base
     run: dict[str, Any]  # what all cells share: model, compute, chat, data, evaluate
@@ -85,6 +88,7 @@ class Study(Frozen):
             raise ValueError("two arms have the same name, or two seeds are the same; make each unique")
         for arm in self.arms:
             self._check_arm(arm, names)
+        self._check_resources()
         pairs = (*self.primary, *self.secondary)
         for name in (self.reference, *(name for pair in pairs for name in pair)):
             if name not in names:
@@ -131,6 +135,23 @@ class Study(Frozen):
                 f"(it has {', '.join(goal.stages) or 'none'}), or the arm itself has no stage"
             )
 
+    def _check_resources(self) -> None:
+        known = [*self.stages, *(["base"] if self.base else [])]
+        for name in self.resources.stages:
+            if name not in known:
+                raise ValueError(
+                    f"resources.stages.{name}: there is no such stage; the stages are {', '.join(known)}"
+                )
+        for arm in self.arms:
+            for index, name in enumerate(arm.stages):
+                ranks = self.resources.of(name).ranks
+                alone = [s for s in arm.stages[: index + 1] if _needs_one_rank(self.stages[s])]
+                if ranks > 1 and alone:
+                    raise ValueError(
+                        f"arms.{arm.name}: {name} has {ranks} ranks, but {alone[0]} (a rejection stage, or a stage with "
+                        f"dev) needs a single process; set resources.stages.{name}.ranks = 1"
+                    )
+
     @model_validator(mode="after")
     def _controls(self) -> Self:
         """Raise ValueError if a control is left out without a declared reason, which the table prints."""
@@ -158,6 +179,11 @@ class Study(Frozen):
     def tuning_of(self, arm: Arm) -> Tuning | None:
         """Return the settings of an arm's learning-rate trials, or None if it has no trials."""
         return self.tuning if self.tuning and arm.stages and not arm.untuned else None
+
+
+def _needs_one_rank(stage: Mapping[str, Any]) -> bool:
+    """Return whether ``truestep run`` refuses a recipe with this stage on several ranks."""
+    return stage.get("kind") == "rejection" or bool(stage.get("dev"))
 
 
 Kinds = Sequence[Any]  # of an arm's stages; the flag says whether a stage has the random reward

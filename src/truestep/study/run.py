@@ -16,7 +16,7 @@ from truestep import signals
 from truestep.errors import UserError
 from truestep.settings import Settings
 from truestep.study.cell_results import cell_name, score
-from truestep.study.cell_runner import CellFailed, Runner, node, result, terminate_children
+from truestep.study.cell_runner import CellFailed, Runner, node, result
 from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables
 
 NO_FLOPS = {"paper": 0.0, "full": 0.0}
@@ -46,8 +46,7 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
             runner.stopped.set()
             what = f"interrupted by {Signals(signum).name}: waiting until the running cells are saved"
             runner.say(f"{what} (a second signal stops at once)")
-        if signum == Signals.SIGTERM:  # a terminal sends Ctrl-C to the child processes too
-            terminate_children()
+        runner.stop(signum)
 
     with signals.deferred():
         problems = in_threads([functools.partial(work, arm, seed) for arm, seed in wanted], stop)
