@@ -84,17 +84,22 @@ def start(order: Order) -> tuple[int, str]:
             return 130, "the process that cells are forked from has ended"
         _RUNNING.add(process)
     # An exit code can be read only once, and starting a process reads the exit codes of all ended processes.
-    try:
-        connection.wait([process.sentinel])
-    except KeyboardInterrupt:
-        process.terminate()
-        connection.wait([process.sentinel])
+    _wait(process)
     with ONE_AT_A_TIME:
         process.join()
         _RUNNING.discard(process)
     # A process that is told to end while it starts has no log yet.
     said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return process.exitcode or 0, _last_words(said)
+
+
+def _wait(process: Any) -> None:
+    try:
+        while not connection.wait([process.sentinel], 0.5):
+            pass  # Ray's KeyboardInterrupt does not end a call that waits
+    except KeyboardInterrupt:
+        process.terminate()
+        connection.wait([process.sentinel])
 
 
 def _last_words(said: Sequence[str]) -> str:
