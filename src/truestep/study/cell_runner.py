@@ -25,7 +25,7 @@ from truestep.settings import RejectionSettings, RlSettings, Settings, Stage, lo
 from truestep.study import cell_results
 from truestep.study.engines import Launch
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
-from truestep.study.processes import Order, how_it_ended, was_killed
+from truestep.study.processes import LOST, Order, how_it_ended, was_killed
 from truestep.study.resources import Places, Share
 
 
@@ -143,15 +143,17 @@ def child(runner: Runner, order: Order, name: str) -> None:
         code, words = runner.launch(order)
         if code == 0:
             return
-        ended = f"{how_it_ended(code)}, {rundir.redact(words)[:300]}".removesuffix(", ")
+        ended = how_it_ended(code)
+        full = f"{ended}, {rundir.redact(words)[:300]}".removesuffix(", ")
         if not was_killed(code) or runner.stopped.is_set() or signals.pending():
             break
         if again < runner.study.retries:
             count = f"{again + 1} of {runner.study.retries}"
-            runner.say(f"{name}: {ended}; it is started again where it stopped ({count})")
+            why = full if code == LOST else ended
+            runner.say(f"{name}: {why}; it is started again where it stopped ({count})")
         elif again:
-            ended = f"{ended}; it was started again {again} times"
-    raise CellFailed(f"{order.run}: {ended}")
+            full = f"{full}; it was started again {again} times"
+    raise CellFailed(f"{order.run}: {full}")
 
 
 def _parent(runner: Runner, settings: Settings) -> Settings | None:

@@ -175,12 +175,19 @@ def _torchrun(order: Order, words: Sequence[str]) -> None:
     try:
         torchrun.run(torchrun.parse_args(given))
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        first = error.get_first_failure()[1].exitcode
-        # If a rank is killed, the other ranks end with an error because they have lost it.
-        raise SystemExit(128 - min(codes) if min(codes) < 0 else first) from None
+        raise SystemExit(code_of_ranks([f.exitcode for f in error.failures.values()])) from None
     except SignalException as stop:
         raise SystemExit(128 + stop.sigval) from None
+
+
+def code_of_ranks(codes: Sequence[int]) -> int:
+    """Return the exit code of a cell from those of its ranks that did not end well.
+
+    If one rank ends, the others end because of it: with exit code 1 (they have lost it), or by SIGTERM from
+    torchrun. So an error that truestep has reported comes first, then a signal, then any other code."""
+    reported = [code for code in codes if 1 < code < 128]
+    killed = [128 - code for code in codes if code < 0 and -code != signal.SIGTERM]
+    return [*reported, *killed, *[code for code in codes if code > 0], 128 + signal.SIGTERM][0]
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
