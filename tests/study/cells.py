@@ -87,12 +87,17 @@ def mine():
 """
 
 
-def runner(folder: Path, launch: Launch, out: str, text: str = STUDY, **given: Any) -> Runner:
-    """Return the runner of a study, whose messages are in ``runner.said``."""
+def write(folder: Path, text: str = STUDY) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "row.py").write_text(ROW)
     path = folder / "study.toml"
     path.write_text(text)
+    return path
+
+
+def runner(folder: Path, launch: Launch, out: str, text: str = STUDY, **given: Any) -> Runner:
+    """Return the runner of a study, whose messages are in ``runner.said``."""
+    path = write(folder, text)
     said: list[str] = []
     study = load_study(path)
     made = Runner(

@@ -23,7 +23,8 @@ from truestep import device
 from truestep.errors import UserError
 from truestep.study import engines
 from truestep.study.cell_runner import key_of
-from truestep.study.plan import cell_settings, parse_study, stage_tables
+from truestep.study.estimate import estimate
+from truestep.study.plan import cell_settings, load_study, parse_study, stage_tables
 from truestep.study.processes import LOST, Order, code_of_ranks, start, was_killed
 from truestep.study.resources import Places, Resources, Share
 from truestep.study.run import run_cells
@@ -79,6 +80,16 @@ def test_resources_depend_on_the_stage() -> None:
     }  # fmt: skip
 
 
+def test_the_plan_shows_what_a_cell_uses(tmp_path: Path) -> None:
+    made = cells.runner(tmp_path, start, "out", RANKS)
+    (row,), (plain,) = (
+        estimate(study, tmp_path)["arms"]
+        for study in (made.study, load_study(cells.write(tmp_path / "plain")))
+    )
+    assert (row["ranks"], row["gpus"], plain["ranks"], plain["gpus"]) == (2, 2, 1, 0)
+    assert row["gib"] == pytest.approx(2 * plain["gib"], abs=0.01)
+
+
 def test_other_ranks_are_other_cells_and_the_default_changes_no_name(tmp_path: Path) -> None:
     keys = {}
     for name, text in (
@@ -101,9 +112,10 @@ def test_other_ranks_are_other_cells_and_the_default_changes_no_name(tmp_path: P
 def test_cells_take_different_gpus_and_wait_for_them() -> None:
     places, most, lock = Places(4, ("7", "9", "11")), 0, threading.Lock()
     used: dict[str, int] = {}
+    running = 0
 
     def work(gpus: int) -> None:
-        nonlocal most
+        nonlocal most, running
         with places.take(gpus) as names:
             assert names is not None
             assert len(names) == gpus
@@ -112,8 +124,11 @@ def test_cells_take_different_gpus_and_wait_for_them() -> None:
                     used[name] = used.get(name, 0) + 1
                     assert used[name] == 1
                 most = max(most, sum(used.values()))
+                running += 1
+                assert running <= 4
             time.sleep(0.01)
             with lock:
+                running -= 1
                 for name in names:
                     used[name] -= 1
 

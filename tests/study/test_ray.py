@@ -25,6 +25,13 @@ from truestep.study.run import run_cells
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
+RAY_START = [
+    str(Path(sys.executable).parent / "ray"),
+    "start",
+    "--block",
+    "--object-store-memory",
+    "100000000",
+]
 GPU = (
     cells.STUDY.replace("seeds = [1]", "seeds = [1]\nworkers = 2\nresources = { gpus = 1 }")
     + cells.SECOND_ARM
@@ -182,8 +189,8 @@ def test_a_node_without_the_shared_folder_is_an_error_before_anything_runs(
 ) -> None:
     """The third node has an empty file system in place of the folder of the study."""
     hidden = f"mount -t tmpfs none '{tmp_path}' && exec \"$@\""
-    words = ["unshare", "-m", "sh", "-c", hidden, "sh", str(Path(sys.executable).parent / "ray"), "start", "--block",
-             "--address", cluster.address, "--num-cpus", "2", "--num-gpus", "1"]  # fmt: skip
+    words = ["unshare", "-m", "sh", "-c", hidden, "sh", *RAY_START]
+    words += ["--address", cluster.address, "--num-cpus", "2", "--num-gpus", "1"]
     node = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -206,16 +213,27 @@ def test_a_node_that_goes_away_is_replaced(
     """The node with the GPU goes in the middle of a cell; the cell waits until there is another one."""
     made = on_ray(tmp_path)
 
+    new: list[subprocess.Popen[bytes]] = []
+
     def replace_node() -> None:
         while not cells.trainer(made.out, 25):
             time.sleep(0.02)
         cluster.remove_node(cluster.gpu_node, allow_graceful=False)
-        cluster.gpu_node = cluster.add_node(num_cpus=2, num_gpus=1, object_store_memory=10**8)
+        words = [*RAY_START, "--address", cluster.address, "--num-cpus", "2", "--num-gpus", "1"]
+        new.append(
+            subprocess.Popen(
+                words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+        )
 
     thread = threading.Thread(target=replace_node)
     thread.start()
-    assert len(run_cells(made)) == 2
-    thread.join()
+    try:
+        assert len(run_cells(made)) == 2
+    finally:
+        thread.join()
+        os.killpg(new[0].pid, signal.SIGTERM)
+        new[0].wait(60)
     assert [line for line in made.said if "lost, its Ray worker or node has ended" in line]  # type: ignore[attr-defined]
     assert made.failures == {}
     assert cells.contents(made.out) == undisturbed

@@ -189,6 +189,11 @@ def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
     echo(f"{plan['cells']} cells and {plan['trials']} trials, {plan['flops_full']:.2e} FLOPs, "
                f"{plan['cpu_hours']:.1f} CPU hours, {plan['hours']:.1f} hours with {study.workers} workers, "
                f"{plan['gib']:.1f} GiB")  # fmt: skip
+    ranks, gpus = (max(row[key] for row in plan["arms"]) for key in ("ranks", "gpus"))
+    if (ranks, gpus) != (1, 0):
+        echo(
+            f"a cell uses up to {ranks} ranks and {gpus} GPUs; {study.workers} cells run at once if they are free"
+        )
     echo(str(folder))
 
 

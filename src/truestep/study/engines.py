@@ -200,7 +200,7 @@ def check_nodes(cluster: Any, every: dict[str, Share], folder: Path) -> None:
                 "remove the node from the cluster"
             ) from None
         if fault:
-            raise UserError(f"{where}: {fault}")
+            raise UserError(f"{fault} (its address is {nodes[number]['NodeManagerAddress']})")
 
 
 def _fitting(cluster: Any, share: Share) -> list[Any]:

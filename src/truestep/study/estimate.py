@@ -35,10 +35,13 @@ def estimate(study: Study, base_dir: Path) -> dict[str, Any]:
         scoring = _evaluation_seconds(study, settings, base_dir, lengths) * new_cells
         seconds = new_cells * (own / study.flops_per_second + START_SECONDS) + scoring
         goal = arm.equal_flops
+        shares = [study.resources.of(name) for name in ("", *arm.stages)]
+        ranks, gpus = max(share.ranks for share in shares), max(share.gpus for share in shares)
         rows.append({
             "arm": arm.name, "cells": seeds, "trials": trials, "stages": list(arm.stages),
             "flops_paper": per_seed.paper_flops(shape), "flops_full": per_seed.full_flops(shape),
-            "flops_own_stage": own, "gib": round(_gib(settings), 2), "cpu_seconds": round(seconds),
+            "flops_own_stage": own, "gib": round(ranks * _gib(settings), 2), "ranks": ranks, "gpus": gpus,
+            "cpu_seconds": round(seconds),
             "cpu_seconds_per_cell": round(seconds / new_cells),
             "matched": f"steps of {arm.stages[-1]} set to match {goal.to}" if goal else "",
         })  # fmt: skip
