@@ -268,7 +268,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, by
     return cells.contents(made.out), folder
 
 
-@pytest.mark.parametrize("victim", ["rank", "torchrun"])
+@pytest.mark.parametrize("victim", ["rank", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_ranks_end_together_and_continue(
     victim: str, on_two_ranks: tuple[dict[str, bytes], Path], tmp_path: Path
 ) -> None:
@@ -280,7 +280,7 @@ def test_ranks_end_together_and_continue(
     assert cells.contents(made.out) == on_two_ranks[0]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_ranks_of_a_cell(
     signum: signal.Signals, on_two_ranks: tuple[dict[str, bytes], Path], tmp_path: Path
 ) -> None:
