@@ -25,6 +25,8 @@ from truestep.study.run import run_cells
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
+pytestmark = pytest.mark.timeout(600)  # each node of the cluster starts several processes
+
 RAY_START = [
     str(Path(sys.executable).parent / "ray"),
     "start",
