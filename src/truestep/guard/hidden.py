@@ -28,7 +28,7 @@ def last_hidden(output: Any, otherwise: Tensor | None) -> Tensor | None:
 
 def _fits(hidden: Tensor, head: nn.Module | None, batch: Batch) -> bool:
     """Return whether the weights can be read: the tokens are known, and this rank has the whole head."""
-    weight = getattr(head, "weight", None)
+    weight = None if head is None else head._parameters.get("weight")
     return (
         isinstance(head, nn.Linear)
         and isinstance(weight, Tensor)
@@ -45,13 +45,14 @@ def watch_hidden(micro: Any, hidden: Tensor, head: Any, stop_ids: Any, survive: 
         return
     values = hidden.detach()  # the same memory, which the head's backward pass needs as well
 
-    def backward(delta: Tensor | None) -> None:
-        if delta is None or micro.tokens is not None:
+    def judge(delta: Tensor | None) -> None:
+        backward = torch._C._current_graph_task_id()
+        if delta is None or backward in micro.told:
             return
         with survive:
-            micro.tokens = tokens_of(values, delta, head, micro.batch, stop_ids)
+            micro.told[backward] = tokens_of(values, delta, head, micro.batch, stop_ids)
 
-    hidden.register_hook(backward)
+    hidden.register_hook(judge)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Judges one step from what all ranks saw of it. Every rank comes to the same verdict.
 
-Shapes: R equations, M micro-batches of all ranks, rank after rank, D ranks.
-"""
+Shapes: R equations, M micro-batches of all ranks, rank after rank, D ranks."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ from truestep.audit.measure import thresholds
 from truestep.audit.measure.findings import Cause, Verdict, cause
 from truestep.audit.measure.one_step import Seen, fit_pattern, scale_cause
 from truestep.audit.measure.weights import Recovered
+from truestep.guard.given_up import without_given_up
 from truestep.guard.options import Declared
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.solve import RESIDUAL, TOLERANCE, Solved, solve
@@ -27,6 +27,7 @@ EQUATIONS = 2  # per unknown weight
 NO_BACKWARD, SEVERAL, UNTRAINED = -1, -2, -3
 CLIPPED = 2e-2  # relative difference of two norms that are not the same
 RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
+OF_WEIGHTS = {"kept", "unknown_weights", "unexplained", "momentum", "grouping", "not_finite"}
 STOPS = 3  # untrained stop tokens that are not an accident
 
 
@@ -37,8 +38,8 @@ class Judged:
     verdict: Verdict = Verdict.RIGHT
     causes: tuple[Cause, ...] = ()
     notes: tuple[Cause, ...] = ()  # what was not seen, and harmless factors
-    # Per rank: the weight of each micro-batch's tokens in the gradient that was used, without a common factor;
-    # 1 is right. Without logits, the weight of what its backward pass gave.
+    # Per rank: the weight of each micro-batch's tokens in the used gradient, without a common factor; 1 is right.
+    # Without logits, the weight of what its backward pass gave.
     weights: tuple[tuple[float, ...], ...] = ()
     errors: tuple[tuple[float, ...], ...] = ()  # standard errors
     tokens: tuple[tuple[int, ...], ...] = ()  # per rank: trained tokens of each micro-batch
@@ -47,6 +48,7 @@ class Judged:
     scale: float | None = None  # the common factor of what the backward passes gave
     condition: float | None = None
     dtype: str = "float32"
+    given_up: int = 0  # micro-batches of a step that was left out before this one
 
 
 @dataclass
@@ -76,9 +78,23 @@ class _Step:
 
 def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) -> Judged:
     """Judge one step. ``modules`` [R] numbers each equation's module."""
+    judged = _judge(ranks, modules, declared)
+    found = without_given_up(ranks, judged.weights, declared.accumulation, judged.dtype) if judged.causes else None
+    if found is None:
+        return judged
+    note = cause("", "begun_again" if found.comes_again else "given_up", count=found.count)
+    again = _judge(found.ranks, modules, declared)
+    if any(c.code in OF_WEIGHTS for c in again.causes):
+        return judged
+    return replace(again, notes=(*again.notes, note), given_up=0 if found.comes_again else found.count)
+
+
+def _judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) -> Judged:
     step = _Step(ranks, declared)
     if not step.micro:
-        return _again(step) or Judged(verdict=Verdict.NOT_OBSERVABLE, notes=(cause("", "no_micro_batch"),))
+        ran = any(m.backward not in (NO_BACKWARD, UNTRAINED) for r in ranks for m in r.micro)
+        note = cause("", "zero_gradient" if ran else "no_micro_batch")
+        return _again(step) or Judged(verdict=Verdict.NOT_OBSERVABLE, notes=(note,))
     if any(not np.isfinite(m.column).all() for m in step.micro):
         return Judged(
             verdict=Verdict.FAULT, causes=(cause("not_finite", "gradient_not_finite"),), dtype=step.dtype
@@ -110,7 +126,7 @@ def _again(step: _Step) -> Judged | None:
     """Judge a step without a backward pass, if it used the gradient of the step before."""
     now, before = step.ranks[0].target, step.ranks[0].previous
     read = np.isfinite(now) & np.isfinite(before)
-    if not read.any() or not now[read].any() or not before[read].any():
+    if not now[read].any() or not before[read].any():
         return None
     share = float(now[read] @ before[read]) / float(before[read] @ before[read])
     if np.linalg.norm(now[read] - share * before[read]) > RESIDUAL["float32"] * np.linalg.norm(now[read]):

@@ -116,7 +116,7 @@ class Guard:
         random = torch.Generator().manual_seed(SEED)
         self.watched = choose(self.model, random)
         if not self.watched:
-            raise ValueError("the model has no trainable linear module that can be watched")
+            raise ValueError("the model has no trainable matrix that can be watched")
         chains = [
             unwrapped(one) for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])
         ]
@@ -132,7 +132,7 @@ class Guard:
         self.formulas = [] if self.is_deepspeed else [Formula(self.model, o, random) for o in self.optimizers]
         self.modules = np.repeat(np.arange(len(self.watched)), [len(w.left) for w in self.watched])
         self.previous = np.full(len(self.modules), np.nan)
-        self.norm, self.short_steps, self.same_steps = 0.0, 0, 0
+        self.norm, self.short_steps, self.same_steps, self.given_up_steps = 0.0, 0, 0, 0
         self.has_begun = any(has_gradient(one.weight) for one in self.watched)
         self.sketch.is_on = self._is_due(1)
         self.reader: Reader
@@ -192,7 +192,7 @@ class Guard:
         return step <= FIRST or (step - FIRST) % self.every == 0
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.sketch is None:
+        if self.sketch is None or torch.compiler.is_compiling():
             return
         micro = self.sketch.micro_batches
         if id(optimizer) in self.stepped and not self.failure:  # another had no part in the step before
@@ -232,7 +232,7 @@ class Guard:
             self.previous = self._vector(self.reader.after())
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not self.failure and self.sketch is not None:
+        if not self.failure and self.sketch is not None and not torch.compiler.is_compiling():
             overflowed = getattr(optimizer, "found_inf", None) if self.sketch.is_on else None
             if overflowed is not None and bool(overflowed):
                 self._not_watched("")  # a fused optimizer skips the step by itself
@@ -247,7 +247,9 @@ class Guard:
         self.sketch.was_skipped = self.told == self.step_number
         self.waited = 0 if self.step_number else self.waited + 1
         if self.waited == WAITED:
-            self.teller.once("the optimizer has not stepped; is it the one that trains this model?")
+            self.teller.once(
+                "the optimizer has not stepped; is it the one that trains this model, and its step not compiled?"
+            )
         self.told = self.step_number
 
     def _steps_taken(self) -> int:
@@ -276,7 +278,7 @@ class Guard:
         self.step_number += 1
         self.stepped.clear()
         was_on, self.sketch.is_on = self.sketch.is_on, self._is_due(self.step_number + 1)
-        micro, self.sketch.micro_batches, self.sketch.depth = self.sketch.micro_batches, [], 0
+        micro = self.sketch.take()
         if not was_on:
             for formula in self.formulas:
                 formula.forget()
@@ -301,6 +303,9 @@ class Guard:
         causes: list[Cause] = []
         with Survive(self._failed):
             target, still = self._vector(self.reader.after()), self.moved.after()
+            if any(m.is_second for m in micro):
+                target = nothing
+                self.teller.once("with create_graph, the weights of micro-batches are not read")
             causes = [c for formula in self.formulas for c in formula.causes()]
             columns = [(self._vector(m.columns, 0.0), m) for m in micro]
             narrow = {d for m in micro for d in m.dtypes} | {w.weight.dtype for w in self.watched}
@@ -340,6 +345,10 @@ class Guard:
         # One short step may be the end of an epoch.
         if self.short_steps == FIRST:
             found.append(cause("grouping", "too_few_micro_batches", found=count, asked=asked))
+        self.given_up_steps = self.given_up_steps + 1 if judged.given_up else 0
+        # Now and then, a step may be left out on purpose.
+        if self.given_up_steps == FIRST:
+            found.append(cause("kept", "given_up_often", count=judged.given_up))
         if not found:
             return judged
         return replace(judged, causes=(*judged.causes, *found), verdict=Verdict.FAULT)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from truestep.guard.flat import Part, parts_of
+from truestep.guard.flat import Part, is_flat, parts_of
 
 PROBES = 32  # per module
 DEPTHS, NEIGHBORS = (
@@ -34,6 +34,8 @@ class Watched:
     left: Tensor
     right: Tensor
     part: Part | None = None  # under FSDP1
+    parameter: str = "weight"  # the watched one of the module's parameters
+    is_called: bool = True  # the module computes x·Wᵀ, so its calls are enough
     copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def probes(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,7 @@ class Watched:
     @property
     def weight(self) -> Tensor:
         """What the optimizer has: under FSDP1, this may be the flat parameter of several weights."""
-        return self.module.weight if self.part is None else self.part.owner  # type: ignore[return-value]
+        return self.module._parameters[self.parameter] if self.part is None else self.part.owner  # type: ignore[return-value]
 
     def project(self, matrix: Tensor) -> Tensor:
         """Return uᵀ·matrix·v [K] in float64 for a matrix in the weight's own layout."""
@@ -72,7 +74,8 @@ def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     for name, module in model.named_modules():
         is_conv = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
         part = parts.get(id(module))
-        weight = getattr(module, "weight", None) if part is None else part.owner
+        # An attribute may be computed, as by a parametrization, which can change the training (spectral norm).
+        weight = module._parameters.get("weight") if part is None else part.owner
         is_plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         if module is head or not (is_plain or is_conv) or not isinstance(weight, Tensor):
             continue
@@ -96,12 +99,46 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 def choose(model: nn.Module, random: torch.Generator, probes: int = PROBES) -> list[Watched]:
-    """Return the watched modules, from the smaller half of the linear modules, at evenly spaced depths."""
-    found, parts = list(linear_modules(model)), parts_of(model)
-    sizes = {name: int(torch.Size(_shape(module, parts)).numel()) for name, module, _ in found}
-    limit = sorted(sizes.values())[len(sizes) // 2] if sizes else 0
-    small = [entry for entry in found if sizes[entry[0]] <= limit]
-    return [_with_probes(*small[i], parts, random, probes) for i in _spread(len(small))]
+    """Return the watched modules, from the smaller half of the linear modules, at evenly spaced depths. Without
+    such a module, other matrices are watched by their gradients alone."""
+    parts = parts_of(model)
+    found = [Place(n, m, is_transposed=t, part=parts.get(id(m))) for n, m, t in linear_modules(model)]
+    found = found or list(matrices(model))
+    sizes = [place.shape[0] * place.shape[1] for place in found]
+    limit = sorted(sizes)[len(sizes) // 2] if sizes else 0
+    small = [place for place, size in zip(found, sizes, strict=True) if size <= limit]
+    return [_with_probes(small[i], random, probes) for i in _spread(len(small))]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix that can be watched."""
+
+    name: str
+    module: nn.Module
+    parameter: str = "weight"
+    is_transposed: bool = False
+    is_called: bool = True
+    part: Part | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.part is not None:
+            return self.part.shape
+        return shape_of(self.module._parameters[self.parameter])  # type: ignore[arg-type]
+
+
+def matrices(model: nn.Module) -> Iterator[Place]:
+    """Yield the trainable matrices, each once, whose gradients appear as a whole in the backward pass."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is None or id(p) in seen or p.dim() != 2 or not p.requires_grad or not p.is_floating_point():
+                continue
+            is_whole = not hasattr(p, "placements") and not hasattr(p, "ds_id") and not is_flat(p)
+            if is_whole and not getattr(module, "sparse", False):
+                seen.add(id(p))
+                yield Place(f"{module_name}.{name}".strip("."), module, name, is_called=False)
 
 
 def _spread(count: int) -> Sequence[int]:
@@ -110,20 +147,21 @@ def _spread(count: int) -> Sequence[int]:
     return sorted({i for start in starts for i in range(start, min(count, start + NEIGHBORS))})
 
 
-def _shape(module: nn.Module, parts: dict[int, Part]) -> tuple[int, ...]:
-    part = parts.get(id(module))
-    return shape_of(module.weight) if part is None else part.shape  # type: ignore[arg-type]
-
-
-def _with_probes(
-    name: str, module: nn.Module, is_transposed: bool, parts: dict[int, Part], random: torch.Generator,
-    probes: int,
-) -> Watched:  # fmt: skip
-    rows, columns = _shape(module, parts)
-    num_out, num_in = (columns, rows) if is_transposed else (rows, columns)
+def _with_probes(place: Place, random: torch.Generator, probes: int) -> Watched:
+    rows, columns = place.shape
+    num_out, num_in = (columns, rows) if place.is_transposed else (rows, columns)
     left = torch.randn(probes, num_out, generator=random)
     right = torch.randn(probes, num_in, generator=random)
-    return Watched(name, module, is_transposed, left, right, parts.get(id(module)))
+    return Watched(
+        place.name, place.module, place.is_transposed, left, right, place.part, place.parameter, place.is_called
+    )
+
+
+def table_of(model: nn.Module, head: nn.Module | None) -> nn.Module | None:
+    """Return the embedding of the tokens: the first with as many rows as the head has outputs."""
+    size = getattr(head, "out_features", None)
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    return next((m for m in tables if m.num_embeddings == size), None)
 
 
 def stop_ids_of(model: nn.Module) -> tuple[int, ...]:

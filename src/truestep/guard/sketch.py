@@ -9,8 +9,8 @@ V entries of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from truestep.guard.flat import parts_of
 from truestep.guard.hidden import last_hidden, watch_hidden
-from truestep.guard.modules import Watched, head_of
+from truestep.guard.modules import Watched, head_of, table_of
 from truestep.guard.survive import Survive
 from truestep.guard.tokens import Batch, TokenHooks, Tokens
 from truestep.guard.update import local
@@ -33,13 +33,44 @@ class MicroBatch:
 
     batch: Batch
     is_called: bool = True  # the call of the model was seen
+    reached: dict[int, set[int]] = field(default_factory=dict)  # of all of a step: module → backward passes
     ran: set[int] = field(default_factory=set)  # modules whose call was seen
-    columns: dict[int, Tensor] = field(default_factory=dict)  # module → K in float64
-    passes: set[int] = field(default_factory=set)  # backward passes that reached it
+    parts: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # module, backward pass → K in float64
     dtypes: set[torch.dtype] = field(default_factory=set)  # of the watched modules' outputs
-    tokens: Tokens | None = None
+    told: dict[int, Tokens] = field(default_factory=dict)  # backward pass → tokens
     has_logits: bool = False
     is_split: bool = False  # its logits come in several parts
+    is_second: bool = False  # a gradient of its gradient may follow
+
+    def add(self, index: int, given: Tensor) -> None:
+        key = index, torch._C._current_graph_task_id()
+        self.parts[key] = self.parts[key] + given if key in self.parts else given
+
+    def _kept(self) -> Iterator[tuple[int, int]]:
+        """Yield what went into gradients of weights. A pass to something else, such as the embeddings of an
+        adversarial input, ran through the modules but gave their weights nothing."""
+        return (key for key in self.parts if not (seen := self.reached.get(key[0])) or key[1] in seen)
+
+    @property
+    def columns(self) -> dict[int, Tensor]:
+        """Return what each module's weight was given, K in float64."""
+        sums: dict[int, Tensor] = {}
+        for key in self._kept():
+            sums[key[0]] = sums[key[0]] + self.parts[key] if key[0] in sums else self.parts[key]
+        return sums
+
+    @property
+    def passes(self) -> set[int]:
+        """Return the backward passes that reached it."""
+        return {backward for _, backward in self._kept()}
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """Return the tokens of the first pass that reached weights."""
+        useful = set().union(*self.reached.values())
+        return next(
+            (t for backward, t in self.told.items() if backward in useful), next(iter(self.told.values()), None)
+        )
 
 
 class Inert:
@@ -66,6 +97,7 @@ class Sketch:
         """``models`` is the model, and what it is wrapped in, the outermost first."""
         self.watched, self.survive = list(watched), Survive(failed)
         self.micro_batches: list[MicroBatch] = []
+        self.reached: dict[int, set[int]] = {}  # of this step: module → backward passes that gave it a gradient
         self.is_on = False
         self.depth = 0
         self.tokens = TokenHooks(self.survive)
@@ -76,14 +108,18 @@ class Sketch:
         for module in [*models[:-1], *_around(model, [w.module for w in watched])]:
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self.is_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.head = head_of(model)
+        if (table := table_of(model, self.head)) is not None and not self.is_pair:
+            self.handles.append(table.register_forward_pre_hook(self._table))
         if self.head is not None:
             self.handles.append(self.head.register_forward_hook(self._head))
         self.whole_head = None if id(self.head) in parts_of(model) else self.head
         for index, one in enumerate(self.watched):
-            self.handles.append(
-                one.module.register_forward_hook(partial(self._forward, index), with_kwargs=True)
-            )
+            if one.is_called:
+                self.handles.append(
+                    one.module.register_forward_hook(partial(self._forward, index), with_kwargs=True)
+                )
             # ZeRO stage 3 and FSDP1 make the gradient of a weight that is not there.
             if not hasattr(one.weight, "ds_id") and one.part is None:
                 self.handles.append(one.weight.register_hook(partial(self._weight, index)))
@@ -99,6 +135,11 @@ class Sketch:
         self.micro_batches.clear()
         self.is_on = False
 
+    def take(self) -> list[MicroBatch]:
+        """Return the micro-batches of the step, and begin the next one."""
+        micro, self.micro_batches, self.reached, self.depth = self.micro_batches, [], {}, 0
+        return micro
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
@@ -107,7 +148,20 @@ class Sketch:
             return
         with self.survive:
             self._drop_skipped()
-            self.micro_batches.append(MicroBatch(Batch.of(args, kwargs)))
+            self.micro_batches.append(
+                MicroBatch(Batch.of(args, kwargs, is_pair=self.is_pair), reached=self.reached)
+            )
+
+    def _table(self, module: nn.Module, args: Any) -> None:
+        """Read the tokens from the embedding, if the model was called with something else, such as a whole batch."""
+        if torch.compiler.is_compiling() or not self.is_on or self.depth == 0 or not self.micro_batches:
+            return
+        with self.survive:
+            micro = self.micro_batches[-1]
+            if micro.batch.ids is None:
+                micro.batch = replace(Batch.of(args, {}), is_inner=True)
+            elif micro.batch.is_inner:
+                micro.is_split = True  # the model is run several times within one call
 
     def _drop_skipped(self) -> None:
         """Forget the micro-batches of a step that was skipped, if their gradients were thrown away."""
@@ -162,25 +216,25 @@ class Sketch:
             return
         with self.survive:
             left = projected(delta, self.watched[index].probes(delta.device)[0], dtype)
-            given = (left * right).sum(0, dtype=torch.float64)
-            micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
+            micro.add(index, (left * right).sum(0, dtype=torch.float64))
             micro.dtypes.add(dtype)
-            micro.passes.add(torch._C._current_graph_task_id())
+            # In a hook, this is ``create_graph``.
+            micro.is_second |= torch.is_grad_enabled()
 
     def _weight(self, index: int, gradient: Tensor) -> None:
-        """Take the gradient of a weight whose module's call was not seen, once per backward pass."""
-        if not self.is_on or any(index in micro.ran for micro in self.micro_batches):
+        """Note that a backward pass reached a weight. Take its gradient if its module's call was not seen."""
+        if not self.is_on:
+            return
+        self.reached.setdefault(index, set()).add(torch._C._current_graph_task_id())
+        if any(index in micro.ran for micro in self.micro_batches):
             return
         with self.survive:
             if not self.micro_batches or (
                 index in self.micro_batches[-1].columns and not self.micro_batches[-1].is_called
             ):
                 self._drop_skipped()
-                self.micro_batches.append(MicroBatch(Batch(), is_called=False))
-            micro = self.micro_batches[-1]
-            micro.passes.add(torch._C._current_graph_task_id())
-            given = self.watched[index].project(gradient.detach())
-            micro.columns[index] = micro.columns[index] + given if index in micro.columns else given
+                self.micro_batches.append(MicroBatch(Batch(), is_called=False, reached=self.reached))
+            self.micro_batches[-1].add(index, self.watched[index].project(gradient.detach()))
 
 
 @torch.no_grad()

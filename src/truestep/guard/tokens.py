@@ -21,6 +21,8 @@ from truestep.guard.survive import Survive
 
 ENTRIES = 2**24  # of logits that are copied to float32 at a time
 SHIFTS = (1, 0, 2)  # a logit's target is this many positions later; 0 and 2 are faults
+MOST = 0.95  # share of the targets that have the wrong shift, if it is a fault; a denoising model has fewer
+FAINT = 0.02  # relative; a smaller gradient is no training of a token, but of a regularizer, if its weight is so small
 CLEAR = 1e-3  # a trained position with a smaller 1 − p may have a gradient that rounds to zero
 
 
@@ -31,9 +33,14 @@ class Batch:
     ids: Tensor | None = None
     labels: Tensor | None = None
     attention: Tensor | None = None
+    source: Tensor | None = None  # what an encoder reads
+    is_inner: bool = False  # the tokens were seen within the model's call
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> Batch:
+    def of(cls, args: Sequence[Any], kwargs: dict[str, Any], *, is_pair: bool = False) -> Batch:
+        """Return the batch of a model that is called so; ``is_pair``: of an encoder and a decoder."""
+        if is_pair:
+            return cls.of_decoder(args, kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
             return cls()
@@ -42,6 +49,17 @@ class Batch:
         same = [o.detach() if isinstance(o, Tensor) and o.shape == ids.shape else None for o in others]
         return cls(ids, *same)
 
+    @classmethod
+    def of_decoder(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> Batch:
+        """Return what the decoder reads and is asked for. It makes its inputs from the labels, if it has none: a
+        first token, and then all labels but the last."""
+        ids, labels = kwargs.get("decoder_input_ids"), kwargs.get("labels")
+        if ids is None and isinstance(labels, Tensor) and labels.dim() == 2:
+            ids = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1].clamp(min=0)], 1)
+        named = {"labels": labels, "attention_mask": kwargs.get("decoder_attention_mask")}
+        source = cls.of(args, kwargs).ids
+        return replace(cls.of((), {"input_ids": ids, **named}), source=source)
+
     @property
     def is_untrained(self) -> bool:
         """Whether the labels say that nothing is trained."""
@@ -49,9 +67,10 @@ class Batch:
 
     def mark(self) -> int:
         """Return 48 bits of a hash of the tokens; 0 if there are none."""
-        if self.ids is None:
+        given = [part for part in (self.source, self.ids) if part is not None]
+        if not given:
             return 0
-        data = self.ids.cpu().contiguous().numpy().tobytes()
+        data = b"".join(part.cpu().contiguous().numpy().tobytes() for part in given)
         return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big")
 
 
@@ -119,10 +138,11 @@ class TokenHooks:
             logits.register_hook(partial(self._backward, micro, seen))
 
     def _backward(self, micro: Any, seen: Forward, delta: Tensor | None) -> None:
-        if delta is None or micro.tokens is not None or micro.is_split:
+        backward = torch._C._current_graph_task_id()
+        if delta is None or backward in micro.told or micro.is_split:
             return
         with self.survive:
-            micro.tokens = seen.judge(delta, self.stop_ids)
+            micro.told[backward] = seen.judge(delta, self.stop_ids)
 
 
 def _is_copy(logits: Tensor, head: Tensor) -> bool:
@@ -184,12 +204,14 @@ class Forward:
         """Return what the gradient of the logits says, from four ``parts`` [B, S]: the target of each position,
         the gradient there, the sum of the other entries, and the gradient at the top entry."""
         target, own, others, at_top = parts
-        trained = own != 0
+        touched = own != 0
+        trained = touched & ~self._faint(target, own, others)
         count = int(trained.sum())
         hits = [int(((target == self.targets[i]) & trained).sum()) for i in range(len(SHIFTS))]
         best = max(range(len(SHIFTS)), key=lambda i: (hits[i], -i))
         # Random tokens repeat by chance, so most, not all, decide.
-        shift = SHIFTS[best] if hits[best] > count / 2 else -1
+        enough = count / 2 if SHIFTS[best] == 1 else MOST * count
+        shift = SHIFTS[best] if hits[best] > enough else -1
         logp = torch.where(target == self.targets[best], self.logp[best], torch.nan)
         known = trained & logp.isfinite()
         rest = torch.where(known, -torch.expm1(logp), 0.0).double()
@@ -216,9 +238,20 @@ class Forward:
             sequence_spread=_spread(row_weight * row_count[used]), form=form, shift=shift,
             outside=0, missing=0, missing_ends=0, slots=self.shape[0] * self.shape[1], stops=0, stops_trained=0,
         )  # fmt: skip
-        return self._against_masks(sums, trained, stop_ids)
+        return self._against_masks(sums, trained, touched, stop_ids)
 
-    def _against_masks(self, sums: Tokens, trained: Tensor, stop_ids: tuple[int, ...]) -> Tokens:
+    def _faint(self, target: Tensor, own: Tensor, others: Tensor) -> Tensor:
+        """Return where [B, S] the gradient is far smaller than that of the others and not because the target is
+        nearly certain. So are an entropy and a z-loss of tokens that are not trained."""
+        least = FAINT * own.abs().max() if own.numel() else own.new_zeros(())
+        is_target = target == self.targets
+        logp = torch.where(is_target, self.logp, -torch.inf).max(0).values
+        rest = torch.where(is_target.any(0), -torch.expm1(logp), 1.0)
+        return (own.abs() < least) & (rest > CLEAR) & (others.abs() / rest < least)
+
+    def _against_masks(
+        self, sums: Tokens, trained: Tensor, touched: Tensor, stop_ids: tuple[int, ...]
+    ) -> Tokens:
         size, batch = self.shape[1], self.batch
         following = self.targets[0]
         exists = following >= 0
@@ -230,7 +263,7 @@ class Forward:
             mask = batch.labels[:, -size:] if _is_shifted(batch) else next_values(batch.labels, size, -100)
             asked = (mask != -100) & exists
             outside |= trained & exists & ~asked
-            gone = asked & ~trained & (-torch.expm1(self.logp[0]) > CLEAR)
+            gone = asked & ~touched & (-torch.expm1(self.logp[0]) > CLEAR)
             ends = asked & ~_next_mask(asked)
             missing, missing_ends = int(gone.sum()), int((gone & ends).sum())
         stops = stops_trained = 0

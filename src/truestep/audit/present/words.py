@@ -122,6 +122,7 @@ SENTENCES: dict[str, Form] = {
     "ranks_use_other_gradients": "the ranks use different gradients (by up to {difference:.1e})",
     "ranks_have_other_parameters": "the ranks have different parameters",
     "too_many_micro_batches": "a step has {found} micro-batches; expected {asked}",
+    "given_up_often": "{count} micro-batches before each step are thrown away",
     "too_few_micro_batches": "all steps have {found} micro-batches; expected {asked}",
     "changed_between_steps": "the parameters changed between two steps of the optimizer",
     "back_to_before": "the parameters were set back to those before the step",
@@ -161,7 +162,8 @@ SENTENCES: dict[str, Form] = {
     "ranks_diverge": "the ranks have different parameters (by up to {difference:.1e})",
     # what was not seen
     "other_loss": "the loss is not a weighted negative log-likelihood, so the weights of tokens were not read",
-    "no_logits": "no logits were seen (a compiled model, or a fused loss), so the weights of tokens were not read",
+    "no_logits": "no logits or no tokens were seen (a compiled model, a fused loss, or a model that is called "
+    "without input_ids), so the weights of tokens were not read",
     "gradient_unread": "the gradient that the optimizer used could not be read, so nothing is known of its weights",
     "other_targets": "the targets are not the next tokens, so the weights of tokens were not read",
     "weights_by_token": "the tokens of a row have different weights",
@@ -174,6 +176,9 @@ SENTENCES: dict[str, Form] = {
     "engine_not_reachable": "engine not reachable: {reason}",
     "engine_not_checked": "the engine is not checked: {reason}",
     "engine_ahead": "the engine changed {share:.0%} as much as the trainer",
+    "zero_gradient": "the gradients of all micro-batches are zero, so there is nothing to compare",
+    "begun_again": "{count} micro-batches were thrown away and run again",
+    "given_up": "{count} micro-batches before this step were thrown away (a step that was left out)",
     "no_micro_batch": "no backward pass reached the watched modules, or torch.compile hides those of a sharded model",
     "no_case": "no case was run",
     "case_not_run": "not run ({why})",
