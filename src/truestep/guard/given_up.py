@@ -15,6 +15,9 @@ import numpy as np
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.solve import TOLERANCE
 
+# Faults after which it was another way in which micro-batches are missing.
+OF_WEIGHTS = {"kept", "unknown_weights", "unexplained", "momentum", "grouping", "not_finite"}
+
 
 @dataclass(frozen=True)
 class GivenUp:
@@ -25,20 +28,28 @@ class GivenUp:
     comes_again: bool  # all of their rows
 
 
+def only_finite(ranks: Sequence[RankSeen]) -> list[RankSeen] | None:
+    """Return the ranks without the micro-batches that are not finite, or None if all are."""
+    kept = [tuple(m for m in rank.micro if np.isfinite(m.column).all()) for rank in ranks]
+    if all(len(some) == len(rank.micro) for some, rank in zip(kept, ranks, strict=True)):
+        return None
+    return [replace(rank, micro=some) for some, rank in zip(kept, ranks, strict=True)]
+
+
 def without_given_up(
     ranks: Sequence[RankSeen], weights: Sequence[Sequence[float]], asked: int, dtype: str
 ) -> GivenUp | None:
     """Return the step that was begun again, or None if there is none, or if micro-batches are missing in another way.
 
-    ``weights`` are those of each rank's micro-batches with a gradient, or nothing if some gradient was not finite.
+    ``weights`` are those of each rank's micro-batches with a finite gradient.
     ``asked`` is the declared number of micro-batches. The step was begun again if just its last ``asked``
     micro-batches count, or if the rows of all others come again.
     """
-    if not all(np.isfinite(rank.target).all() for rank in ranks):
+    if not weights or not all(np.isfinite(rank.target).all() for rank in ranks):
         return None
     kept, counts, repeated = [], [], []
     for number, rank in enumerate(ranks):
-        own = weights[number] if weights else [1.0] * len(rank.micro)
+        own = weights[number]
         values, least = iter(own), TOLERANCE[dtype] * max(map(abs, own), default=0.0)
         lives = [_alive(rank.micro, i, values, least) for i, m in enumerate(rank.micro)]
         dead = [i for i, alive in enumerate(lives) if alive is False]

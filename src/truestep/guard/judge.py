@@ -13,7 +13,7 @@ from truestep.audit.measure import thresholds
 from truestep.audit.measure.findings import Cause, Verdict, cause
 from truestep.audit.measure.one_step import Seen, fit_pattern, scale_cause
 from truestep.audit.measure.weights import Recovered
-from truestep.guard.given_up import without_given_up
+from truestep.guard.given_up import OF_WEIGHTS, only_finite, without_given_up
 from truestep.guard.options import Declared
 from truestep.guard.ranks import MicroSeen, RankSeen
 from truestep.guard.solve import RESIDUAL, TOLERANCE, Solved, solve
@@ -27,7 +27,6 @@ EQUATIONS = 2  # per unknown weight
 NO_BACKWARD, SEVERAL, UNTRAINED = -1, -2, -3
 CLIPPED = 2e-2  # relative difference of two norms that are not the same
 RANKS_EQUAL = 1e-5  # relative difference of the used gradient between two ranks
-OF_WEIGHTS = {"kept", "unknown_weights", "unexplained", "momentum", "grouping", "not_finite"}
 STOPS = 3  # untrained stop tokens that are not an accident
 
 
@@ -38,8 +37,8 @@ class Judged:
     verdict: Verdict = Verdict.RIGHT
     causes: tuple[Cause, ...] = ()
     notes: tuple[Cause, ...] = ()  # what was not seen, and harmless factors
-    # Per rank: the weight of each micro-batch's tokens in the used gradient, without a common factor; 1 is right.
-    # Without logits, the weight of what its backward pass gave.
+    # Per rank: the weight of each micro-batch's tokens (or, without logits, of what its backward pass gave) in the
+    # used gradient, without a common factor; 1 is right.
     weights: tuple[tuple[float, ...], ...] = ()
     errors: tuple[tuple[float, ...], ...] = ()  # standard errors
     tokens: tuple[tuple[int, ...], ...] = ()  # per rank: trained tokens of each micro-batch
@@ -79,13 +78,13 @@ class _Step:
 def judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) -> Judged:
     """Judge one step. ``modules`` [R] numbers each equation's module."""
     judged = _judge(ranks, modules, declared)
-    found = without_given_up(ranks, judged.weights, declared.accumulation, judged.dtype) if judged.causes else None
-    if found is None:
+    finite = only_finite(ranks)
+    weights = (judged if finite is None else _judge(finite, modules, declared)).weights
+    found = without_given_up(ranks, weights, declared.accumulation, judged.dtype) if judged.causes else None
+    again = _judge(found.ranks, modules, declared) if found else judged
+    if found is None or OF_WEIGHTS & {c.code for c in again.causes}:
         return judged
     note = cause("", "begun_again" if found.comes_again else "given_up", count=found.count)
-    again = _judge(found.ranks, modules, declared)
-    if any(c.code in OF_WEIGHTS for c in again.causes):
-        return judged
     return replace(again, notes=(*again.notes, note), given_up=0 if found.comes_again else found.count)
 
 
@@ -93,21 +92,20 @@ def _judge(ranks: Sequence[RankSeen], modules: np.ndarray, declared: Declared) -
     step = _Step(ranks, declared)
     if not step.micro:
         ran = any(m.backward not in (NO_BACKWARD, UNTRAINED) for r in ranks for m in r.micro)
-        note = cause("", "zero_gradient" if ran else "no_micro_batch")
-        return _again(step) or Judged(verdict=Verdict.NOT_OBSERVABLE, notes=(note,))
+        notes = (cause("", "zero_gradient" if ran else "no_micro_batch"),)
+        return _again(step) or Judged(verdict=Verdict.NOT_OBSERVABLE, notes=notes)
     if any(not np.isfinite(m.column).all() for m in step.micro):
-        return Judged(
-            verdict=Verdict.FAULT, causes=(cause("not_finite", "gradient_not_finite"),), dtype=step.dtype
-        )
+        not_finite = (cause("not_finite", "gradient_not_finite"),)
+        return Judged(verdict=Verdict.FAULT, causes=not_finite, dtype=step.dtype)
     _data(step)
-    limit, norm = declared.max_grad_norm, ranks[0].norm
-    if limit and norm > limit * (1 + CLIPPED):
+    limit = declared.max_grad_norm
+    if limit and ranks[0].norm > limit * (1 + CLIPPED):
         step.causes.append(cause("clip", "clip_missing", asked=limit))
     solved = _sum(step, modules)
     weighed = _tokens(step)
     _name(step, solved, weighed)
-    unjudged = solved is None and declared.gradient == "sum"
-    verdict = Verdict.FAULT if step.causes else Verdict.NOT_OBSERVABLE if unjudged else Verdict.RIGHT
+    judges = solved is not None or declared.gradient != "sum"
+    verdict = Verdict.FAULT if step.causes else Verdict.RIGHT if judges else Verdict.NOT_OBSERVABLE
     counts = np.array([m.tokens.trained if m.tokens else 0 for m in step.micro])
     shown = np.ones(len(step.micro)) if weighed is None else weighed * counts.sum() / step.token_scale
     common = _common(solved, step.dtype) if solved else 1.0

@@ -69,7 +69,8 @@ class MicroBatch:
         """Return the tokens of the first pass that reached weights."""
         useful = set().union(*self.reached.values())
         return next(
-            (t for backward, t in self.told.items() if backward in useful), next(iter(self.told.values()), None)
+            (t for backward, t in self.told.items() if backward in useful),
+            next(iter(self.told.values()), None),
         )
 
 
@@ -97,7 +98,9 @@ class Sketch:
         """``models`` is the model, and what it is wrapped in, the outermost first."""
         self.watched, self.survive = list(watched), Survive(failed)
         self.micro_batches: list[MicroBatch] = []
-        self.reached: dict[int, set[int]] = {}  # of this step: module → backward passes that gave it a gradient
+        self.reached: dict[
+            int, set[int]
+        ] = {}  # of this step: module → backward passes that gave it a gradient
         self.is_on = False
         self.depth = 0
         self.tokens = TokenHooks(self.survive)

@@ -47,7 +47,7 @@ class Batch:
         ids = ids.detach().reshape(-1, ids.shape[-1])
         others = (kwargs.get("labels"), kwargs.get("attention_mask"))
         same = [o.detach() if isinstance(o, Tensor) and o.shape == ids.shape else None for o in others]
-        return cls(ids, *same)
+        return cls(ids, labels=same[0], attention=same[1])
 
     @classmethod
     def of_decoder(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> Batch:

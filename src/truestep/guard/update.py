@@ -80,7 +80,8 @@ class Moved:
     def _should(self, parameter: Tensor) -> bool:
         if (gradient := parameter.grad) is None:
             return False
-        slope, value = local(gradient).float().abs(), local(parameter).float().abs()
+        gradient = local(gradient.to_dense() if gradient.is_sparse else gradient)
+        slope, value = gradient.float().abs(), local(parameter).float().abs()
         group = self.group_of.get(id(parameter))
         rates = [float(g["lr"]) for g in self.groups] if group is None else [float(group["lr"])]
         rate = max(rates, default=0.0)
@@ -172,7 +173,7 @@ class Formula:
         if not self.kind or getattr(self.optimizer, "grad_scale", None) is not None:
             return
         for name, parameter, group, places in self.chosen:
-            if parameter.grad is None:
+            if parameter.grad is None or parameter.grad.is_sparse:
                 continue
             kept = {key: _entries(v, places) for key, v in self.optimizer.state.get(parameter, {}).items()}
             value, gradient = _entries(parameter, places), _entries(parameter.grad, places)
