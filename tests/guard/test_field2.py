@@ -133,11 +133,12 @@ def adversarial(model: Any, micro: Micro, second: bool = False) -> Tensor:
     return nll(model(None, embeds + 0.1 * slope), micro)
 
 
-def logged(model: Any, micro: Micro) -> Tensor:
-    """Return the loss; the gradient of another one, a mean over the micro-batch, was only logged."""
+def logged(model: Any, micro: Micro, is_sum: bool = False) -> Tensor:
+    """Return the loss; the gradient of another one, a sum or a mean over the micro-batch, was only logged."""
     logits = model(micro.ids)
     inputs = model.embed.weight
-    torch.autograd.grad(nll(logits, micro) / micro.counts.sum(), inputs, retain_graph=True)
+    size = 1 if is_sum else micro.counts.sum()
+    torch.autograd.grad(nll(logits, micro) / size, inputs, retain_graph=True)
     return nll(logits, micro)
 
 
@@ -151,7 +152,8 @@ def test_gradients_of_inputs_are_no_micro_batches(loss: Loss, drops: bool) -> No
 
 def test_the_loss_that_is_only_logged_does_not_hide_a_mean_of_means() -> None:
     torch.manual_seed(0)
-    watch = run(every_step(logged, by_micro=True), model=Embedded(64), accumulation=COUNT)
+    body = every_step(lambda model, micro: logged(model, micro, is_sum=True), by_micro=True)
+    watch = run(body, model=Embedded(64), accumulation=COUNT)
     assert codes(watch) == [["micro_mean"]] * 4
 
 
@@ -187,11 +189,12 @@ def test_a_module_that_is_called_with_a_whole_batch(by_micro: bool) -> None:
 def test_a_module_that_runs_the_model_twice() -> None:
     class Pair(Whole):
         def forward(self, micro: Micro) -> Tensor:
-            other = make_micro(0, 50, 0, 2)
+            other = Micro(micro.ids.flip(1), micro.attention, micro.labels.flip(1))
             return usual(self.net, micro) + usual(self.net, other) / 7
 
     watch = run(every_step(lambda model, micro: model(micro)), model=Pair(), accumulation=COUNT)
     assert verdicts(watch) == ["RIGHT"] * 4
+    assert any("no tokens were seen" in note for note in watch.records[0]["notes"])
 
 
 class Scaled(nn.Linear):
