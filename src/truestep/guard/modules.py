@@ -153,7 +153,14 @@ def _with_probes(place: Place, random: torch.Generator, probes: int) -> Watched:
     left = torch.randn(probes, num_out, generator=random)
     right = torch.randn(probes, num_in, generator=random)
     return Watched(
-        place.name, place.module, place.is_transposed, left, right, place.part, place.parameter, place.is_called
+        place.name,
+        place.module,
+        place.is_transposed,
+        left,
+        right,
+        place.part,
+        place.parameter,
+        place.is_called,
     )
 
 
