@@ -89,7 +89,9 @@ def _read(files: Mapping[int, Any], names: Mapping[int, str], name: str, entry: 
                 raise ValueError(f"{name!r} is {got}, but manifest.json has {expected}")
             found.append(view[first:stop] if entry.shape else files[rank].get_tensor(name))
         except (SafetensorError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise Corrupt(f"{names[rank]} is not a valid safetensors file of this checkpoint: {error}") from None
+            raise Corrupt(
+                f"{names[rank]} is not a valid safetensors file of this checkpoint: {error}"
+            ) from None
     if not found:
         if entry.dtype not in DTYPES:
             raise Corrupt(f"manifest.json: {name!r} has the unknown dtype {entry.dtype!r}")

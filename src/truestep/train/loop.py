@@ -63,6 +63,7 @@ def run_stage(spec: StageSpec) -> TrainState:
 
     Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
+    saved_at = time.monotonic()
     if spec.engine is not None:
         publish(spec.policy, spec.engine, state.step)
     try:
@@ -71,9 +72,9 @@ def run_stage(spec: StageSpec) -> TrainState:
                 _stop_together(spec)
                 state = train(spec, state)
             state = finish(spec, state)
-            if state.step % spec.settings.save_every == 0 or state.step == spec.num_steps:
+            if _must_save(spec, state.step, time.monotonic() - saved_at):
                 checkpoints.save(spec, state)
-                saved = state
+                saved, saved_at = state, time.monotonic()
     except Interrupted:
         if state is not saved:
             checkpoints.save(spec, state)
@@ -121,6 +122,17 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
         spec.logs.append("timings.jsonl", [{"step": state.step, **timings}])
     spec.on_step(state.step, metrics, seconds)
     return replace(state, unlogged=None)
+
+
+def _must_save(spec: StageSpec, step: int, seconds: float) -> bool:
+    """Return whether a checkpoint is due after this step. ``seconds`` have passed since the last one. If time
+    decides, rank 0's clock decides for all ranks (a collective)."""
+    minutes = spec.settings.save_every_minutes
+    if step % spec.settings.save_every == 0 or step == spec.num_steps:
+        return True
+    if minutes == 0:
+        return False
+    return bool(spec.ranks.max([float(spec.ranks.rank == 0 and seconds >= 60 * minutes)])[0])
 
 
 def _stop_together(spec: StageSpec) -> None:
