@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tiny_runs import Silent, prepared
 
+from truestep.checkpoint.manifest import list_checkpoints, step_of
 from truestep.pipeline.run import open_run_folder
 from truestep.pipeline.run import run as run_pipeline
 from truestep.train import checkpoints, loop
@@ -38,15 +40,29 @@ def restore_and_save(spec: StageSpec) -> TrainState:
     return state
 
 
+def cut(whole: Path, folder: Path, last: int) -> None:
+    """Copy a run as it was after step ``last`` of its only stage."""
+    shutil.copytree(whole, folder)
+    (stage,) = (folder / "stages").iterdir()
+    (stage / "done.json").unlink()
+    shutil.rmtree(stage / "export")
+    for path in list_checkpoints(stage / "checkpoints"):
+        if step_of(path) > last:
+            shutil.rmtree(path)
+
+
 def do(job: dict[str, Any], rank: int, store: Path) -> None:
-    """``clock``: the minutes that pass for each rank between two looks at its clock."""
+    """``cut``: a finished run, which is first copied to ``out`` as it was after a step. ``clock``: the minutes
+    that pass for each rank between two looks at its clock."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
     if job["ranks"] > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=job["ranks"])
     ranks, reporter = join(), Silent()
+    if "cut" in job and rank == 0:
+        cut(Path(job["cut"]), Path(job["out"]), job["step"])
     checkpoints.restore = restore_and_save
     made = prepared(Path(job["recipe"]), f"compute.parallel={job['parallel']}", *job["overrides"])
-    open_run_folder(made, Path(job["out"]), resume=job["resume"], rank=rank)
+    open_run_folder(made, Path(job["out"]), resume="cut" in job, rank=rank)
     ranks.barrier()
     loop.time = time
     if "clock" in job:

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,18 +51,22 @@ Pair = tuple[Layout, Layout]  # saved by, continued by
 
 class Runs:
     """The runs of one method. ``whole`` was never stopped; ``resumed`` was saved by one layout after step SAVED
-    and continued by another."""
+    and continued by another. ``jobs`` makes them."""
 
     def __init__(self, folder: Path, model: str, method: str, pairs: list[Pair], *overrides: str) -> None:
-        self.folder, self.pairs = folder, pairs
-        recipe = recipe_of(folder, model, method, steps=STEPS)
+        self.folder, self.pairs = folder / "-".join([method, *overrides]), pairs
+        recipe = recipe_of(self.folder, model, method, steps=STEPS)
         every = ("stages.rl.save_every=1", "stages.rl.keep_checkpoints=9", *overrides)
-        self.shared = {"recipe": str(recipe), "overrides": every, "resume": False}
-        saved_by = dict.fromkeys(saved for saved, _ in pairs)
-        run([self._job(layout, self.whole(layout)) for layout in saved_by])
-        for saved, after in pairs:
-            self._cut(self.whole(saved), self.resumed(saved, after))
-        run([self._job(after, self.resumed(saved, after), resume=True) for saved, after in pairs])
+        self._shared = {"recipe": str(recipe), "overrides": every}
+
+    @property
+    def jobs(self) -> list[dict[str, Any]]:
+        saved_by = dict.fromkeys(saved for saved, _ in self.pairs)
+        made = [self._job(layout, self.whole(layout)) for layout in saved_by]
+        for saved, after in self.pairs:
+            whole = str(self.whole(saved))
+            made.append(self._job(after, self.resumed(saved, after), cut=whole, step=SAVED))
+        return made
 
     def whole(self, layout: Layout) -> Path:
         return self.folder / f"whole-{layout}"
@@ -72,23 +75,12 @@ class Runs:
         return self.folder / f"{saved}-{after}"
 
     def _job(self, layout: Layout, out: Path, **more: Any) -> dict[str, Any]:
-        return {**self.shared, "ranks": layout.ranks, "parallel": layout.parallel, "out": str(out), **more}
-
-    @staticmethod
-    def _cut(whole: Path, folder: Path) -> None:
-        """Copy a run as it was after step SAVED."""
-        shutil.copytree(whole, folder)
-        stage = folder / STAGE
-        (stage / "done.json").unlink()
-        shutil.rmtree(stage / "export")
-        for step in range(SAVED + 1, STEPS + 1):
-            shutil.rmtree(stage / "checkpoints" / f"step_{step:08d}")
+        return {**self._shared, "ranks": layout.ranks, "parallel": layout.parallel, "out": str(out), **more}
 
 
-def run(jobs: list[dict[str, Any]], *, seconds: float = 1800) -> None:
+def run(folder: Path, jobs: list[dict[str, Any]], *, seconds: float) -> None:
     """Run the jobs one after the other, with as many processes as the largest needs."""
-    folder = Path(jobs[0]["out"]).parent
-    listed = folder / f"jobs-{len(list(folder.glob('jobs-*.json')))}.json"
+    listed = folder / "jobs.json"
     listed.write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -167,21 +159,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return start(tmp_path_factory.mktemp("start"))
 
 
-@pytest.fixture(scope="module")
-def make(model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runs]:
-    def made(method: str, pairs: list[Pair], *overrides: str) -> Runs:
-        return Runs(tmp_path_factory.mktemp(method), model, method, pairs, *overrides)
+PAIRS = [(FSDP2, ONE), (ONE, FSDP2), (DDP2, FSDP3), (FSDP2, FSDP2)]
+PACES = (0, 10)  # the minutes that pass on rank 1's clock while one passes on rank 0's
 
+
+@pytest.fixture(scope="module")
+def runs(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
+    folder = tmp_path_factory.mktemp("elastic")
+    made = {
+        "buffered": Runs(folder, model, "relift", PAIRS),
+        "stored": Runs(folder, model, "exgrpo", [(FSDP2, ONE), (DDP2, FSDP2)], "compute.dtype=bfloat16"),
+        "refilled": Runs(folder, model, "dapo", [(ONE, DDP2), (DDP3, ONE)]),
+    }
+    jobs = [job for runs in made.values() for job in runs.jobs]
+    every = ("stages.rl.save_every=50", "stages.rl.keep_checkpoints=9", "stages.rl.save_every_minutes=2.5")
+    recipe = recipe_of(folder / "clocks", model, "grpo", steps=7)
+    for pace in PACES:
+        job = {"recipe": str(recipe), "overrides": every, "ranks": 2, "parallel": "ddp"}
+        jobs.append({**job, "out": str(folder / f"clock-{pace}"), "clock": [1, pace]})
+    run(folder, jobs, seconds=900)
     return made
 
 
-PAIRS = [(FSDP2, ONE), (ONE, FSDP2), (DDP2, FSDP3), (FSDP2, FSDP2)]
-
-
 @pytest.fixture(scope="module")
-def buffered(make: Callable[..., Runs]) -> Runs:
+def buffered(runs: dict[str, Runs]) -> Runs:
     """Two optimizers, and demonstrations that wait."""
-    return make("relift", PAIRS)
+    return runs["buffered"]
 
 
 @pytest.mark.parametrize(("saved", "after"), PAIRS, ids=lambda layout: str(layout))
@@ -202,53 +205,43 @@ def test_the_case_has_something_to_lose(buffered: Runs) -> None:
         assert any(bool(t.any()) for n, t in found.tensors["optimizer"].items() if n.startswith("exp_avg/"))
 
 
-def test_stored_samples_and_low_precision_masters_are_restored(make: Callable[..., Runs]) -> None:
-    pairs = [(FSDP2, ONE), (DDP2, FSDP2)]
-    runs = make("exgrpo", pairs, "compute.dtype=bfloat16")
-    for saved, after in pairs:
-        assert_restored(runs, saved, after)
-        found = checkpoint(runs.whole(saved) / STAGE / "checkpoints", SAVED)
+def test_stored_samples_and_low_precision_masters_are_restored(runs: dict[str, Runs]) -> None:
+    stored = runs["stored"]
+    for saved, after in stored.pairs:
+        assert_restored(stored, saved, after)
+        found = checkpoint(stored.whole(saved) / STAGE / "checkpoints", SAVED)
         assert found.state["memory"]["replay"]
         assert found.tensors["memory"]["tokens"].numel()
         assert any(name.startswith("master/") for name in found.tensors["optimizer"])
 
 
-def test_groups_that_replace_dropped_ones_are_the_same_on_any_number_of_ranks(
-    make: Callable[..., Runs],
-) -> None:
-    runs = make("dapo", [(ONE, DDP2), (DDP3, ONE)])
-    for saved, after in runs.pairs:
-        assert_continued(runs, saved, after)
-    of_parameters, of_metrics = distance(runs.whole(ONE), runs.whole(DDP3))
+def test_groups_that_replace_dropped_ones_are_the_same_on_any_number_of_ranks(runs: dict[str, Runs]) -> None:
+    refilled = runs["refilled"]
+    for saved, after in refilled.pairs:
+        assert_continued(refilled, saved, after)
+    of_parameters, of_metrics = distance(refilled.whole(ONE), refilled.whole(DDP3))
     assert of_parameters < CLOSE_PARAMETERS
     assert of_metrics < CLOSE_METRICS
 
 
-def test_rank_0s_clock_decides_for_all_ranks(model: str, tmp_path: Path) -> None:
-    """On the other rank's clock, no time passes, or ten times as much."""
-    jobs = []
-    for other in (0, 10):
-        every = (
-            "stages.rl.save_every=50",
-            "stages.rl.keep_checkpoints=9",
-            "stages.rl.save_every_minutes=2.5",
-        )
-        recipe = recipe_of(tmp_path, model, "grpo", steps=7)
-        job = {"recipe": str(recipe), "overrides": every, "resume": False, "ranks": 2, "parallel": "ddp"}
-        jobs.append({**job, "out": str(tmp_path / f"other-{other}"), "clock": [1, other]})
-    run(jobs, seconds=300)
-    for job in jobs:
-        found = [p.name for p in sorted((Path(job["out"]) / STAGE / "checkpoints").glob("step_*"))]
-        assert found == ["step_00000003", "step_00000006", "step_00000007"]
+@pytest.mark.parametrize("pace", PACES)
+def test_rank_0s_clock_decides_for_all_ranks(runs: dict[str, Runs], pace: int) -> None:
+    folder = runs["buffered"].folder.parent / f"clock-{pace}" / STAGE / "checkpoints"
+    steps = [path.name for path in sorted(folder.glob("step_*"))]
+    assert steps == ["step_00000003", "step_00000006", "step_00000007"]
 
 
 # ------------------------------------------------------------------------------------------------- everything
 
 
+EVERY_PAIR = [(saved, after) for saved in ALL for after in ALL]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["relift", "exgrpo", "dapo"])
-def test_every_pair_of_layouts(make: Callable[..., Runs], method: str) -> None:
-    runs = make(method, [(saved, after) for saved in ALL for after in ALL])
+def test_every_pair_of_layouts(model: str, tmp_path: Path, method: str) -> None:
+    runs = Runs(tmp_path, model, method, EVERY_PAIR)
+    run(tmp_path, runs.jobs, seconds=7200)
     noise = [distance(runs.whole(a), runs.whole(b)) for a in ALL for b in ALL if a != b]
     after_resume = [distance(runs.whole(a), runs.resumed(a, b)) for a, b in runs.pairs if a != b]
     for what, found in (("never stopped, other ranks", noise), ("continued by other ranks", after_resume)):
@@ -260,8 +253,8 @@ def test_every_pair_of_layouts(make: Callable[..., Runs], method: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_pair_of_layouts_restores_low_precision_masters(make: Callable[..., Runs]) -> None:
-    pairs = [(saved, after) for saved in ALL for after in ALL]
-    runs = make("relift", pairs, "compute.dtype=bfloat16")
-    for saved, after in pairs:
+def test_every_pair_of_layouts_restores_low_precision_masters(model: str, tmp_path: Path) -> None:
+    runs = Runs(tmp_path, model, "relift", EVERY_PAIR, "compute.dtype=bfloat16")
+    run(tmp_path, runs.jobs, seconds=7200)
+    for saved, after in runs.pairs:
         assert_restored(runs, saved, after)
