@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from truestep.checkpoint.layout import Entry
 from truestep.errors import UserError
@@ -112,7 +112,8 @@ def read_manifest(path: Path) -> Manifest:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise Corrupt(f"manifest.json cannot be read: {str(error).splitlines()[0]}") from None
+        fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise Corrupt(f"manifest.json cannot be read: {fault}") from None
     if manifest.step != step_of(path):
         raise Corrupt(f"manifest.json is that of step {manifest.step}")
     return manifest
