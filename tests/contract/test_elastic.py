@@ -23,6 +23,7 @@ from truestep import rundir
 from truestep.checkpoint.layout import Checkpoint
 from truestep.checkpoint.store import load_latest
 
+pytestmark = pytest.mark.timeout(900)  # the first test also makes the runs of all others
 WORKER = Path(__file__).with_name("elastic_worker.py")
 STAGE = "stages/01-rl"
 STEPS, SAVED = 4, 2
@@ -238,6 +239,7 @@ EVERY_PAIR = [(saved, after) for saved in ALL for after in ALL]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("method", ["relift", "exgrpo", "dapo"])
 def test_every_pair_of_layouts(model: str, tmp_path: Path, method: str) -> None:
     runs = Runs(tmp_path, model, method, EVERY_PAIR)
@@ -253,6 +255,7 @@ def test_every_pair_of_layouts(model: str, tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_pair_of_layouts_restores_low_precision_masters(model: str, tmp_path: Path) -> None:
     runs = Runs(tmp_path, model, "relift", EVERY_PAIR, "compute.dtype=bfloat16")
     run(tmp_path, runs.jobs, seconds=7200)
