@@ -27,9 +27,11 @@ pytestmark = pytest.mark.timeout(900)  # the first test also makes the runs of a
 WORKER = Path(__file__).with_name("elastic_worker.py")
 STAGE = "stages/01-rl"
 STEPS, SAVED = 4, 2
-# Between runs that were never stopped, on other ranks, the largest difference of a parameter is 2e-6, and of a
-# metric 4e-5 of its value (make elastic).
-CLOSE_PARAMETERS, CLOSE_METRICS = 5e-5, 1e-3
+# Work that depends on how sequences are packed on a rank, and differences that are rounding and nothing else.
+OF_THE_LAYOUT = {"work", "flops_full", "flops_paper", "publish", "sampling", "approx_kl"}
+# Between runs that were never stopped, on other ranks, parameters differ by at most 1.2e-6, and metrics by 1.4e-6 of
+# their values (make elastic). Ten times that, because other processors round differently.
+CLOSE_PARAMETERS, CLOSE_METRICS = 2e-5, 2e-5
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def distance(a: Path, b: Path) -> tuple[float, float]:
     for left, right in zip(*rows, strict=True):
         assert left.keys() == right.keys()
         for key in left:
-            if not key.startswith(("rl/work/", "rl/flops_", "rl/publish/", "rl/sampling/", "rl/approx_kl")):
+            if key.removeprefix("rl/").partition("/")[0] not in OF_THE_LAYOUT:
                 of_metrics = max(of_metrics, abs(left[key] - right[key]) / max(abs(left[key]), 1e-2))
     return of_parameters, of_metrics
 
