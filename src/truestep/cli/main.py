@@ -15,7 +15,7 @@ from truestep.cli.output import echo
 # Exceptions that end a command with one line: module, class, exit code.
 FAULTS = (
     ("errors", "UserError", 2), ("errors", "OutOfSpace", 5), ("train.step", "NonFiniteError", 3),
-    ("train.weight_sync", "StaleWeightsError", 3), ("rollout.sampling", "NonFiniteLogitsError", 3),
+    ("rollout.engine", "StaleWeightsError", 3), ("rollout.sampling", "NonFiniteLogitsError", 3),
     ("audit.environments.virtual", "BuildFailed", 3),
 )  # fmt: skip
 

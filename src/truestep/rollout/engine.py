@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -84,6 +84,35 @@ def sampled_rollout(
     )
 
 
+class StaleWeightsError(RuntimeError):
+    """Raised if an engine does not have the weights, or the version, that it was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What an engine says it has after weights were published to it, as evidence for every tensor.
+
+    ``addresses`` are of the tensors that lie in the trainer's own memory. ``fingerprints`` are of the others: of
+    what the engine holds, or, if ``is_received``, of what it got and loaded. ``unread`` is empty, or says why the
+    engine cannot tell what it holds; then its tensors are in neither."""
+
+    version: int
+    addresses: Mapping[str, int] = field(default_factory=dict)
+    fingerprints: Mapping[str, int] = field(default_factory=dict)
+    is_received: bool = False
+    unread: str = ""
+
+    @property
+    def proof(self) -> str:
+        """How this receipt proves that the engine has the weights, in words."""
+        if self.unread:
+            return f"by the version that the engine reports and the reset of its cache ({self.unread})"
+        if not self.fingerprints:
+            return "engine and trainer share the weights' memory"
+        held = "received and loaded" if self.is_received else "holds"
+        return f"every bit that the engine {held} is compared"
+
+
 class Engine(Protocol):
     """An engine samples completions from published weights. There are two implementations, torch and vLLM."""
 
@@ -98,8 +127,8 @@ class Engine(Protocol):
         """Yield one Rollout per request, in the order in which they finish. ``check_stop`` is called between
         decoding steps and may raise. A failed request yields a Rollout whose ``stop`` is ERROR."""
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Set the weights from which the next ``generate`` samples."""
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> Receipt:
+        """Set the weights from which the next ``generate`` samples. Return what the engine has now."""
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         """Return the log-probabilities of ``token_ids[num_prompt_tokens:]``, for checks."""

@@ -25,7 +25,8 @@ from truestep.flops import Ledger
 from truestep.model.attention import PackedLayout, count_pairs, visible
 from truestep.model.forward import hidden_states
 from truestep.records import Rollout, Segment
-from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.engine import Receipt, SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.fingerprints import fingerprint
 from truestep.rollout.sampling import sample_tokens
 from truestep.seeding import Purpose
 
@@ -163,17 +164,28 @@ class TorchEngine:
         finally:
             self.model.train(was_training)
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> Receipt:
         """Copy the weights into the model, unless they are the model's own tensors."""
         own = dict(self.model.named_parameters())
         if set(own) != set(weights):
             different = sorted(set(own) ^ set(weights))[:3]
             raise KeyError(f"published weights do not match the engine's: {different}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if parameter.data_ptr() != weights[name].data_ptr():
-                    parameter.copy_(weights[name])
+        addresses = self.load(own, weights)
         self.policy_version = version
+        held = {name: fingerprint(p) for name, p in own.items() if name not in addresses}
+        return Receipt(version=version, addresses=addresses, fingerprints=held)
+
+    @torch.no_grad()
+    def load(self, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """Copy the weights. Return the addresses of those that are the engine's own tensors."""
+        addresses = {}
+        for name, parameter in own.items():
+            given = weights[name]  # gathers it if it is sharded
+            if parameter.data_ptr() == given.data_ptr():
+                addresses[name] = given.data_ptr()
+            else:
+                parameter.copy_(given)
+        return addresses
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from truestep import records
 from truestep.objective.plan import Done, Plan, PlanState, RoundResult
 from truestep.records import Group, Message, Origin, Prompt, RewardInput, Rollout, Round, Score, Stop
-from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
+from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters, StaleWeightsError
 from truestep.seeding import Purpose, generator
 
 MAX_SAMPLES = 1 << 20  # per prompt and step; the sample numbers of a prompt's second group start here
@@ -102,6 +102,7 @@ class Sampler:
                         pending[place.prompt.problem.id, number] = (index, start)
                         requests.append(self._request(place.prompt, number, start, step))
         for sampled in self.engine.generate(requests, self.sampling, self.check_stop) if requests else ():
+            require_version(sampled, self.engine.policy_version)
             index, start = pending[sampled.problem_id, sampled.sample_index]
             rollouts[index, sampled.sample_index] = start.continued(sampled)
         keys = sorted(rollouts)
@@ -213,6 +214,15 @@ class _Place:
     kept: tuple[int, ...] | None = None
     rounds: list[Round] = field(default_factory=list)
     done: list[tuple[list[Rollout], list[Score]]] = field(default_factory=list)
+
+
+def require_version(rollout: Rollout, version: int) -> None:
+    """Raise StaleWeightsError if the engine says that another version of the policy sampled a token."""
+    if others := [v for v in rollout.policy_version if v != version]:
+        raise StaleWeightsError(
+            f"{len(others)} of {len(rollout.policy_version)} tokens of sample {rollout.sample_index} of "
+            f"{rollout.problem_id} were sampled by version {others[0]} of the weights, not by version {version}"
+        )
 
 
 def _of(rollout: Rollout, score: Score) -> Score:

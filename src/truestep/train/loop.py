@@ -65,7 +65,8 @@ def run_stage(spec: StageSpec) -> TrainState:
     state = saved = checkpoints.restore(spec)
     saved_at = time.monotonic()
     if spec.engine is not None:
-        publish(spec.policy, spec.engine, state.step)
+        receipt = publish(spec.policy, spec.engine, state.step, spec.ranks)
+        spec.warn(f"{spec.name}: fresh weights at every update are proven: {receipt.proof}")
     try:
         while state.step < spec.num_steps or state.unlogged is not None:
             if state.unlogged is None:
@@ -93,7 +94,7 @@ def train(spec: StageSpec, state: TrainState) -> TrainState:
     memory = learn(spec.updater.method, data.memory, state.step, data.controls, updates.seen)
     metrics, done = {**updates.metrics, **data.metrics}, state.step + 1
     if spec.engine is not None:
-        metrics["publish/probe_difference"] = publish(spec.policy, spec.engine, done)
+        publish(spec.policy, spec.engine, done, spec.ranks)
     times = {"rollout_seconds": sampled - began, "train_seconds": time.perf_counter() - sampled}
     unlogged = {"metrics": metrics, "rows": list(data.rows), "times": times}
     ledger = state.ledger + data.ledger + updates.ledger

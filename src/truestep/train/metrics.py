@@ -94,14 +94,14 @@ _ROWS = (
      "sampling/sampling_logp_difference/max; rollout_corr/*", "largest |log π_proximal − log π_engine| at sampled tokens"),
     ("sampling/kl", "mean", "mean", "nats", "KL to sampler: KL", "; rollout_corr/k3_kl",
      "k3 estimate of KL(engine ‖ proximal) at sampled tokens"),
+    ("sampling/relative_gap", "mean", "mean", "nats", "", "",
+     "Σ |log π_proximal − log π_engine| ÷ Σ (1 − π_engine) at sampled tokens; a test of the engine's weights"),
     ("statistics/{name}", "once", "mean", "", "", "", "a statistic of the whole step that a coefficient reads"),
     ("control/{name}", "once", "mean", "", "", "", "a value that the method's controller sets for this step"),
     ("buffer/waiting", "once", "mean", "problems", "", "", "number of demonstrations waiting in the buffer"),
     ("buffer/loss", "once", "mean", "nats", "", "", "loss in the buffer's separate update"),
     ("buffer/grad_norm", "once", "mean", "", "", "", "gradient norm in the buffer's separate update"),
     ("replay/problems", "once", "mean", "problems", "", "", "number of problems with a stored sample"),
-    ("publish/probe_difference", "once", "mean", "nats", "", "",
-     "largest log-probability difference between engine and trainer on probe tokens, after the weights were sent"),
     ("work/{kind}", "once", "mean", "count", "", "", "number of tokens or query-key pairs of each kind in the run so far"),
     ("flops_paper", "once", "mean", "FLOPs", "", "", "FLOPs of the run so far, by the paper's formula"),
     ("flops_full", "once", "mean", "FLOPs", "", "", "FLOPs of the run so far, including prompts, scoring and attention"),
@@ -246,7 +246,14 @@ def of_tokens(meter: Meter, context: Context) -> None:
             gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
             meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
             meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
+            meter.add("sampling/relative_gap", float(gap.abs().sum()), uncertain(batch.behavior_logprobs[sampled]))
             meter.add("sampling/kl", float((gap.exp() - 1 - gap).sum()), count)
+
+
+def uncertain(logprobs: Tensor) -> float:
+    """Return Σ (1 − π). A rounding error ε of a token's logit changes its log-probability by about ε (1 − π), so
+    this is what a gap of rounding is proportional to; the sum of the tokens is not, as a policy becomes certain."""
+    return float(-logprobs.double().expm1().sum())
 
 
 def of_clipping(meter: Meter, coefficient: Tensor, advantage: Tensor, sampled: Tensor) -> None:

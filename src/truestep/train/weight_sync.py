@@ -1,27 +1,16 @@
-"""Gives new weights to the engine, and checks that the engine samples from them."""
+"""Gives new weights to the engine, and proves that it has them."""
 
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from truestep.records import Origin, TrainSequence
-from truestep.rollout.engine import Engine
-from truestep.seeding import Purpose, generator
-from truestep.train.packing import pack
-from truestep.train.parallel import full, reshard
+from truestep.rollout.engine import Engine, Receipt, StaleWeightsError
+from truestep.rollout.fingerprints import PRIME, fingerprint
+from truestep.train.parallel import Ranks, first_element, full, local
 from truestep.train.policy import Policy
-
-NUM_PROBE_TOKENS = 24
-NUM_PROBE_DECODED = 4  # the rest is prefilled, because decoding one token costs as much as decoding a batch
-# Ten times the measured noise between two kernels of the same dtype on the same weights. Units: nats.
-PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.6, torch.float16: 0.1}
-
-
-class StaleWeightsError(RuntimeError):
-    """Raised if the engine does not sample from the weights that it was given."""
 
 
 class _Weights(UserDict[str, Tensor]):
@@ -31,28 +20,40 @@ class _Weights(UserDict[str, Tensor]):
         return full(self.data[name].detach())
 
 
-def publish(policy: Policy, engine: Engine, version: int) -> float:
-    """Give the engine the policy's weights. Return the largest log-probability difference between engine and
-    policy on a probe of random tokens. Units: nats.
+def publish(policy: Policy, engine: Engine, version: int, ranks: Ranks | None = None) -> Receipt:
+    """Give the engine the policy's weights and return its receipt (a collective).
 
-    Raises StaleWeightsError if the difference is larger than the rounding of two kernels explains.
-    Held by: tests/contract/test_publish.py"""
-    engine.publish(_Weights(policy.model.named_parameters()), version)
-    parameter, vocabulary = next(policy.parameters()), int(policy.model.config.vocab_size)
-    ids = generator(version, Purpose.PROBE).integers(0, vocabulary, NUM_PROBE_TOKENS).tolist()
-    num_prompt = NUM_PROBE_TOKENS - NUM_PROBE_DECODED
-    origin = (Origin.CONTEXT,) * num_prompt + (Origin.POLICY,) * NUM_PROBE_DECODED
-    sequence = TrainSequence(token_ids=tuple(ids), origin=origin, num_prefix_tokens=0, group=0)
-    (batch,) = pack([sequence], tokens_per_microbatch=NUM_PROBE_TOKENS, device=parameter.device)
-    with torch.no_grad():
-        expected, _ = policy(batch, 1.0)
-    reshard(policy)
-    got = torch.tensor(engine.score(ids, num_prompt, 1.0), dtype=torch.float64)
-    difference = float((got - expected.double().cpu()).abs().max())
-    limit = PROBE_TOLERANCE[parameter.dtype]
-    if engine.policy_version != version or not difference <= limit:
-        raise StaleWeightsError(
-            f"after publishing version {version} the engine (version {engine.policy_version}) and the trainer "
-            f"differ by {difference:.3g} nats on a probe; kernels of {parameter.dtype} differ by less than {limit:g}"
-        )
-    return difference
+    Raises StaleWeightsError on all ranks, naming the tensor, if on any rank a bit of a tensor, or the version,
+    is not the trainer's. Held by: tests/contract/test_publish.py"""
+    ranks = ranks or Ranks()
+    parameters = dict(policy.model.named_parameters())
+    receipt = engine.publish(_Weights(parameters), version)
+    mine = [] if receipt.version == engine.policy_version == version else ["the version"]
+    mine += different(parameters, receipt, ranks)
+    for rank, names in enumerate(ranks.gather(mine)):
+        if names:
+            told = f"{receipt.version}, {engine.policy_version}" if rank == ranks.rank else "?"
+            raise StaleWeightsError(
+                f"version {version} was published, but the engine of rank {rank} does not have it: {len(names)} of "
+                f"{len(parameters)} tensors differ from the trainer's, the first is {names[0]} (the engine says "
+                f"version {told})"
+            )
+    return receipt
+
+
+def different(parameters: Mapping[str, Tensor], receipt: Receipt, ranks: Ranks) -> list[str]:
+    """Return the names of the tensors for which this rank's receipt is not that of the trainer's bits."""
+    compared = {name: p.detach() for name, p in parameters.items() if name not in receipt.addresses}
+    found = [n for n, address in receipt.addresses.items() if local(parameters[n]).data_ptr() != address]
+    if receipt.unread:
+        return found
+    own = fingerprints(compared, ranks)
+    return found + [name for name in compared if receipt.fingerprints.get(name) != own[name]]
+
+
+def fingerprints(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
+    """Return the fingerprint of every whole tensor (a collective: shards are added over ranks)."""
+    parts = {name: fingerprint(local(p), first_element(p)) for name, p in parameters.items()}
+    sharded = [name for name, p in parameters.items() if local(p) is not p]
+    summed = [sum(values) % PRIME for values in zip(*ranks.gather([parts[n] for n in sharded]), strict=True)]
+    return parts | dict(zip(sharded, summed, strict=True))
