@@ -57,7 +57,8 @@ def post(address: str, path: str, body: dict[str, Any] | None = None) -> None:
 
 
 def train(folder: Path, dtype: str, rate: float, steps: int, is_updated: bool) -> dict[str, Any]:
-    from truestep.rollout.engine_vllm import VllmServer, serve
+    from truestep.rollout.engine_vllm import serve
+    from truestep.rollout.vllm_server import VllmServer
 
     model = tiny(folder)
     options = ("--enforce-eager", "--block-size", "32")

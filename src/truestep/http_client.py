@@ -92,6 +92,10 @@ class Client:
         """End all requests that are in progress in other threads."""
         self._closed.set()
 
+    def waits(self, seconds: float) -> bool:
+        """Wait, at most until the client is closed. Return whether it is closed."""
+        return self._closed.wait(seconds)
+
     def hide(self, text: str) -> str:
         """Return a text without the key and anything that looks like a secret."""
         return redact(text.replace(self.key, HIDDEN) if self.key else text)

@@ -226,6 +226,7 @@ class RlSettings(StageSettings):
     samples_per_prompt: int = Field(8, ge=2)
     updates_per_rollout: int = Field(2, ge=1)  # the batch is split by prompt into this many mini-batches
     sampling: SamplingSettings
+    engine: Literal["torch", "vllm"] = "torch"  # vllm: see [vllm]
     reward: str = "checker"  # checker, random (a control: a coin flip per sample) or a reward function
     rewards: tuple[RewardSettings, ...] = ()  # several rewards, with weights
     solved_at: float = 1.0  # without a checker, a sample with at least this reward solves its problem
@@ -255,6 +256,35 @@ class RlSettings(StageSettings):
                 "with top_p < 1 or top_k > 0, rl samples from a truncated distribution, whose "
                 "log-probabilities are not the policy's; set top_p = 1.0 and top_k = 0"
             )
+        return self
+
+
+class VllmSettings(Frozen):
+    """vLLM servers for RL stages with engine = "vllm". They change speed and memory, not what is sampled from."""
+
+    attach: tuple[
+        str, ...
+    ] = ()  # addresses of running servers, http://HOST:PORT; none: truestep starts its own
+    servers: int = Field(1, ge=1)  # number of servers to start
+    options: tuple[str, ...] = ()  # further arguments for vLLM's command line
+    folder: str = ""  # where weights are handed over, readable by the servers; "": shared memory
+    sleep: bool = False  # servers give up their memory while the trainer updates (same accelerator)
+    restarts: int = Field(3, ge=0)  # of servers that die, in one stage
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.attach and (self.options or self.servers != 1):
+            raise ValueError(
+                "attach uses servers that run already; remove servers and options, or remove attach"
+            )
+        for url in self.attach:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+                raise ValueError(f"attach: {url!r} is not an address; write http://HOST:PORT")
+            if parts.username or parts.password or parts.query:
+                raise ValueError(
+                    "attach: an address is written to files; it must not contain a user name, a password or a query"
+                )
         return self
 
 
@@ -352,6 +382,7 @@ class Settings(Frozen):
     data: dict[str, DataSettings]
     stages: tuple[Stage, ...] = ()
     evaluate: EvaluateSettings = EvaluateSettings()
+    vllm: VllmSettings = VllmSettings()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     declared: dict[str, Any] = Field(default_factory=dict)  # for a dry run without weights and data
 

@@ -71,7 +71,9 @@ def one_left_out(own: dict[str, Tensor], before: Mapping[str, Tensor], now: Mapp
     copy_all(own, now, ("model.layers.1.mlp.down_proj.weight",))
 
 
-def the_version_before(own: dict[str, Tensor], before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
+def the_version_before(
+    own: dict[str, Tensor], before: Mapping[str, Tensor], now: Mapping[str, Tensor]
+) -> None:
     copy_all(own, before)
 
 
@@ -168,7 +170,9 @@ def test_one_bit_of_one_tensor_is_found(dtype: torch.dtype) -> None:
         engine = OwnCopy(trained)
         publish(trained, engine, 0)
 
-        def flip(own: dict[str, Tensor], before: object, now: Mapping[str, Tensor], which: str = name) -> None:
+        def flip(
+            own: dict[str, Tensor], before: object, now: Mapping[str, Tensor], which: str = name
+        ) -> None:
             copy_all(own, now)
             own[which].view(torch.int16).view(-1)[0] ^= 1
 
@@ -224,5 +228,7 @@ def test_samples_of_another_version_are_refused(trained: Policy) -> None:
         engine=engine, plan=plan, sampling=SAMPLING, samples_per_prompt=2, decode=str,
         score=lambda inputs: [], seed=0,
     )  # fmt: skip
-    with pytest.raises(StaleWeightsError, match=r"1 of 12 tokens of sample \d .* by version 3 .* not by version 4"):
+    with pytest.raises(
+        StaleWeightsError, match=r"1 of 12 tokens of sample \d .* by version 3 .* not by version 4"
+    ):
         sampler.groups([Prompt(problem=problem, token_ids=(5, 6, 7))], 0)

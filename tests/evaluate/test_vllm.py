@@ -16,7 +16,8 @@ import pytest
 from truestep.errors import UserError
 from truestep.rollout.engine import SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import text_seed
-from truestep.rollout.engine_vllm import ENVIRONMENT, VllmEngine, VllmServer, python_with_vllm, serve
+from truestep.rollout.engine_vllm import VllmEngine, serve
+from truestep.rollout.vllm_server import ENVIRONMENT, VllmServer, python_with_vllm
 from truestep.seeding import Purpose
 from truestep.settings import ModelSettings
 
@@ -111,7 +112,7 @@ def engine() -> Iterator[VllmEngine]:
     Completions.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
     Thread(target=server.serve_forever, daemon=True).start()
-    yield VllmEngine(f"http://127.0.0.1:{server.server_port}", 2)
+    yield VllmEngine([f"http://127.0.0.1:{server.server_port}"], 2)
     server.shutdown()
     server.server_close()
 
@@ -127,7 +128,9 @@ def test_a_request_and_its_answer_in_vllms_protocol(engine: VllmEngine) -> None:
         "stop_token_ids": [2], "ignore_eos": True, "logprobs": 0, "return_token_ids": True,
         "skip_special_tokens": False,
     }  # fmt: skip
-    assert engine.take_cost().generated_pass_tokens == 2
+    # The prompt's two tokens, and the first sampled one. The last one is not passed through the model.
+    cost = engine.take_cost()
+    assert (cost.prompt_tokens, cost.generated_pass_tokens, cost.generated_pairs) == (2, 3, 1 + 2 + 3)
     assert engine.take_cost().generated_pass_tokens == 0
     (greedy,) = engine.generate([request(3, 4)], replace(sampling, temperature=0))
     assert greedy.behavior_logprobs == (0.0, 0.0)

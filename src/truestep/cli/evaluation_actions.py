@@ -161,7 +161,8 @@ def _torch(settings: Settings, context: int) -> Iterator[Engine]:
 @contextmanager
 def _vllm(settings: Settings, context: int) -> Iterator[Engine]:
     from truestep.model.load import resolve
-    from truestep.rollout.engine_vllm import VllmServer, serve
+    from truestep.rollout.engine_vllm import serve
+    from truestep.rollout.vllm_server import VllmServer
 
     source, running = resolve(settings.model), settings.evaluate.sampling.max_running
     if source == "tiny":

@@ -292,7 +292,7 @@ def _check_lengths(prepared: Prepared) -> None:
         if isinstance(stage, RlSettings | RejectionSettings):
             plan, limit = prepared.methods[stage.name].plan, stage.sampling.max_new_tokens
             shown = plan.most_shown if plan else 0.0
-            longest = _longest_sample(prepared, stage.data, limit, f"{where}.sampling", shown)
+            longest = longest_sample(prepared, stage.data, limit, f"{where}.sampling", shown)
         if isinstance(stage, RlSettings):
             size, num = stage.prompts_per_step, len(prepared.stage_prompts[stage.name])
             if size > num:
@@ -305,10 +305,10 @@ def _check_lengths(prepared: Prepared) -> None:
             )
     dev = [stage.dev.data for stage in settings.stages if stage.dev.data]
     for name in (*dev, *settings.evaluate.data):
-        _longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
+        longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
 
 
-def _longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown: float = 0.0) -> int:
+def longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown: float = 0.0) -> int:
     """Return the largest length of prompt, hint and completion. Raises UserError if it is too large."""
     prompts = prepared.prompts[name]
     if shown:

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from truestep.flops import Ledger
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import DemonstrationBuffer
@@ -15,11 +17,13 @@ from truestep.pipeline.evaluation import dev_score, sampling_parameters
 from truestep.pipeline.models import Session, make_engine, make_policy, stage_identity
 from truestep.pipeline.prepare import hinted_prompt, num_sequences, num_steps
 from truestep.pipeline.rejection import rejection_samples
+from truestep.pipeline.vllm import open_vllm
 from truestep.records import Score
 from truestep.rewards.scorer import RewardScorer
 from truestep.rollout.engine import Engine
 from truestep.rollout.sample import Sampler
 from truestep.settings import RejectionSettings, RlSettings, SftSettings, StageSettings
+from truestep.train.engine_test import GapTest
 from truestep.train.loop import StageSpec
 from truestep.train.optim import MasterOptimizer
 from truestep.train.policy import Policy
@@ -49,7 +53,11 @@ def make_stage(
     engine: Engine | None = None
     source: DemonstrationSource | RolloutSource
     if isinstance(stage, RlSettings):
-        engine = make_engine(session, policy, path, stage.sampling.max_running)
+        is_vllm, running = stage.engine == "vllm", stage.sampling.max_running
+        if is_vllm:
+            engine = open_vllm(session, stage, policy, stack)
+        else:
+            engine = make_engine(session, policy, path, running)
         base, grade = prepared.base_dir, session.grader.score_many
         rewards = RewardScorer(stage.reward_entries, grade=grade, base=base, folder=folder / "rewards")
         score = stack.enter_context(rewards).score
@@ -72,14 +80,17 @@ def make_stage(
         peak=o.lr, kind=o.schedule, total_steps=steps * updates, warmup_fraction=o.warmup_fraction,
         min_ratio=o.min_lr_ratio,
     )  # fmt: skip
+    gaps = GapTest(getattr(torch, prepared.settings.compute.dtype)) if engine is not None else None
     updater = Updater(
         policy=policy, scorer=scorer, method=method, optimizers=optimizers_of(policy, stage, method),
         learning_rate=rate, updates_per_step=updates, faults=stage.faults,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
+        observe=gaps,
     )  # fmt: skip
     return StageSpec(
         name=stage.name, folder=folder, settings=stage, identity=stage_identity(prepared, index),
-        policy=policy, source=source, updater=updater, num_steps=steps, engine=engine, ranks=ranks,
+        policy=policy, source=source, updater=updater, num_steps=steps, engine=engine, gaps=gaps,
+        ranks=ranks,
         dev_score=dev_score(session, index, policy, engine, folder), ledger=ledger,
         on_step=_on_step(session, stage.name, steps_before), warn=session.reporter.say,
     )  # fmt: skip

@@ -130,6 +130,9 @@ class Engine(Protocol):
     def publish(self, weights: Mapping[str, Tensor], version: int) -> Receipt:
         """Set the weights from which the next ``generate`` samples. Return what the engine has now."""
 
+    def rest(self) -> None:
+        """Give memory back until the next ``publish``, if the engine was set up to. Called after each rollout."""
+
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         """Return the log-probabilities of ``token_ids[num_prompt_tokens:]``, for checks."""
 

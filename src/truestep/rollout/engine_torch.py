@@ -187,6 +187,9 @@ class TorchEngine:
                 parameter.copy_(given)
         return addresses
 
+    def rest(self) -> None:
+        """Nothing: the cache lives only while samples are drawn."""
+
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         """Return the log-probabilities of ``token_ids[num_prompt_tokens:]``, by prefill and decoding."""

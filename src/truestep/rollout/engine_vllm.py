@@ -1,130 +1,143 @@
-"""An engine that sends token ids over local HTTP to vLLM, which runs in a separate environment and process.
+"""An engine that sends token ids over HTTP to vLLM servers, which run in separate environments and processes.
 
-This engine is only for evaluation, because weights cannot be published to vLLM. The seed of a request depends
-on its problem, sample number and step, but vLLM uses different random numbers. So the samples differ from
-those of the torch engine, but their distribution is the same. Greedy tokens agree.
+The seed of a request depends on its problem, sample number and step, but vLLM uses different random numbers. So
+the samples differ from those of the torch engine, but their distribution is the same. Greedy tokens agree.
+
+For training, weights are published to the servers (``vllm_weights``), and every token must come with the version
+of the weights that sampled it. A request that is lost because its server died is asked again after the server
+was started again.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
+import threading
 import time
-import urllib.request
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from truestep.errors import UserError
 from truestep.flops import Ledger
-from truestep.http_client import Client
+from truestep.http_client import BadAnswer, Client
 from truestep.records import Rollout
-from truestep.redaction import redact
-from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
+from truestep.rollout.engine import (
+    Receipt,
+    SampleRequest,
+    SamplingParameters,
+    StaleWeightsError,
+    sampled_rollout,
+)
 from truestep.rollout.engine_endpoint import each, text_seed
+from truestep.rollout.vllm_server import SERVED, START_SECONDS, Servers, VllmServer
+from truestep.rollout.vllm_weights import FileDelivery, Gather, write_weights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
-ENVIRONMENT = "TRUESTEP_VLLM_PYTHON"  # the Python of an environment that has vLLM
-START_SECONDS = 900.0
+Answer = TypeVar("Answer")
 ANSWER_SECONDS = 3600.0
+PUBLISH_SECONDS = 900.0
 MAX_BYTES = 256 << 20  # an answer has the log-probability of every token
-SERVED = "model"
-
-
-@dataclass(frozen=True, kw_only=True)
-class VllmServer:
-    """The model to serve. ``options`` are further arguments for vLLM's command line."""
-
-    model: str
-    dtype: str
-    context_length: int
-    max_running: int
-    options: tuple[str, ...] = ()
-
-
-def python_with_vllm() -> str:
-    """Return the Python interpreter that can import vLLM. Raises UserError if there is none."""
-    named = os.environ.get(ENVIRONMENT, "")
-    if named:
-        if not os.access(named, os.X_OK):
-            remedy = "set it to the interpreter of vLLM's environment"
-            raise UserError(f"{ENVIRONMENT} = {named} is not a Python interpreter; {remedy}")
-        return named
-    if importlib.util.find_spec("vllm") is None:
-        remedy = f"make an environment with vLLM and set {ENVIRONMENT} to its Python interpreter"
-        raise UserError(f'vLLM (engine = "vllm") is not installed; {remedy}')
-    return sys.executable
+RETRIES = 3  # of one request, or of publishing, if the server was lost
+POLL_SECONDS = 0.5
 
 
 @contextmanager
 def serve(server: VllmServer) -> Iterator[VllmEngine]:
-    """Start vLLM and wait until it answers. Finally, stop it and all its child processes.
+    """Start vLLM for evaluation and wait until it answers. Finally, stop it and all its child processes.
 
     Raises UserError with vLLM's last error message if it does not start."""
-    python, port = python_with_vllm(), _free_port()
-    words = [python, "-m", "vllm.entrypoints.openai.api_server"]
-    words += ["--model", server.model, "--served-model-name", SERVED]
-    words += ["--dtype", server.dtype, "--max-model-len", str(server.context_length)]
-    words += ["--max-num-seqs", str(server.max_running), "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *server.options]
-    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "VLLM_NO_USAGE_STATS": "1"}
-    with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+b") as log:
-        options: dict[str, Any] = {"env": environment, "cwd": folder, "start_new_session": True}
-        process = subprocess.Popen(words, stdout=log, stderr=log, **options)
-        try:
-            _wait(process, port, Path(folder, "log"))
-            yield VllmEngine(f"http://127.0.0.1:{port}", server.max_running)
-        finally:
-            _end(process)
+    with Servers(server) as servers:
+        yield VllmEngine(servers.urls, server.max_running)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class Publisher:
+    """Publishes to all servers. Only ``is_first`` of the ranks writes and sends; ``gather`` tells the others.
 
+    ``servers`` are those that truestep has started; without them, all were running before. If ``sleeps``, the
+    servers give their memory back from the end of a rollout to the next weights."""
 
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            telling = [line for line in lines if "Error" in line] or lines or ["its log is empty"]
-            raise UserError(
-                f'engine = "vllm": the server did not start: {redact(telling[-1].strip())[-300:]}'
-            )
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise UserError(f'engine = "vllm": the server did not answer within {START_SECONDS:.0f} s')
+    def __init__(
+        self, delivery: FileDelivery, folder: Path, *, servers: Servers | None = None, is_first: bool = True,
+        gather: Gather = lambda value: [value], sleeps: bool = False,
+    ) -> None:  # fmt: skip
+        self.delivery, self.folder, self.servers = delivery, folder, servers
+        self.is_first, self.gather, self.sleeps = is_first, gather, sleeps
+        self.lock = servers.lock if servers is not None else threading.Lock()
+        if servers is not None:
+            servers.restore = lambda url: self._restore(client_of(url))
 
+    @property
+    def failure(self) -> str:
+        return "" if self.servers is None else self.servers.failure
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, how)
-            process.wait(15)
+    def publish(self, weights: Mapping[str, Tensor], version: int, clients: Sequence[Client]) -> Receipt:
+        """Write the weights and make every server load them (a collective)."""
+        with self.lock:
+            write_weights(self.folder, weights, writes=self.is_first)
+            self.delivery.version, self.delivery.told = version, {}
+        told = [self._sent(client) for client in clients] if self.is_first else []
+        self.delivery.told = _merged(self.gather(told)[0])
+        tells = all(one.tells_bits for one in self.delivery.abilities.values())
+        why = "" if tells else "a server without truestep's worker extension cannot tell which bits it loaded"
+        return Receipt(version=version, fingerprints=self.delivery.told, is_received=True, unread=why)
+
+    def rest(self, clients: Sequence[Client]) -> None:
+        """Let the servers sleep after every rank has its samples (a collective)."""
+        if not self.sleeps:
+            return
+        self.gather(None)
+        for client in clients if self.is_first else ():
+            self._told(client, partial(self.delivery.sleep, client))
+
+    def _sent(self, client: Client) -> dict[str, int]:
+        return self._told(client, partial(self.delivery.load, client, PUBLISH_SECONDS, wakes=self.sleeps))
+
+    def _told(self, client: Client, work: Callable[[], Answer]) -> Answer:
+        for attempt in range(RETRIES + 1):
+            try:
+                with self.lock:
+                    return work()
+            except BadAnswer as error:
+                said = client.words(error)
+                raise UserError(f"the vLLM server {client.base} did not take the weights: {said}") from None
+            except OSError as error:
+                if attempt == RETRIES:
+                    raise UserError(
+                        f"the vLLM server {client.base} does not answer: {client.words(error)}"
+                    ) from None
+                wait_for(client, lambda: self.failure, None)
+        raise AssertionError
+
+    def _restore(self, client: Client) -> None:
+        """Give the newest weights to a server that was started again. Called with the lock held."""
+        told = self.delivery.load(client, PUBLISH_SECONDS)
+        if self.delivery.told and told != self.delivery.told:
+            raise UserError("it did not load the weights that were published last")
 
 
 class VllmEngine:
-    """Samples through a server that ``serve`` has started."""
+    """Samples through running servers. With a ``publisher``, it can be trained."""
 
-    def __init__(self, url: str, concurrent: int) -> None:
-        self.url, self.concurrent = url, concurrent
+    def __init__(self, urls: Sequence[str], concurrent: int, publisher: Publisher | None = None) -> None:
+        self.clients = [client_of(url) for url in urls]
+        self.concurrent, self.publisher = concurrent, publisher
         self.policy_version = 0
-        self._decoded = 0
+        self._cost = Ledger()
+
+    @property
+    def url(self) -> str:
+        return self.clients[0].base
+
+    def close(self) -> None:
+        """End all requests that are in progress in other threads."""
+        for client in self.clients:
+            client.close()
 
     def generate(
         self,
@@ -132,31 +145,77 @@ class VllmEngine:
         sampling: SamplingParameters,
         check_stop: Callable[[], None] = lambda: None,
     ) -> Iterator[Rollout]:
-        """Yield one Rollout per request, in the order in which they finish."""
-        for rollout in each(lambda r: self._sample(r, sampling), requests, self.concurrent, check_stop):
-            self._decoded += len(rollout.completion_ids)
-            yield rollout
+        """Yield one Rollout per request, in the order in which they finish. If ``check_stop`` raises, the
+        requests in progress are dropped, also by the servers."""
+        limit = self.concurrent * len(self.clients)
+        finished = False
+        try:
+            for rollout, cost in each(lambda r: self._sample(r, sampling), requests, limit, check_stop):
+                self._cost += cost
+                yield rollout
+            finished = True
+        finally:
+            if not finished and self.publisher is not None:
+                self._drop()
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Raise UserError, because weights cannot be published to vLLM."""
-        raise UserError('engine = "vllm" can only evaluate; train with the torch engine')
+    def _drop(self) -> None:
+        for client in self.clients:
+            with suppress(OSError, BadAnswer):
+                replace(client, seconds=5.0).ask("/abort_requests", {})
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> Receipt:
+        """Give the weights to all servers. Raises UserError if this engine was started for evaluation."""
+        if self.publisher is None:
+            raise UserError("this vLLM engine can only evaluate; open it for training to publish weights")
+        receipt = self.publisher.publish(weights, version, self.clients)
+        self.policy_version = version
+        return receipt
+
+    def rest(self) -> None:
+        if self.publisher is not None:
+            self.publisher.rest(self.clients)
 
     def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
         """Return the log-probabilities of the completion. Raises UserError if temperature ≠ 1."""
         if temperature != 1.0:
             raise UserError('engine = "vllm" scores at temperature 1 only')
-        body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
-        entries = self._post(body)["choices"][0]["prompt_logprobs"]
+        body = {
+            "model": SERVED,
+            "prompt": list(token_ids),
+            "max_tokens": 1,
+            "prompt_logprobs": 0,
+            "temperature": 0.0,
+        }
+        entries = self.clients[0].ask("/v1/completions", body)["choices"][0]["prompt_logprobs"]
         places = range(num_prompt_tokens, len(token_ids))
         return [float(entries[i][str(token_ids[i])]["logprob"]) for i in places]
 
     def take_cost(self) -> Ledger:
-        cost, self._decoded = Ledger(generated_pass_tokens=self._decoded), 0
+        cost, self._cost = self._cost, Ledger()
         return cost
 
-    def _sample(self, request: SampleRequest, sampling: SamplingParameters) -> Rollout:
-        body: dict[str, Any] = {
-            "prompt": list(request.prompt_ids),
+    def _sample(self, request: SampleRequest, sampling: SamplingParameters) -> tuple[Rollout, Ledger]:
+        """Return the sample and its work. Runs in a thread."""
+        # All samples of a problem go to one server, whose prefix cache then has their prompt.
+        client = self.clients[zlib.crc32(request.problem_id.encode()) % len(self.clients)]
+        error = ""
+        for attempt in range(RETRIES + 1):
+            try:
+                return self._ask(client, request, sampling)
+            except OSError as failure:
+                error = client.words(failure)
+                if self.publisher is None or attempt == RETRIES:
+                    break
+                wait_for(client, lambda: self.publisher.failure, self.policy_version)  # type: ignore[union-attr]
+            except (ValueError, KeyError, TypeError, IndexError) as failure:
+                error = client.words(failure)
+                break
+        return sampled_rollout(request, sampling, self.policy_version, (), (), f"vllm: {error}"), Ledger()
+
+    def _ask(
+        self, client: Client, request: SampleRequest, sampling: SamplingParameters
+    ) -> tuple[Rollout, Ledger]:
+        body = {
             "max_tokens": sampling.max_new_tokens - request.num_given,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -165,21 +224,94 @@ class VllmEngine:
             "ignore_eos": True,  # only the request's stop tokens end a completion
             "seed": text_seed(request),
             "logprobs": 0,
-            "return_token_ids": True,
             "skip_special_tokens": False,
         }
-        answered = partial(sampled_rollout, request, sampling, self.policy_version)
-        try:
-            choice = self._post(body)["choices"][0]
-            tokens = [int(t) for t in choice["token_ids"]]
-            logprobs = [float(v) for v in choice["logprobs"]["token_logprobs"]]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as failure:
-            return answered((), (), f"vllm: {failure or type(failure).__name__}")
+        ids = list(request.prompt_ids)
+        if self.publisher is None:
+            path, body = "/v1/completions", {"prompt": ids, "return_token_ids": True, **body}
+        else:
+            path, body = (
+                "/inference/v1/generate",
+                {"token_ids": ids, "sampling_params": {**body, "detokenize": False}},
+            )
+        answer = client.ask(path, {"model": SERVED, **body})
+        choice = answer["choices"][0]
+        tokens = [int(t) for t in choice["token_ids"]]
+        if self.publisher is None:
+            logprobs, version = [float(v) for v in choice["logprobs"]["token_logprobs"]], self.policy_version
+        else:
+            logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+            version = _version(choice["weight_versions"], len(tokens), self.policy_version)
+        tokens, logprobs = _stopped(tokens, sampling), logprobs[: len(_stopped(tokens, sampling))]
         if sampling.temperature == 0:
             logprobs = [0.0] * len(tokens)  # the distribution is a point
-        return answered(tokens, logprobs, "" if tokens else "vllm: the server sent no token")
+        error = "" if tokens else "vllm: the server sent no token"
+        made = sampled_rollout(request, sampling, version, tokens, logprobs, error)
+        return made, _work(len(ids), int(choice_cached(answer)), len(choice["token_ids"]))
 
-    def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        client = Client(base=self.url, seconds=ANSWER_SECONDS, max_bytes=MAX_BYTES)
-        found: dict[str, Any] = client.ask("/v1/completions", {"model": SERVED, **body})
-        return found
+
+def client_of(url: str) -> Client:
+    return Client(base=url, seconds=ANSWER_SECONDS, max_bytes=MAX_BYTES)
+
+
+def wait_for(client: Client, failure: Callable[[], str], version: int | None) -> None:
+    """Wait until a lost server answers again and, if ``version`` is given, has that version of the weights.
+
+    Raises UserError if it does not, or with the reason for which it will not be started again."""
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if reason := failure():
+            raise UserError(reason)
+        with suppress(OSError, BadAnswer, LookupError, TypeError):
+            said = replace(client, seconds=5.0).ask("/weight_info")["weight_version"]
+            if version is None or said == str(version):
+                return
+        if client.waits(POLL_SECONDS):
+            raise UserError("the engine was closed")
+    raise UserError(
+        f"the vLLM server {client.base} was lost, and did not answer again within {START_SECONDS:.0f} s"
+    )
+
+
+def _version(spans: Sequence[Mapping[str, Any]], count: int, wanted: int) -> int:
+    """Return the version that sampled all ``count`` tokens. Raises StaleWeightsError if any is not ``wanted``."""
+    others = [span for span in spans if span["version"] != str(wanted)]
+    if others or not spans or (spans[0]["start"], spans[-1]["end"]) != (0, count):
+        said = (
+            f"tokens {others[0]['start']} to {others[0]['end']} by {others[0]['version']!r}"
+            if others
+            else "nothing"
+        )
+        raise StaleWeightsError(
+            f"version {wanted} of the weights was to sample {count} tokens, but vLLM says: {said}"
+        )
+    return wanted
+
+
+def _stopped(tokens: list[int], sampling: SamplingParameters) -> list[int]:
+    """Return the tokens up to the first stop. vLLM knows stop tokens, but no stop sequences of tokens."""
+    ends = (i + 1 for i in range(len(tokens)) if sampling.ends(tokens[: i + 1]))
+    return tokens[: next(ends, len(tokens))] if sampling.stop_sequences else tokens
+
+
+def choice_cached(answer: Mapping[str, Any]) -> int:
+    """Return how many tokens of the prompt came from the prefix cache, if the server tells."""
+    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
+    return int(details.get("cached_tokens") or 0)
+
+
+def _work(prompt: int, cached: int, sampled: int) -> Ledger:
+    """Return the work of a request. The last sampled token is not passed through the model."""
+    prefilled, last = prompt - cached, prompt + max(0, sampled - 1)
+    return Ledger(
+        prompt_tokens=prefilled, generated_pass_tokens=last - cached,
+        generated_pairs=(last * (last + 1) - cached * (cached + 1)) // 2,
+    )  # fmt: skip
+
+
+def _merged(told: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Return what all servers told; −1, which is no fingerprint, where they differ."""
+    first = dict(told[0]) if told else {}
+    return {
+        name: value if all(one.get(name) == value for one in told) else -1 for name, value in first.items()
+    }

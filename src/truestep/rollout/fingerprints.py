@@ -49,7 +49,9 @@ def fingerprint(tensor: Tensor, offset: int = 0) -> int:
     Raises TypeError for a dtype whose elements are not 2, 4 or 8 bytes."""
     size = tensor.element_size()
     if size not in (2, 4, 8) or tensor.is_complex():
-        raise TypeError(f"no fingerprint for {tensor.dtype}: its elements must be real and have 2, 4 or 8 bytes")
+        raise TypeError(
+            f"no fingerprint for {tensor.dtype}: its elements must be real and have 2, 4 or 8 bytes"
+        )
     words = tensor.detach().contiguous().view(-1).view(torch.int16)
     factors = _factors(words.device)
     total, place, taken = 0, offset * size // 2, 0

@@ -20,6 +20,7 @@ from truestep.settings import StageSettings
 from truestep.signals import Interrupted
 from truestep.train import checkpoints
 from truestep.train.checkpoints import TrainState, summed
+from truestep.train.engine_test import GapTest, self_test
 from truestep.train.logs import StageLogs
 from truestep.train.memory import learn
 from truestep.train.metrics import checked
@@ -47,6 +48,7 @@ class StageSpec:
     updater: Updater
     num_steps: int
     engine: Engine | None = None
+    gaps: GapTest | None = None  # the updater's observer of what the engine sampled
     dev_score: DevScore | None = None
     ranks: Ranks = field(default_factory=Ranks)
     ledger: Ledger = field(default_factory=Ledger)  # the run's work before this stage
@@ -65,8 +67,7 @@ def run_stage(spec: StageSpec) -> TrainState:
     state = saved = checkpoints.restore(spec)
     saved_at = time.monotonic()
     if spec.engine is not None:
-        receipt = publish(spec.policy, spec.engine, state.step, spec.ranks)
-        spec.warn(f"{spec.name}: fresh weights at every update are proven: {receipt.proof}")
+        prove_engine(spec, spec.engine, state.step)
     try:
         while state.step < spec.num_steps or state.unlogged is not None:
             if state.unlogged is None:
@@ -85,10 +86,23 @@ def run_stage(spec: StageSpec) -> TrainState:
     return state
 
 
+def prove_engine(spec: StageSpec, engine: Engine, version: int) -> None:
+    """Give the engine the weights, and say what proves at every update that it has them. An engine whose bits
+    cannot be compared is tested first."""
+    receipt = publish(spec.policy, engine, version, spec.ranks)
+    if receipt.is_received:
+        right = self_test(spec.policy, engine, spec.updater.scorer, version, spec.warn)
+        if spec.gaps is not None:
+            spec.gaps.right = right
+    spec.warn(f"{spec.name}: at every update, {receipt.proof}")
+
+
 def train(spec: StageSpec, state: TrainState) -> TrainState:
     """Take one step: get its data, make its optimizer updates, and give the new weights to the engine."""
     began = time.perf_counter()
     data = spec.source.take(state.step, state.memory)
+    if spec.engine is not None:
+        spec.engine.rest()
     sampled = time.perf_counter()
     updates = spec.updater.update(data, state.step)
     memory = learn(spec.updater.method, data.memory, state.step, data.controls, updates.seen)

@@ -94,8 +94,6 @@ _ROWS = (
      "sampling/sampling_logp_difference/max; rollout_corr/*", "largest |log π_proximal − log π_engine| at sampled tokens"),
     ("sampling/kl", "mean", "mean", "nats", "KL to sampler: KL", "; rollout_corr/k3_kl",
      "k3 estimate of KL(engine ‖ proximal) at sampled tokens"),
-    ("sampling/relative_gap", "mean", "mean", "nats", "", "",
-     "Σ |log π_proximal − log π_engine| ÷ Σ (1 − π_engine) at sampled tokens; a test of the engine's weights"),
     ("statistics/{name}", "once", "mean", "", "", "", "a statistic of the whole step that a coefficient reads"),
     ("control/{name}", "once", "mean", "", "", "", "a value that the method's controller sets for this step"),
     ("buffer/waiting", "once", "mean", "problems", "", "", "number of demonstrations waiting in the buffer"),
@@ -246,14 +244,7 @@ def of_tokens(meter: Meter, context: Context) -> None:
             gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
             meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
             meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
-            meter.add("sampling/relative_gap", float(gap.abs().sum()), uncertain(batch.behavior_logprobs[sampled]))
             meter.add("sampling/kl", float((gap.exp() - 1 - gap).sum()), count)
-
-
-def uncertain(logprobs: Tensor) -> float:
-    """Return Σ (1 − π). A rounding error ε of a token's logit changes its log-probability by about ε (1 − π), so
-    this is what a gap of rounding is proportional to; the sum of the tokens is not, as a policy becomes certain."""
-    return float(-logprobs.double().expm1().sum())
 
 
 def of_clipping(meter: Meter, coefficient: Tensor, advantage: Tensor, sampled: Tensor) -> None:

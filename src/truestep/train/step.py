@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from truestep.device import return_free_memory
 from truestep.objective.coefficients import Context
 from truestep.objective.methods.row import POLICY, Term
 from truestep.objective.normalise import local_total, normalise
-from truestep.records import BatchTotals, RecordError, StepReport, TokenBatch
+from truestep.records import BatchTotals, Origin, RecordError, StepReport, TokenBatch
 from truestep.train import metrics
 from truestep.train.metrics import Meter
 from truestep.train.optim import MasterOptimizer, clip_, global_norm
@@ -37,6 +38,16 @@ class NonFiniteError(ArithmeticError):
         self.batches = tuple(batches)
 
 
+class Observer(Protocol):
+    """Sees the sampled tokens of an update. ``judge`` is called once, before the optimizer, and may raise."""
+
+    def add(self, trainer: Tensor, engine: Tensor) -> None:
+        """Take the log-probabilities [K] of K tokens that the engine sampled, as trainer and engine have them."""
+
+    def judge(self, step: int, ranks: Ranks) -> None:
+        """Judge all tokens of the update, on all ranks (a collective)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """The inputs of one optimizer step other than the policy, the optimizer and the data."""
@@ -50,6 +61,7 @@ class StepPlan:
     microbatch_weights: Sequence[float] | None = None  # ones by default; a fault is a wrong weight vector
     statistics: Mapping[str, float] = field(default_factory=dict)  # over the whole step, for coefficients
     controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values for this step
+    observe: Observer | None = None  # of the sampled tokens; may refuse the update
 
 
 def train_step(
@@ -81,6 +93,8 @@ def train_step(
             require_finite({"loss": loss}, batch, f"step {plan.step}, micro-batch {index}")
             (loss * (weights[index] if index < len(weights) else 0.0)).backward()
         check_stop()
+        if plan.observe is not None:
+            plan.observe.judge(plan.step, plan.ranks)
     except BaseException:
         optimizer.zero_grad()
         raise
@@ -143,6 +157,9 @@ def microbatch_loss(
         step=plan.step,
         statistics=plan.statistics,
     )
+    if plan.observe is not None and batch.behavior_logprobs is not None:
+        own = batch.origin == int(Origin.POLICY)
+        plan.observe.add(context.proximal_logprobs[own], batch.behavior_logprobs[own])
     loss = logprobs.sum() * 0.0  # zero with a graph: backward runs even for a micro-batch without targets
     for term in plan.terms:
         total = totals.of(term.name)

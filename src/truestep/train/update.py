@@ -20,7 +20,7 @@ from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer, work
 from truestep.train.source import StepData
 from truestep.train.statistics import measure
-from truestep.train.step import StepPlan, train_step
+from truestep.train.step import Observer, StepPlan, train_step
 
 NO_FAULTS = FaultSettings()
 
@@ -47,6 +47,7 @@ class Updater:
     updates_per_step: int
     faults: FaultSettings = NO_FAULTS
     max_length: int = 1
+    observe: Observer | None = None  # of the sampled tokens
 
     def update(self, data: StepData, step: int) -> Updates:
         """Make the updates of one step. Statistics and proximal values for all updates are computed before
@@ -71,6 +72,7 @@ class Updater:
             ranks=scorer.ranks,
             statistics=statistics,
             controls=data.controls,
+            observe=self.observe,
         )
         reports, optimizer = [], self.optimizers["optimizer"]
         for index, batches in enumerate(packed):

@@ -13,7 +13,7 @@ from truestep.train.parallel import Ranks, first_element, full, local
 from truestep.train.policy import Policy
 
 
-class _Weights(UserDict[str, Tensor]):
+class Gathered(UserDict[str, Tensor]):
     """Parameters by name, gathered one at a time if they are sharded."""
 
     def __getitem__(self, name: str) -> Tensor:
@@ -27,7 +27,7 @@ def publish(policy: Policy, engine: Engine, version: int, ranks: Ranks | None = 
     is not the trainer's. Held by: tests/contract/test_publish.py"""
     ranks = ranks or Ranks()
     parameters = dict(policy.model.named_parameters())
-    receipt = engine.publish(_Weights(parameters), version)
+    receipt = engine.publish(Gathered(parameters), version)
     mine = [] if receipt.version == engine.policy_version == version else ["the version"]
     mine += different(parameters, receipt, ranks)
     for rank, names in enumerate(ranks.gather(mine)):

@@ -1,0 +1,74 @@
+"""Opens vLLM servers as the engine of an RL stage: started here, or attached to."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from truestep.errors import UserError
+from truestep.pipeline.models import Session
+from truestep.pipeline.prepare import longest_sample
+from truestep.rollout.engine_vllm import Publisher, VllmEngine, client_of
+from truestep.rollout.vllm_server import Servers, VllmServer
+from truestep.rollout.vllm_weights import Abilities, FileDelivery, negotiate, weights_folder, write_weights
+from truestep.settings import RlSettings
+from truestep.train.engine_test import NEW_TOKENS, PROMPT_TOKENS
+from truestep.train.policy import Policy
+from truestep.train.weight_sync import Gathered
+
+
+def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitStack) -> VllmEngine:
+    """Return an engine whose servers run until ``stack`` is closed (a collective).
+
+    The first rank makes a model folder with the policy's weights, and starts servers from it or, with
+    ``vllm.attach``, asks running ones what they can do. Raises UserError if they cannot be used."""
+    own, ranks, is_first = session.prepared.settings.vllm, session.ranks, session.ranks.rank == 0
+    parameters = dict(policy.model.named_parameters())
+    told: dict[str, Any] = {}
+    folder, servers = Path(), None
+    if is_first:
+        num_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
+        folder = stack.enter_context(weights_folder(own.folder, num_bytes))
+        policy.model.config.save_pretrained(folder)
+        session.prepared.tokenizer.save_pretrained(folder)
+    write_weights(folder, Gathered(parameters), writes=is_first)
+    if is_first:
+        dtype, length = session.prepared.settings.compute.dtype, _context_length(session, stage)
+        urls = [url.rstrip("/") for url in own.attach]
+        if not urls:
+            server = VllmServer(
+                model=str(folder), dtype=dtype, context_length=length, max_running=stage.sampling.max_running,
+                options=own.options, trains=True,
+            )  # fmt: skip
+            session.reporter.say(f"{stage.name}: starting vLLM ({own.servers} x {length} tokens)")
+            say = session.reporter.say
+            servers = stack.enter_context(Servers(server, own.servers, restarts=own.restarts, say=say))
+            urls = servers.urls
+        told = {url: asdict(negotiate(client_of(url), dtype, length)) for url in urls}
+        told = {"folder": str(folder), "servers": told}
+    told = ranks.gather(told)[0]
+    abilities = {url: Abilities(**found) for url, found in told["servers"].items()}
+    publisher = Publisher(
+        FileDelivery(told["folder"], abilities), folder, servers=servers, is_first=is_first, gather=ranks.gather,
+        sleeps=own.sleep,
+    )  # fmt: skip
+    engine = VllmEngine(list(abilities), stage.sampling.max_running, publisher)
+    stack.callback(engine.close)
+    return engine
+
+
+def _context_length(session: Session, stage: RlSettings) -> int:
+    """Return the tokens of the longest prompt and completion, or of the self-test: less than most models' context."""
+    prepared, plan = session.prepared, session.prepared.methods[stage.name].plan
+    limit = stage.sampling.max_new_tokens
+    found = longest_sample(
+        prepared, stage.data, limit, f"stages.{stage.name}.sampling", plan.most_shown if plan else 0.0
+    )
+    if dev := stage.dev.data:
+        dev_limit = prepared.settings.evaluate.data_sampling.max_new_tokens
+        found = max(found, longest_sample(prepared, dev, dev_limit, "evaluate.sampling"))
+    if found > prepared.context_length:
+        raise UserError(f"stages.{stage.name}: {found} tokens do not fit into {prepared.context_length}")
+    return max(found, min(prepared.context_length, PROMPT_TOKENS + NEW_TOKENS))

@@ -1,0 +1,218 @@
+"""Starts vLLM servers in processes of their own, watches them, and ends them.
+
+vLLM runs in another environment: TRUESTEP_VLLM_PYTHON names its Python. A server that dies is started again from
+the folder that has the newest weights, a limited number of times.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from truestep.errors import UserError
+from truestep.redaction import redact
+
+ENVIRONMENT = "TRUESTEP_VLLM_PYTHON"  # the Python of an environment that has vLLM
+START_SECONDS = 900.0
+END_SECONDS = 15.0
+WATCH_SECONDS = 0.5
+SERVED = "model"
+# For RL: routes that change weights, and one that takes and gives token ids with the versions of the weights.
+TRAINABLE = ("--enable-scale-out", "--worker-extension-cls", "truestep_vllm_worker.Receiver")
+COPIED = {"vllm_worker.py": "truestep_vllm_worker.py", "fingerprints.py": "truestep_fingerprints.py"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmServer:
+    """The model to serve. ``options`` are further arguments for vLLM's command line. If ``trains``, weights can
+    be published to it."""
+
+    model: str
+    dtype: str
+    context_length: int
+    max_running: int
+    options: tuple[str, ...] = ()
+    trains: bool = False
+
+    def command(self, python: str, port: int, host: str = "127.0.0.1") -> list[str]:
+        words = [python, "-m", "vllm.entrypoints.openai.api_server"]
+        words += ["--model", self.model, "--served-model-name", SERVED]
+        words += ["--dtype", self.dtype, "--max-model-len", str(self.context_length)]
+        words += ["--max-num-seqs", str(self.max_running), "--host", host, "--port", str(port)]
+        words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+        return [*words, *(TRAINABLE if self.trains else ()), *self.options]
+
+
+def python_with_vllm() -> str:
+    """Return the Python interpreter that can import vLLM. Raises UserError if there is none."""
+    named = os.environ.get(ENVIRONMENT, "")
+    if named:
+        if not os.access(named, os.X_OK):
+            remedy = "set it to the interpreter of vLLM's environment"
+            raise UserError(f"{ENVIRONMENT} = {named} is not a Python interpreter; {remedy}")
+        return named
+    if importlib.util.find_spec("vllm") is None:
+        remedy = f"make an environment with vLLM and set {ENVIRONMENT} to its Python interpreter"
+        raise UserError(f'vLLM (engine = "vllm") is not installed; {remedy}')
+    return sys.executable
+
+
+def environment(extension: Path) -> dict[str, str]:
+    """Return the environment variables of a server. ``extension`` is the folder with the copied files."""
+    found = {"HF_HUB_OFFLINE": "1", **os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    # The torchrun variables of a rank would make vLLM take itself for a part of the trainer's group.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        found.pop(name, None)
+    found["PYTHONPATH"] = ":".join(filter(None, [str(extension), os.environ.get("PYTHONPATH", "")]))
+    return found
+
+
+def write_extension(folder: Path) -> None:
+    """Copy the files that vLLM's workers import."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = importlib.resources.files("truestep.rollout")
+    for name, copied in COPIED.items():
+        (folder / copied).write_bytes(own.joinpath(name).read_bytes())
+
+
+@dataclass
+class _Process:
+    """One server. ``generation`` counts its starts."""
+
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def end(self) -> None:
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, how)
+                self.process.wait(END_SECONDS)
+
+
+@dataclass
+class Servers:
+    """Running servers of one model. ``restore`` gives a server that was started again the newest weights, and
+    is called with its address; ``lock`` is held meanwhile, and must be held to publish weights."""
+
+    server: VllmServer
+    count: int = 1
+    restarts: int = 0
+    say: Callable[[str], None] = print
+    restore: Callable[[str], None] = lambda url: None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    failure: str = ""  # why no server will be started again
+    processes: list[_Process] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def urls(self) -> list[str]:
+        return [one.url for one in self.processes]
+
+    def __enter__(self) -> Servers:
+        python = python_with_vllm()
+        self.folder = Path(tempfile.mkdtemp(prefix="truestep-vllm-"))
+        write_extension(self.folder / "python")
+        try:
+            for number in range(self.count):
+                log = self.folder / f"log-{number}"
+                port = _free_port()
+                self.processes.append(_Process(port, log, self._start(python, port, log)))
+            for one in self.processes:
+                self._wait(one)
+        except BaseException:
+            self.__exit__()
+            raise
+        self._watcher = threading.Thread(target=self._watch, args=(python,), daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for one in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(one.process.pid, signal.SIGTERM)  # all of them, before any is waited for
+        for one in self.processes:
+            one.end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, python: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                self.server.command(python, port), stdout=out, stderr=out, cwd=self.folder,
+                env=environment(self.folder / "python"), start_new_session=True,
+            )  # fmt: skip
+
+    def _wait(self, one: _Process) -> None:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until and not self._ended.is_set():
+            if one.process.poll() is not None:
+                raise UserError(f'engine = "vllm": the server did not start: {last_words(one.log)}')
+            if answers(one.url):
+                return
+            self._ended.wait(0.2)
+        raise UserError(f'engine = "vllm": the server did not answer within {START_SECONDS:.0f} s')
+
+    def _watch(self, python: str) -> None:
+        """Start every server again that has died, until there were ``restarts`` of them."""
+        while not self._ended.wait(WATCH_SECONDS):
+            for one in self.processes:
+                if one.process.poll() is None:
+                    continue
+                with self.lock:
+                    if self._ended.is_set():
+                        return
+                    died = f"the vLLM server {one.url} ended (status {one.process.returncode}): {last_words(one.log)}"
+                    one.end()  # what is left of its process group
+                    if self.restarts == 0:
+                        self.failure = died
+                        return
+                    self.restarts -= 1
+                    self.say(f"{died}; it is started again ({self.restarts} more times)")
+                    try:
+                        one.process = self._start(python, one.port, one.log)
+                        self._wait(one)
+                        self.restore(one.url)
+                    except (UserError, OSError, ValueError, RuntimeError) as error:
+                        self.failure = f"{died}; it could not be started again: {redact(str(error))}"
+                        return
+
+
+def answers(url: str) -> bool:
+    """Return whether a server answers at this address."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def last_words(log: Path) -> str:
+    """Return the last line of a log that tells of an error, without secrets."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line] or lines or ["its log is empty"]
+    return redact(telling[-1].strip())[-300:]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

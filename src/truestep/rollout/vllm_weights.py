@@ -1,0 +1,185 @@
+"""Gives weights to vLLM servers: as files in a folder that the servers can read.
+
+The folder is a Hugging Face model folder, from which a server can also be started. By default it lies in shared
+memory (/dev/shm), so nothing is written to a disk. While weights change, a server is paused and its requests are
+dropped; its prefix cache is reset before it goes on, because that has keys and values of the old weights.
+
+vLLM's routes differ between its versions, so a server of another version than the tested ones is refused.
+Source: vLLM 0.32, entrypoints/rl/online/api_router.py and entrypoints/serve/dev/.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truestep.errors import OutOfSpace, UserError
+from truestep.http_client import BadAnswer, Client
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TESTED, BELOW = (0, 32), (0, 33)  # versions of vLLM
+FILE_BYTES = 1 << 30  # of one file of weights, so that only this much is copied in memory at once
+SLEEP_SECONDS = 120.0
+SHARED_MEMORY = Path("/dev/shm")
+ROUTES = ("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache", "/update_weight_version",
+          "/weight_info", "/inference/v1/generate")  # fmt: skip
+START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a server can do, as it says itself. ``tells_bits``: it has truestep's worker extension."""
+
+    version: str
+    tells_bits: bool
+
+
+def negotiate(client: Client, dtype: str, context_length: int) -> Abilities:
+    """Ask a server what it can do. Raises UserError if RL is not possible with it, and says what to start."""
+    where = f"the vLLM server {client.base}"
+    try:
+        version = str(client.ask("/version")["version"])
+        paths = set(client.ask("/openapi.json")["paths"])
+        config = client.ask("/server_info?config_format=json")["vllm_config"] if _is_tested(version) else {}
+    except (OSError, BadAnswer, LookupError, TypeError) as error:
+        raise UserError(
+            f"{where} cannot be asked what it can do ({client.words(error)}); start it as {START}"
+        ) from None
+    if not _is_tested(version):
+        raise UserError(
+            f"{where} is version {client.words(version)}; RL needs {TESTED[0]}.{TESTED[1]} (weights are published by "
+            f"routes that change between versions): pip install 'vllm=={TESTED[0]}.{TESTED[1]}.*'"
+        )
+    if missing := [route for route in ROUTES if route not in paths]:
+        raise UserError(f"{where} does not offer {missing[0]}; start it as {START}")
+    model, parallel = config.get("model_config", {}), config.get("parallel_config", {})
+    if (mode := str(model.get("logprobs_mode"))) != "processed_logprobs":
+        raise UserError(
+            f"{where} gives {client.words(mode)}; start it with --logprobs-mode processed_logprobs"
+        )
+    if (kind := str(model.get("dtype")).removeprefix("torch.")) != dtype:
+        raise UserError(
+            f"{where} computes in {client.words(kind)}, but compute.dtype is {dtype}; set one of them"
+        )
+    if (length := int(model.get("max_model_len") or 0)) < context_length:
+        raise UserError(
+            f"{where} takes {length} tokens; start it with --max-model-len {context_length}, or set a smaller "
+            "model.context_length"
+        )
+    named = str(parallel.get("worker_extension_cls") or "")
+    return Abilities(version=version, tells_bits=named.endswith("truestep_vllm_worker.Receiver"))
+
+
+def _is_tested(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and TESTED <= (int(found[1]), int(found[2])) < BELOW
+
+
+@contextmanager
+def weights_folder(where: str, num_bytes: int) -> Iterator[Path]:
+    """Make an empty folder for weights, and remove it finally. Raises OutOfSpace if it has too little room."""
+    parent = (
+        Path(where) if where else SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    )
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        # New files replace old ones only when they are complete, so up to one file is there twice.
+        if free < num_bytes + FILE_BYTES:
+            raise OutOfSpace(
+                f"{parent} has {free / 2**30:.1f} GiB free, but the weights for vLLM need "
+                f"{(num_bytes + FILE_BYTES) / 2**30:.1f}; set vllm.folder to a folder with more"
+            )
+        folder = Path(tempfile.mkdtemp(prefix="truestep-weights-", dir=parent))
+    except OSError as error:
+        raise UserError(f"vllm.folder = {str(parent)!r} cannot be used: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor], *, writes: bool = True) -> None:
+    """Write all weights as safetensors files. A process with ``writes`` False only takes part in the gathering
+    of sharded weights."""
+    from safetensors.torch import save_file
+
+    batch: dict[str, Tensor] = {}
+    number = 0
+
+    def flush() -> None:
+        nonlocal number
+        path = folder / f"model-{number:05d}.safetensors"
+        save_file(batch, path.with_suffix(".part"), metadata={"format": "pt"})
+        path.with_suffix(".part").replace(path)
+        number += 1
+        batch.clear()
+
+    for name in weights:
+        tensor = weights[name]
+        if not writes:
+            continue
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > FILE_BYTES:
+            flush()
+        batch[name] = tensor.detach().cpu().contiguous()
+    if writes:
+        flush()
+
+
+@dataclass
+class FileDelivery:
+    """Makes servers load the weights in ``folder``. ``version`` is the newest that was written there."""
+
+    folder: str
+    abilities: Mapping[str, Abilities]  # by address
+    version: int = 0
+    told: dict[str, int] = field(default_factory=dict)  # fingerprints that all servers told for this version
+
+    def load(self, client: Client, seconds: float, *, wakes: bool = False) -> dict[str, int]:
+        """Make one server load the weights, and reset its prefix cache. Return the fingerprints that it tells.
+        If ``wakes``, the server may sleep; its cache gets memory only after the weights.
+
+        Raises OSError if the server does not answer, and BadAnswer if it refuses or does not do as asked."""
+        ask = replace(client, seconds=seconds).ask
+        ask("/pause?mode=abort", {})
+        if wakes:
+            ask("/wake_up?tags=weights", {})
+        tells = self.abilities[client.base].tells_bits
+        call: dict[str, Any] = {"method": "truestep_load", "kwargs": {"folder": self.folder}}
+        if not tells:
+            call = {"method": "reload_weights", "kwargs": {"weights_path": self.folder}}
+        results = ask("/collective_rpc", call)["results"]
+        ask("/update_weight_version", {"new_version": str(self.version)})
+        if wakes:
+            ask("/wake_up?tags=kv_cache", {})
+        if ask("/reset_prefix_cache", {})["success"] is not True:
+            raise BadAnswer("the server did not reset its prefix cache")
+        if (said := ask("/weight_info")["weight_version"]) != str(self.version):
+            raise BadAnswer(f"the server says that it has version {said}, not {self.version}")
+        ask("/resume", {})
+        return _same(results) if tells else {}
+
+    def sleep(self, client: Client) -> None:
+        """Make one server move its weights to host memory and give up its cache."""
+        ask = replace(client, seconds=SLEEP_SECONDS).ask
+        ask("/sleep?level=1", {})
+
+
+def _same(results: list[dict[str, int]]) -> dict[str, int]:
+    """Return the fingerprints that all workers of a server told. If they differ, it is −1, which none has."""
+    first, *others = results
+    return {
+        name: int(value) if all(one.get(name) == value for one in others) else -1
+        for name, value in first.items()
+    }
+
+
+Gather = Callable[[Any], list[Any]]

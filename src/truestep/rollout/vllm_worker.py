@@ -1,0 +1,37 @@
+"""Runs inside vLLM's worker processes: loads weights from a folder, and says which bits it loaded.
+
+vLLM calls it by its option --worker-extension-cls. Its environment does not contain truestep, so a copy of this
+file and of fingerprints.py is put on its PYTHONPATH. Both import nothing of the package.
+Held by: tests/rollout/test_vllm_rl.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Receiver:
+    """Methods that are added to vLLM's worker class; ``model_runner`` is the worker's."""
+
+    model_runner: Any
+
+    def truestep_load(self, folder: str) -> dict[str, int]:
+        """Load the weights in a folder. Return the fingerprint of every tensor that was given to the model."""
+        from safetensors import safe_open
+        from truestep_fingerprints import fingerprint  # type: ignore[import-not-found]
+
+        found: dict[str, int] = {}
+
+        def tensors() -> Iterator[tuple[str, Any]]:
+            for path in sorted(Path(folder).glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        tensor = file.get_tensor(name)
+                        found[name] = fingerprint(tensor)
+                        yield name, tensor
+
+        # It prepares the layers for new weights and packs them afterwards, as after the start.
+        self.model_runner.reload_weights(weights_iterator=tensors())
+        return found
