@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
 from truestep.pipeline.models import Session
@@ -17,6 +18,9 @@ from truestep.settings import RlSettings
 from truestep.train.engine_test import NEW_TOKENS, PROMPT_TOKENS
 from truestep.train.policy import Policy
 from truestep.train.weight_sync import Gathered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitStack) -> VllmEngine:
@@ -31,9 +35,10 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     if is_first:
         num_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
         folder = stack.enter_context(weights_folder(own.folder, num_bytes))
-        policy.model.config.save_pretrained(folder)
+        untied_config(policy.model).save_pretrained(folder)
         session.prepared.tokenizer.save_pretrained(folder)
-    write_weights(folder, Gathered(parameters), writes=is_first)
+    copies = tied(policy.model)
+    write_weights(folder, Gathered(parameters), copies, writes=is_first)
     if is_first:
         dtype, length = session.prepared.settings.compute.dtype, _context_length(session, stage)
         urls = [url.rstrip("/") for url in own.attach]
@@ -52,11 +57,30 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     abilities = {url: Abilities(**found) for url, found in told["servers"].items()}
     publisher = Publisher(
         FileDelivery(told["folder"], abilities), folder, servers=servers, is_first=is_first, gather=ranks.gather,
-        sleeps=own.sleep,
+        sleeps=own.sleep, copies=copies,
     )  # fmt: skip
     engine = VllmEngine(list(abilities), stage.sampling.max_running, publisher)
     stack.callback(engine.close)
     return engine
+
+
+def tied(model: PreTrainedModel) -> dict[str, str]:
+    """Return the name of a tied input table, mapped to that of the output layer, or nothing.
+
+    vLLM 0.32 on a processor packs the output layer once, when it starts: of a tied table, new weights never reach
+    it. So the server gets an output layer of its own, which costs a second table of memory."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not table.weight:
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    return {f"{names[id(table)]}.weight": f"{names[id(head)]}.weight"}
+
+
+def untied_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the model's config, in which input and output layer are not tied."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    return config
 
 
 def _context_length(session: Session, stage: RlSettings) -> int:

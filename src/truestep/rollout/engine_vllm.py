@@ -60,12 +60,14 @@ class Publisher:
     """Publishes to all servers. Only ``is_first`` of the ranks writes and sends; ``gather`` tells the others.
 
     ``servers`` are those that truestep has started; without them, all were running before. If ``sleeps``, the
-    servers give their memory back from the end of a rollout to the next weights."""
+    servers give their memory back from the end of a rollout to the next weights. ``copies`` are tensors that the
+    servers hold twice (see ``write_weights``)."""
 
     def __init__(
         self, delivery: FileDelivery, folder: Path, *, servers: Servers | None = None, is_first: bool = True,
-        gather: Gather = lambda value: [value], sleeps: bool = False,
+        gather: Gather = lambda value: [value], sleeps: bool = False, copies: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
+        self.copies = copies or {}
         self.delivery, self.folder, self.servers = delivery, folder, servers
         self.is_first, self.gather, self.sleeps = is_first, gather, sleeps
         self.lock = servers.lock if servers is not None else threading.Lock()
@@ -79,13 +81,17 @@ class Publisher:
     def publish(self, weights: Mapping[str, Tensor], version: int, clients: Sequence[Client]) -> Receipt:
         """Write the weights and make every server load them (a collective)."""
         with self.lock:
-            write_weights(self.folder, weights, writes=self.is_first)
+            write_weights(self.folder, weights, self.copies, writes=self.is_first)
             self.delivery.version, self.delivery.told = version, {}
         told = [self._sent(client) for client in clients] if self.is_first else []
         self.delivery.told = _merged(self.gather(told)[0])
+        held = dict(self.delivery.told)
+        for name, copy in self.copies.items():
+            if held.get(copy) != held.get(name):
+                held[name] = -1  # the copy is not the same
         tells = all(one.tells_bits for one in self.delivery.abilities.values())
         why = "" if tells else "a server without truestep's worker extension cannot tell which bits it loaded"
-        return Receipt(version=version, fingerprints=self.delivery.told, is_received=True, unread=why)
+        return Receipt(version=version, fingerprints=held, is_received=True, unread=why)
 
     def rest(self, clients: Sequence[Client]) -> None:
         """Let the servers sleep after every rank has its samples (a collective)."""

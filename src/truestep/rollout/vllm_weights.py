@@ -107,9 +107,15 @@ def weights_folder(where: str, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor], *, writes: bool = True) -> None:
-    """Write all weights as safetensors files. A process with ``writes`` False only takes part in the gathering
-    of sharded weights."""
+def write_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    copies: Mapping[str, str] | None = None,
+    *,
+    writes: bool = True,
+) -> None:
+    """Write all weights as safetensors files. ``copies`` maps a name to a second one under which the tensor is
+    written, too. A process with ``writes`` False only takes part in the gathering of sharded weights."""
     from safetensors.torch import save_file
 
     batch: dict[str, Tensor] = {}
@@ -127,9 +133,10 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], *, writes: bool =
         tensor = weights[name]
         if not writes:
             continue
-        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > FILE_BYTES:
-            flush()
-        batch[name] = tensor.detach().cpu().contiguous()
+        for written in filter(None, (name, (copies or {}).get(name))):
+            if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > FILE_BYTES:
+                flush()
+            batch[written] = tensor.detach().cpu().contiguous().clone()
     if writes:
         flush()
 
@@ -148,7 +155,7 @@ class FileDelivery:
         If ``wakes``, the server may sleep; its cache gets memory only after the weights.
 
         Raises OSError if the server does not answer, and BadAnswer if it refuses or does not do as asked."""
-        ask = replace(client, seconds=seconds).ask
+        ask = self.asks(client, seconds)
         ask("/pause?mode=abort", {})
         if wakes:
             ask("/wake_up?tags=weights", {})
@@ -167,10 +174,13 @@ class FileDelivery:
         ask("/resume", {})
         return _same(results) if tells else {}
 
+    def asks(self, client: Client, seconds: float) -> Callable[..., Any]:
+        """Return the function that asks a server: path, and body or None → answer."""
+        return replace(client, seconds=seconds).ask
+
     def sleep(self, client: Client) -> None:
         """Make one server move its weights to host memory and give up its cache."""
-        ask = replace(client, seconds=SLEEP_SECONDS).ask
-        ask("/sleep?level=1", {})
+        self.asks(client, SLEEP_SECONDS)("/sleep?level=1", {})
 
 
 def _same(results: list[dict[str, int]]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -142,35 +142,33 @@ class GapTest:
 
 
 @contextmanager
-def disturbed(module: nn.Module, part: int = 0, parts: int = 1) -> Iterator[None]:
-    """Change every parameter grossly, and finally restore every bit. On all ranks of a sharded module. With
-    several ``parts``, only the layers with number ≡ part, and with part 0 what is not in a layer."""
-    parameters = [
-        (name, local(p.detach())) for name, p in module.named_parameters() if _layer(name) % parts == part
-    ]
+def disturbed(module: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
+    """Change the named parameters (by default all) grossly, and finally restore every bit. On all ranks of a
+    sharded module."""
+    parameters = [(n, local(p.detach())) for n, p in module.named_parameters() if names is None or n in names]
     zeros = {name for name, p in parameters if not p.any()}
 
     @torch.no_grad()
     def change(*, back: bool) -> None:
         for name, p in parameters:
             if name in zeros:
-                p.fill_(0.0 if back else 0.5)
+                p.copy_(torch.zeros_like(p) if back else torch.full_like(p, 0.5))
                 continue
             p.mul_(0.5 if back else 2.0)  # exact
             if p.dim() > 1 and p.numel() > 1:
                 shift = 1 + zlib.crc32(name.encode()) % (p.numel() - 1)
                 p.copy_(p.flatten().roll(-shift if back else shift).view_as(p))
 
+    kept = [p.clone() if name in zeros else None for name, p in parameters]  # a zero may be −0
     change(back=False)
     try:
         yield
     finally:
         change(back=True)
-
-
-def _layer(name: str) -> int:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else 0
+        with torch.no_grad():
+            for (_, p), was in zip(parameters, kept, strict=True):
+                if was is not None:
+                    p.copy_(was)
 
 
 def self_test(
@@ -179,31 +177,55 @@ def self_test(
     """Prove that every tensor that is published reaches the engine's samples, and that its caches are reset.
 
     Publishes changed weights and then ``version`` again (a collective). Returns the gap of the right weights, for
-    ``GapTest``. Raises StaleWeightsError."""
-    dtype, ranks = next(policy.parameters()).dtype, scorer.ranks
-    vocabulary, length = int(policy.model.config.vocab_size), policy.context_length
+    ``GapTest``. Raises StaleWeightsError, which names a tensor that did not arrive."""
+    dtype, ranks, model = next(policy.parameters()).dtype, scorer.ranks, policy.model
+    vocabulary, length = int(model.config.vocab_size), policy.context_length
+    updates = 0
 
-    def gap(limit: float, where: str) -> Gap:
-        found = sampled_gap(engine, scorer, vocabulary, length).over(ranks)
-        if fault := found.fault(limit, where):
-            raise StaleWeightsError(f"the engine's self-test failed: {fault}")
-        return found
+    def gap() -> Gap:
+        return sampled_gap(engine, scorer, vocabulary, length).over(ranks)
 
-    right = gap(FIRST[dtype], "with the weights of the run")
-    layers = 1 + max(_layer(name) for name, _ in policy.model.named_parameters())
-    parts = 1 if dtype in (torch.float32, torch.float64) else min(PARTS, layers)
+    def send() -> None:
+        nonlocal updates
+        updates += 1
+        publish(policy, engine, version, ranks)
+
+    def missing(names: list[str]) -> str:
+        """Return "" or the fault of an engine that gets changed weights with these names."""
+        with disturbed(model, names):
+            send()
+            return gap().fault(DISTURBED[dtype] * max(right.size, TINY[dtype]), "with changed weights")
+
+    right = gap()
+    if fault := right.fault(FIRST[dtype], "with the weights of the run"):
+        raise StaleWeightsError(f"the engine's self-test failed: {fault}")
+    everything = [name for name, _ in model.named_parameters()]
+    parts = min(1 + max(map(_layer, everything)), 1 if dtype in (torch.float32, torch.float64) else PARTS)
     for part in range(parts):
-        with disturbed(policy.model, part, parts):
-            publish(policy, engine, version, ranks)
-            limit = DISTURBED[dtype] * max(right.size, TINY[dtype])
-            gap(limit, f"with changed weights (part {part + 1} of {parts})")
-    publish(policy, engine, version, ranks)
-    right += gap(TIMES * max(right.size, TINY[dtype]), "with the weights of the run again")
+        names = [name for name in everything if _layer(name) % parts == part]
+        if fault := missing(names):
+            while len(names) > 1:  # find one of them
+                half = names[: len(names) // 2]
+                names = half if missing(half) else names[len(half) :]
+            raise StaleWeightsError(
+                f"the engine's self-test failed: {fault}. A tensor that does not arrive is {names[0]}; otherwise "
+                "the engine keeps cached prompts when its weights change"
+            )
+    send()
+    again = gap()
+    if fault := again.fault(TIMES * max(right.size, TINY[dtype]), "with the weights of the run again"):
+        raise StaleWeightsError(f"the engine's self-test failed: {fault}")
+    right += again
     say(
         f"the engine's self-test passed: changes of all tensors reached its samples, also those with a cached prompt "
-        f"(gap {right.size:.1e} nats; {parts + 1} test updates)"
+        f"(gap {right.size:.1e} nats; {updates} test updates)"
     )
     return right
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else 0
 
 
 def sampled_gap(engine: Engine, scorer: Scorer, vocabulary: int, context_length: int) -> Gap:

@@ -1,0 +1,174 @@
+"""A real vLLM server for tests, and wrong ways of handing weights to it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from truestep.http_client import Client
+from truestep.model.load import LoadedModel, load_model
+from truestep.model.tiny import tiny_tokenizer
+from truestep.pipeline.vllm import tied, untied_config
+from truestep.rollout.engine_vllm import Publisher, VllmEngine, client_of
+from truestep.rollout.vllm_server import ENVIRONMENT, Servers, VllmServer
+from truestep.rollout.vllm_weights import Abilities, FileDelivery, negotiate, write_weights
+from truestep.settings import ModelSettings
+from truestep.train.policy import Policy
+from truestep.train.scoring import Scorer
+
+ROOT = Path(__file__).resolve().parents[2]
+# vLLM's build for processors: one thread, 1 GiB of cache.
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+OPTIONS = ("--enforce-eager", "--block-size", "32")
+
+
+def vllm_python() -> str:
+    """Return the Python of an environment with vLLM's CPU build, which is made once under .bench/."""
+    if named := os.environ.get(ENVIRONMENT):
+        return named
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import environments
+
+    try:
+        return str(environments.interpreter("vllm", print))
+    except environments.NotAvailable as error:
+        pytest.skip(f"vLLM's CPU build cannot be installed here: {error}")
+
+
+def tiny_policy(dtype: torch.dtype) -> Policy:
+    settings = ModelSettings.model_validate(
+        {
+            "path": "tiny",
+            "tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 128},
+        }
+    )
+    loaded: LoadedModel = load_model(settings, dtype=dtype, device=torch.device("cpu"), seed=0)
+    with torch.no_grad():  # sharper than at the start, so that sampling means something
+        for parameter in loaded.model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return Policy(loaded)
+
+
+@dataclass
+class Served:
+    """A policy, its server, and what is needed to make engines that hand weights over in different ways."""
+
+    policy: Policy
+    servers: Servers
+    folder: Path
+    abilities: dict[str, Abilities]
+
+    def engine(
+        self, delivery: type[FileDelivery] = FileDelivery, *, tells_bits: bool = True, **more: Any
+    ) -> VllmEngine:
+        found = {u: Abilities(version=a.version, tells_bits=tells_bits) for u, a in self.abilities.items()}
+        publisher = Publisher(
+            delivery(str(self.folder), found),
+            self.folder,
+            servers=self.servers,
+            copies=more.get("copies", tied(self.policy.model)),
+        )
+        return more.get("kind", VllmEngine)(self.servers.urls, 16, publisher)
+
+    def scorer(self, temperature: float = 1.0) -> Scorer:
+        return Scorer(policy=self.policy, temperature=temperature, tokens_per_microbatch=4096)
+
+
+@contextmanager
+def served(folder: Path, dtype: torch.dtype, count: int = 1) -> Iterator[Served]:
+    policy = tiny_policy(dtype)
+    untied_config(policy.model).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    write_weights(folder, dict(policy.model.named_parameters()), tied(policy.model))
+    name = str(dtype).removeprefix("torch.")
+    server = VllmServer(
+        model=str(folder), dtype=name, context_length=312, max_running=16, options=OPTIONS, trains=True
+    )
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for key, value in {**SMALL, ENVIRONMENT: vllm_python()}.items():
+            patch.setenv(key, value)
+        servers = stack.enter_context(Servers(server, count, restarts=3, say=print))
+        yield Served(policy, servers, folder, {u: negotiate(client_of(u), name, 312) for u in servers.urls})
+
+
+class Tampered(FileDelivery):
+    """Changes the file between the trainer and the server, from the second version on."""
+
+    previous: dict[str, torch.Tensor] | None = None
+
+    def load(self, client: Client, seconds: float, *, wakes: bool = False) -> dict[str, int]:
+        path = Path(self.folder, "model-00000.safetensors")
+        now = load_file(path)
+        if self.previous is not None:
+            save_file(self.tampered({n: t.clone() for n, t in now.items()}), path, metadata={"format": "pt"})
+        self.previous = {n: t.clone() for n, t in now.items()}
+        return super().load(client, seconds, wakes=wakes)
+
+    def tampered(self, now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+class LeavesOut(Tampered):
+    def tampered(self, now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        del now["model.layers.1.mlp.down_proj.weight"]
+        return now
+
+
+class SendsThePrevious(Tampered):
+    def tampered(self, now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert self.previous is not None
+        return self.previous
+
+
+class Exchanges(Tampered):
+    def tampered(self, now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        up, gate = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+        now[up], now[gate] = now[gate].clone(), now[up].clone()
+        return now
+
+
+class HalfStale(Tampered):
+    def tampered(self, now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert self.previous is not None
+        return {n: torch.cat([t[: len(t) // 2], self.previous[n][len(t) // 2 :]]) for n, t in now.items()}
+
+
+class _Without:
+    """A client that leaves out one call, and answers as if it was done."""
+
+    def __init__(self, client: Client, path: str, answer: Any) -> None:
+        self.client, self.path, self.answer, self.base = client, path, answer, client.base
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        return self.answer if path == self.path else self.client.ask(path, body)
+
+
+def _leaving_out(path: str, answer: Any) -> type[FileDelivery]:
+    class Lazy(FileDelivery):
+        calls = 0
+
+        def asks(self, client: Client, seconds: float) -> Any:
+            self.calls += 1
+            whole = super().asks(client, seconds)
+            return whole if self.calls == 1 else _Without(client, path, answer).ask
+
+    return Lazy
+
+
+# It takes the version, but loads nothing.
+SendsNothing = _leaving_out("/collective_rpc", {"results": [{}]})
+# The prefix cache is kept after the update.
+KeepsTheCache = _leaving_out("/reset_prefix_cache", {"success": True})
+
+WRONG_BITS = (SendsNothing, LeavesOut, SendsThePrevious, Exchanges, HalfStale)
