@@ -31,7 +31,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, evaluation, guard, method, report, study
+    from truestep.cli import audit, data, evaluation, guard, method, report, study, vllm
     from truestep.cli import run as verbs
 
     app = typer.Typer(
@@ -52,6 +52,7 @@ def _app() -> typer.Typer:
     app.command("audit")(audit.audit)
     app.command("guard")(guard.guard)
     app.command("report")(report.report)
+    app.command("vllm")(vllm.vllm)
     app.add_typer(data.app, name="data")
     app.add_typer(method.app, name="method")
     app.add_typer(evaluation.app(), name="eval")

@@ -180,7 +180,7 @@ class Servers:
                 with self.lock:
                     if self._ended.is_set():
                         return
-                    died = f"the vLLM server {one.url} ended (status {one.process.returncode}): {last_words(one.log)}"
+                    died = f"the vLLM server {one.url} {_ended(one)}"
                     one.end()  # what is left of its process group
                     if self.restarts == 0:
                         self.failure = died
@@ -196,6 +196,13 @@ class Servers:
                         return
 
 
+def _ended(one: _Process) -> str:
+    status = one.process.returncode
+    return (
+        f"was killed (signal {-status})" if status < 0 else f"ended (status {status}): {last_words(one.log)}"
+    )
+
+
 def answers(url: str) -> bool:
     """Return whether a server answers at this address."""
     try:
@@ -208,7 +215,8 @@ def answers(url: str) -> bool:
 def last_words(log: Path) -> str:
     """Return the last line of a log that tells of an error, without secrets."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line] or lines or ["its log is empty"]
+    told = [line for line in lines if "Error" in line and " WARNING " not in line and " INFO " not in line]
+    telling = told or lines or ["its log is empty"]
     return redact(telling[-1].strip())[-300:]
 
 
