@@ -145,30 +145,31 @@ class HalfStale(Tampered):
 
 
 class _Without:
-    """A client that leaves out one call, and answers as if it was done."""
+    """A client that leaves out some calls, and answers as if they were done."""
 
-    def __init__(self, client: Client, path: str, answer: Any) -> None:
-        self.client, self.path, self.answer, self.base = client, path, answer, client.base
+    def __init__(self, client: Client, left_out: dict[str, Any]) -> None:
+        self.client, self.left_out = client, left_out
 
     def ask(self, path: str, body: Any = None) -> Any:
-        return self.answer if path == self.path else self.client.ask(path, body)
+        return self.left_out[path] if path in self.left_out else self.client.ask(path, body)
 
 
-def _leaving_out(path: str, answer: Any) -> type[FileDelivery]:
+def _leaving_out(left_out: dict[str, Any]) -> type[FileDelivery]:
     class Lazy(FileDelivery):
         calls = 0
 
         def asks(self, client: Client, seconds: float) -> Any:
             self.calls += 1
-            whole = super().asks(client, seconds)
-            return whole if self.calls == 1 else _Without(client, path, answer).ask
+            return super().asks(client, seconds) if self.calls == 1 else _Without(client, left_out).ask
 
     return Lazy
 
 
 # It takes the version, but loads nothing.
-SendsNothing = _leaving_out("/collective_rpc", {"results": [{}]})
-# The prefix cache is kept after the update.
-KeepsTheCache = _leaving_out("/reset_prefix_cache", {"success": True})
+SendsNothing = _leaving_out({"/collective_rpc": {"results": [{}]}})
+# The prefix cache is kept after the update. (vLLM also resets it when it is paused.)
+KeepsTheCache = _leaving_out(
+    {"/pause?mode=abort": {}, "/reset_prefix_cache": {"success": True}, "/resume": {}}
+)
 
 WRONG_BITS = (SendsNothing, LeavesOut, SendsThePrevious, Exchanges, HalfStale)

@@ -87,7 +87,7 @@ class Publisher:
         self.delivery.told = _merged(self.gather(told)[0])
         held = dict(self.delivery.told)
         for name, copy in self.copies.items():
-            if held.get(copy) != held.get(name):
+            if held.pop(copy, None) != held.get(name):
                 held[name] = -1  # the copy is not the same
         tells = all(one.tells_bits for one in self.delivery.abilities.values())
         why = "" if tells else "a server without truestep's worker extension cannot tell which bits it loaded"

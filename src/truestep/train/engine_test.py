@@ -1,9 +1,9 @@
 """Proves on samples that an engine uses the weights that it is given, and watches that it goes on doing so.
 
-``self_test``, at the start of a stage, is for engines that cannot show the bits they compute with. It publishes
-weights in which tensors are grossly changed, while the caches are full, and compares the log-probabilities of
-sampled tokens with the trainer's. A tensor that does not reach the engine, or a cache that is not reset, is seen
-at once. Then the weights of the run are published again.
+``SelfTest``, at the start of a stage, is for engines that cannot show the bits they compute with. It publishes
+weights in which all tensors are changed, while the caches are full, and compares log-probabilities with the
+trainer's. A tensor that does not reach the engine, or a cache that is not reset, is seen at once. Then the weights
+of the run are published again.
 
 ``GapTest`` compares the tokens of every update with what was measured at the start.
 
@@ -17,11 +17,9 @@ Held by: tests/contract/test_engine_test.py, tests/rollout/test_vllm_rl.py
 from __future__ import annotations
 
 import math
-import re
 import zlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +43,11 @@ TINY = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.f
 # are off by 30 times the mean in bfloat16, so with little mass Σ (1 − π) the limit is larger; and what a right
 # engine's size is, is pooled until the mass is ENOUGH.
 TIMES, OUTLIERS, ENOUGH = 5.0, 8.0, 64.0
-# Times the size at the start, from which a disturbed tensor did not arrive. In float32 a right engine was at most
-# 14 times as noisy with disturbed weights, and one without one of the tensors at least 40,000 times.
-DISTURBED = {torch.float64: 1e4, torch.float32: 1000.0, torch.bfloat16: 8.0, torch.float16: 30.0}
-PARTS = 8  # into which the layers are cut if 16 bits would be too coarse to disturb all of them at once
+# Of the self-test: times the size at the start that is allowed with changed weights; change of the trainer's
+# log-probabilities (nats); relative noise to start with, and at most; how many times the noise an effect must be,
+# and the standard error of its slope, to prove anything; the slope below which a tensor did not arrive; tries.
+DISTURBED = {torch.float64: 1e3, torch.float32: 100.0, torch.bfloat16: 6.0, torch.float16: 10.0}
+CHANGE, SIZE, LARGEST, CLEAR, SURE, ARRIVED, TRIES = 2.0, 0.1, 16.0, 3.0, 0.08, -0.5, 3
 # Of another temperature: least slope, significance and explained share of the variance. Fewest tokens of a test.
 TILT, STANDARD_ERRORS, EXPLAINED, FEWEST = 0.02, 5.0, 0.3, 64
 
@@ -141,101 +140,195 @@ class GapTest:
             self.right += gap
 
 
-@contextmanager
-def disturbed(module: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
-    """Change the named parameters (by default all) grossly, and finally restore every bit. On all ranks of a
-    sharded module."""
-    parameters = [(n, local(p.detach())) for n, p in module.named_parameters() if names is None or n in names]
-    zeros = {name for name, p in parameters if not p.any()}
+class Disturbance:
+    """Random changes of a module's parameters, each of which can be made and undone alone, to the bit. On all ranks
+    of a sharded module. Holds a copy of the parameters in host memory."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = {name: local(p.detach()) for name, p in module.named_parameters()}
+        self.kept = {name: p.to("cpu", copy=True) for name, p in self.parameters.items()}
+        self.sizes = dict.fromkeys(self.parameters, 0.0)
 
     @torch.no_grad()
-    def change(*, back: bool) -> None:
-        for name, p in parameters:
-            if name in zeros:
-                p.copy_(torch.zeros_like(p) if back else torch.full_like(p, 0.5))
-                continue
-            p.mul_(0.5 if back else 2.0)  # exact
-            if p.dim() > 1 and p.numel() > 1:
-                shift = 1 + zlib.crc32(name.encode()) % (p.numel() - 1)
-                p.copy_(p.flatten().roll(-shift if back else shift).view_as(p))
+    def make(self, name: str) -> None:
+        """Add noise of ``sizes[name]`` times the parameter's root mean square (or 1, if it is all zeros)."""
+        whole = self.kept[name].float()
+        scale = (float(whole.square().mean().sqrt()) or 1.0) if whole.numel() else 0.0
+        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.randn(whole.shape, generator=draw) * self.sizes[name] * scale
+        self.parameters[name].copy_((whole + noise).to(self.kept[name].dtype))
 
-    kept = [p.clone() if name in zeros else None for name, p in parameters]  # a zero may be −0
-    change(back=False)
-    try:
-        yield
-    finally:
-        change(back=True)
-        with torch.no_grad():
-            for (_, p), was in zip(parameters, kept, strict=True):
-                if was is not None:
-                    p.copy_(was)
+    @torch.no_grad()
+    def undo(self, name: str) -> None:
+        self.parameters[name].copy_(self.kept[name])
+
+    def set(self, names: Collection[str]) -> None:
+        """Disturb these parameters and no others."""
+        for name in self.parameters:
+            self.make(name) if name in names else self.undo(name)
 
 
-def self_test(
-    policy: Policy, engine: Engine, scorer: Scorer, version: int, say: Callable[[str], None]
-) -> Gap:
-    """Prove that every tensor that is published reaches the engine's samples, and that its caches are reset.
+class SelfTest:
+    """Proves that every tensor that is published reaches the engine's samples, and that its caches are reset.
 
-    Publishes changed weights and then ``version`` again (a collective). Returns the gap of the right weights, for
-    ``GapTest``. Raises StaleWeightsError, which names a tensor that did not arrive."""
-    dtype, ranks, model = next(policy.parameters()).dtype, scorer.ranks, policy.model
-    vocabulary, length = int(model.config.vocab_size), policy.context_length
-    updates = 0
+    All tensors are disturbed so much that the trainer's log-probabilities of fixed tokens change by about CHANGE
+    nats, and are published. Let r be the engine's log-probabilities minus the trainer's, and d_i what the change
+    of tensor i alone contributes to the trainer's. The slope Σ r·d_i ÷ Σ d_i² is 0 if tensor i has arrived, and −1
+    if the engine still has the old one. Shapes: N tokens."""
 
-    def gap() -> Gap:
-        return sampled_gap(engine, scorer, vocabulary, length).over(ranks)
+    def __init__(self, policy: Policy, engine: Engine, scorer: Scorer, version: int) -> None:
+        self.policy, self.engine, self.version = policy, engine, version
+        self.scorer, self.plain = scorer, replace(scorer, temperature=1.0)  # engines score at temperature 1
+        self.dtype, self.ranks = next(policy.parameters()).dtype, scorer.ranks
+        self.vocabulary = int(policy.model.config.vocab_size)
+        self.prompts = probe_prompts(self.vocabulary, policy.context_length)
+        self.updates = 0
 
-    def send() -> None:
-        nonlocal updates
-        updates += 1
-        publish(policy, engine, version, ranks)
+    def run(self, say: Callable[[str], None]) -> Gap:
+        """Run the test, and publish the weights again (a collective). Returns the gap of the right weights, for
+        ``GapTest``. Raises StaleWeightsError, which names a tensor that did not arrive."""
+        right = self._gap()
+        self._refuse(right.fault(FIRST[self.dtype], "with the weights of the run"))
+        change = Disturbance(self.policy.model)
+        try:
+            unproven = self._disturbed(change, list(change.parameters), right)
+        finally:
+            change.set(())
+        self._publish()
+        again = self._gap()
+        limit = TIMES * max(right.size, TINY[self.dtype])
+        self._refuse(again.fault(limit, "with the weights of the run again"))
+        right += again
+        proven = len(change.parameters) - len(unproven)
+        rest = (
+            f" (not proven, because their effect is too small: {', '.join(unproven[:3])})" if unproven else ""
+        )
+        say(
+            f"the engine's self-test passed: changes of {proven} of {len(change.parameters)} tensors{rest} reached "
+            f"the engine, and its cache was reset (gap {right.size:.1e} nats; {self.updates} test updates)"
+        )
+        return right
 
-    def missing(names: list[str]) -> str:
-        """Return "" or the fault of an engine that gets changed weights with these names."""
-        with disturbed(model, names):
-            send()
-            return gap().fault(DISTURBED[dtype] * max(right.size, TINY[dtype]), "with changed weights")
+    def _disturbed(self, change: Disturbance, names: list[str], right: Gap) -> list[str]:
+        """Test the named tensors, in as few updates as the noise of the engine allows. Return those whose effect was
+        too small to prove anything."""
+        before, queue, tries = self._trainer(), list(names), dict.fromkeys(names, 0)
+        noise = math.sqrt(self._mean((self._engine() - before) ** 2))
+        # Each of n tensors contributes about CHANGE ÷ √n, of which CLEAR times the noise is needed, and some more.
+        count = max(1, min(len(names), int((CHANGE / (1.5 * CLEAR * max(noise, 1e-6))) ** 2)))
+        unproven: list[str] = []
+        while queue:
+            group, queue = queue[:count], queue[count:]
+            self._choose_sizes(change, group, before)
+            now = self._trainer()
+            self._publish()
+            # Prompts are in the cache since the weights of the run.
+            cached = "" if self.updates > 1 else self._cached(right)
+            rest = self._unproven(change, group, self._engine() - now, now, noise)
+            self._refuse(cached)
+            for name in rest:
+                tries[name] += 1
+            unproven += [name for name in rest if tries[name] == TRIES]
+            queue += [name for name in rest if tries[name] < TRIES]
+            if 2 * len(rest) > len(group):
+                count = max(1, count // 4)
+        return unproven
 
-    right = gap()
-    if fault := right.fault(FIRST[dtype], "with the weights of the run"):
-        raise StaleWeightsError(f"the engine's self-test failed: {fault}")
-    everything = [name for name, _ in model.named_parameters()]
-    parts = min(1 + max(map(_layer, everything)), 1 if dtype in (torch.float32, torch.float64) else PARTS)
-    for part in range(parts):
-        names = [name for name in everything if _layer(name) % parts == part]
-        if fault := missing(names):
-            while len(names) > 1:  # find one of them
-                half = names[: len(names) // 2]
-                names = half if missing(half) else names[len(half) :]
-            raise StaleWeightsError(
-                f"the engine's self-test failed: {fault}. A tensor that does not arrive is {names[0]}; otherwise "
-                "the engine keeps cached prompts when its weights change"
+    def _cached(self, right: Gap) -> str:
+        limit = DISTURBED[self.dtype] * max(right.size, TINY[self.dtype])
+        return self._gap().fault(limit, "with changed weights")
+
+    def _unproven(
+        self, change: Disturbance, group: list[str], rest: Tensor, now: Tensor, noise: float
+    ) -> list[str]:
+        """Return those whose effect is too small. Raises StaleWeightsError if one did not arrive."""
+        found = []
+        for name in group:
+            change.undo(name)
+            effect = now - self._trainer()
+            change.make(name)
+            slope, error = self._slope(rest, effect)
+            if error > SURE or math.sqrt(self._mean(effect * effect)) < CLEAR * noise:
+                found.append(name)
+            elif slope < ARRIVED:
+                raise StaleWeightsError(
+                    f"the engine's self-test failed: {name} was changed and published, but the engine still "
+                    f"computes with the old one (slope {slope:.2f} ± {error:.2f}; 0 is right)"
+                )
+        return found
+
+    def _choose_sizes(self, change: Disturbance, names: Collection[str], before: Tensor) -> None:
+        """Choose the noise so that the trainer's log-probabilities change by about CHANGE nats (a collective)."""
+        size = SIZE
+        for _ in range(16):
+            change.sizes.update(dict.fromkeys(names, size))
+            change.set(names)
+            found = math.sqrt(self._mean((self._trainer() - before) ** 2))
+            if found > 2 * CHANGE or not math.isfinite(found):
+                size /= 2
+            elif found < CHANGE / 2 and size < LARGEST:
+                size *= 2
+            else:
+                return
+
+    def _slope(self, rest: Tensor, effect: Tensor) -> tuple[float, float]:
+        """Return Σ r·d ÷ Σ d² over the tokens of all ranks, and its standard error, from what the slope leaves."""
+        both, squares = self.ranks.sum([float((rest * effect).sum()), float((effect * effect).sum())])
+        slope = both / squares if squares else 0.0
+        (left,) = self.ranks.sum([float((((rest - slope * effect) * effect) ** 2).sum())])
+        return slope, math.sqrt(left) / squares if squares else math.inf
+
+    def _mean(self, values: Tensor) -> float:
+        total, count = self.ranks.sum([float(values.sum()), float(len(values))])
+        return total / max(1.0, count)
+
+    def _trainer(self) -> Tensor:
+        """Return the trainer's log-probabilities of the fixed tokens, without the first of each prompt [N]."""
+        sequences = [
+            TrainSequence(
+                token_ids=ids, num_prefix_tokens=0, group=i,
+                origin=(Origin.CONTEXT, *(Origin.POLICY,) * (len(ids) - 1)),
             )
-    send()
-    again = gap()
-    if fault := again.fault(TIMES * max(right.size, TINY[dtype]), "with the weights of the run again"):
-        raise StaleWeightsError(f"the engine's self-test failed: {fault}")
-    right += again
-    say(
-        f"the engine's self-test passed: changes of all tensors reached its samples, also those with a cached prompt "
-        f"(gap {right.size:.1e} nats; {updates} test updates)"
-    )
-    return right
+            for i, ids in enumerate(self.prompts)
+        ]  # fmt: skip
+        limit = max(self.plain.tokens_per_microbatch, *map(len, self.prompts))
+        batches = self.plain.with_proximal(self.plain.pack(sequences, limit=limit), 0)
+        by_prompt: dict[int, Tensor] = {}
+        for batch in batches:
+            assert batch.proximal_logprobs is not None
+            for i in batch.sequence_index.unique().tolist():
+                by_prompt[i] = batch.proximal_logprobs[batch.sequence_index == i].double().cpu()
+        return torch.cat([by_prompt[i] for i in sorted(by_prompt)])
+
+    def _engine(self) -> Tensor:
+        found = [self.engine.score(ids, 1, 1.0) for ids in self.prompts]
+        return torch.tensor([value for values in found for value in values], dtype=torch.float64)
+
+    def _gap(self) -> Gap:
+        return sampled_gap(self.engine, self.scorer, self.prompts).over(self.ranks)
+
+    def _publish(self) -> None:
+        self.updates += 1
+        publish(self.policy, self.engine, self.version, self.ranks)
+
+    def _refuse(self, fault: str) -> None:
+        if fault:
+            raise StaleWeightsError(f"the engine's self-test failed: {fault}")
 
 
-def _layer(name: str) -> int:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else 0
+def probe_prompts(vocabulary: int, context_length: int) -> list[tuple[int, ...]]:
+    """Return the self-test's prompts of random tokens."""
+    num = min(PROMPT_TOKENS, max(2, context_length - NEW_TOKENS))
+    draw = generator(0, Purpose.PROBE, 0, "engine test")
+    return [tuple(int(i) for i in draw.integers(0, vocabulary, num)) for _ in range(NUM_PROMPTS)]
 
 
-def sampled_gap(engine: Engine, scorer: Scorer, vocabulary: int, context_length: int) -> Gap:
+def sampled_gap(engine: Engine, scorer: Scorer, prompts: Sequence[tuple[int, ...]]) -> Gap:
     """Return the gap between engine and trainer on this rank's new samples (a collective).
 
-    The prompts are random tokens, the same in every call, so that an engine with a prefix cache uses it. Raises
-    StaleWeightsError if the engine returns no sample."""
-    num = min(PROMPT_TOKENS, max(1, context_length - NEW_TOKENS))
-    draw = generator(0, Purpose.PROBE, 0, "engine test")
-    prompts = [tuple(int(i) for i in draw.integers(0, vocabulary, num)) for _ in range(NUM_PROMPTS)]
+    The prompts are the same in every call, so that an engine with a prefix cache uses it. Raises StaleWeightsError
+    if the engine returns no sample."""
+    num = len(prompts[0])
     requests = [
         SampleRequest(
             problem_id=str(i), sample_index=k, prompt_ids=ids, seed=0, purpose=Purpose.PROBE, step=0

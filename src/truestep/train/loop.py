@@ -20,7 +20,7 @@ from truestep.settings import StageSettings
 from truestep.signals import Interrupted
 from truestep.train import checkpoints
 from truestep.train.checkpoints import TrainState, summed
-from truestep.train.engine_test import GapTest, self_test
+from truestep.train.engine_test import GapTest, SelfTest
 from truestep.train.logs import StageLogs
 from truestep.train.memory import learn
 from truestep.train.metrics import checked
@@ -91,7 +91,7 @@ def prove_engine(spec: StageSpec, engine: Engine, version: int) -> None:
     cannot be compared is tested first."""
     receipt = publish(spec.policy, engine, version, spec.ranks)
     if receipt.is_received:
-        right = self_test(spec.policy, engine, spec.updater.scorer, version, spec.warn)
+        right = SelfTest(spec.policy, engine, spec.updater.scorer, version).run(spec.warn)
         if spec.gaps is not None:
             spec.gaps.right = right
     spec.warn(f"{spec.name}: at every update, {receipt.proof}")
