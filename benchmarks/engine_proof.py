@@ -55,7 +55,7 @@ def policy_of(family: str, dtype: torch.dtype, seed: int) -> Policy:
     }  # fmt: skip
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **shape)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(dtype)
     prepare(model, torch.device("cpu"))
     return Policy(
         LoadedModel(model=model, tokenizer=tiny_tokenizer(), shape=model_shape(model), context_length=256)

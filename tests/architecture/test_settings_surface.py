@@ -21,6 +21,7 @@ evaluate.data evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.few_shot evaluate.limit evaluate.limits
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
 evaluate.sampling.max_new_tokens evaluate.sampling.max_running
+vllm.attach vllm.servers vllm.options vllm.folder vllm.sleep vllm.restarts
 
 stage.kind stage.name stage.data stage.tokens_per_microbatch stage.save_every stage.save_every_minutes
 stage.keep_checkpoints
@@ -34,6 +35,7 @@ stage.faults.sequences_per_microbatch
 sft.sequences_per_step sft.epochs sft.steps sft.method sft.method_options
 
 rl.steps rl.prompts_per_step rl.samples_per_prompt rl.updates_per_rollout rl.method rl.method_options rl.reward
+rl.engine
 rl.solved_at rl.rewards.function rl.rewards.weight rl.rewards.name rl.rewards.options rl.rewards.timeout_seconds
 rl.rewards.memory_mb rl.rewards.workers rl.rewards.batch_size rl.rewards.max_failure_share
 rl.sampling.temperature rl.sampling.top_p rl.sampling.top_k rl.sampling.max_new_tokens rl.sampling.max_running

@@ -153,7 +153,7 @@ class Disturbance:
     def make(self, name: str) -> None:
         """Add noise of ``sizes[name]`` times the parameter's root mean square (or 1, if it is all zeros)."""
         whole = self.kept[name].float()
-        scale = (float(whole.square().mean().sqrt()) or 1.0) if whole.numel() else 0.0
+        scale = float(whole.norm()) / math.sqrt(max(1, whole.numel())) or 1.0
         draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(whole.shape, generator=draw) * self.sizes[name] * scale
         self.parameters[name].copy_((whole + noise).to(self.kept[name].dtype))

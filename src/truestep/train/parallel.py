@@ -7,7 +7,6 @@ Gradients are SUMMED over ranks, here in float32 (ddp) or by FSDP's reduce-scatt
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from truestep.device import collective_backend, compute_device, world
 
@@ -122,18 +121,6 @@ def is_sharded(module: nn.Module) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def first_element(tensor: Tensor) -> int:
-    """Return where this rank's part begins in the flattened whole tensor, in elements.
-
-    Raises ValueError for a sharding in which a part is not contiguous in the whole."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    if not all(isinstance(p, Shard) and p.dim == 0 for p in tensor.placements) or tensor.device_mesh.ndim > 1:
-        raise ValueError(f"a tensor is sharded as {tensor.placements}; only rows can be sharded")
-    rows = -(-tensor.shape[0] // tensor.device_mesh.size()) * tensor.device_mesh.get_local_rank()
-    return min(rows, tensor.shape[0]) * math.prod(tensor.shape[1:])
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import UserDict
 from collections.abc import Mapping
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from truestep.rollout.engine import Engine, Receipt, StaleWeightsError
 from truestep.rollout.fingerprints import PRIME, fingerprint
-from truestep.train.parallel import Ranks, first_element, full, local
+from truestep.train.layout import share_of
+from truestep.train.parallel import Ranks, full, local
 from truestep.train.policy import Policy
 
 
@@ -53,7 +55,13 @@ def different(parameters: Mapping[str, Tensor], receipt: Receipt, ranks: Ranks) 
 
 def fingerprints(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
     """Return the fingerprint of every whole tensor (a collective: shards are added over ranks)."""
-    parts = {name: fingerprint(local(p), first_element(p)) for name, p in parameters.items()}
+    parts = {name: fingerprint(local(p), _offset(p)) for name, p in parameters.items()}
     sharded = [name for name, p in parameters.items() if local(p) is not p]
     summed = [sum(values) % PRIME for values in zip(*ranks.gather([parts[n] for n in sharded]), strict=True)]
     return parts | dict(zip(sharded, summed, strict=True))
+
+
+def _offset(tensor: Tensor) -> int:
+    """Return where this rank's part begins in the flattened whole tensor, in elements."""
+    share = share_of(tensor)
+    return 0 if share is None else share.start * math.prod(tensor.shape[1:])
