@@ -50,7 +50,7 @@ MOVED: dict[str, str] = {
         ("buffer", "a surrogate without a clip has no clipped tokens"),
     )
     for side in ("low", "high")
-}
+} | {"*/publish/probe_difference": "fingerprints replaced the probe"}
 
 # float64, so that rounding does not decide a sampled token or a value at 1e-6; two runs use the other dtypes.
 HEAD = """
