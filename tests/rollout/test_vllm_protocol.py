@@ -397,3 +397,70 @@ def test_vllms_processes_get_their_files_and_none_of_a_ranks_variables(
     ]
     for path in tmp_path.iterdir():
         assert "from truestep." not in path.read_text(), "vLLM's environment has no truestep"
+
+
+RECIPE = """
+name = "x"
+[model]
+path = "tiny"
+[data.train]
+source = "procedural:addition"
+limit = 8
+[[stages]]
+kind = "rl"
+data = "train"
+steps = 1
+prompts_per_step = 4
+tokens_per_microbatch = 4096
+optimizer = { lr = 1e-4 }
+engine = "vllm"
+sampling = { max_new_tokens = 8 }
+"""
+
+
+def test_a_missing_vllm_is_said_before_the_data_are_loaded(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from truestep.pipeline.prepare import prepare
+    from truestep.settings import load_settings
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+
+    def refused(words: str, *overrides: str) -> None:
+        with pytest.raises(UserError, match=words):
+            prepare(load_settings(path, overrides), base_dir=tmp_path)
+
+    monkeypatch.setenv(ENVIRONMENT, "/nowhere/python")
+    refused("/nowhere/python is not a Python interpreter")
+    monkeypatch.setenv(ENVIRONMENT, sys.executable)
+    refused("has no vLLM; set TRUESTEP_VLLM_PYTHON")
+    monkeypatch.setattr("truestep.pipeline.prepare.installed_version", lambda python: "0.31.0")
+    refused(r"has vLLM 0\.31\.0; RL needs 0\.32")
+    refused("cannot be asked what it can do", 'vllm.attach=["http://127.0.0.1:9"]')
+    StandIn.answers["/openapi.json"] = {"paths": {}}
+    refused("does not offer /collective_rpc", f'vllm.attach=["{url}"]')
+    StandIn.answers["/openapi.json"] = {"paths": dict.fromkeys(vllm_weights.ROUTES, 1)}
+    assert prepare(
+        load_settings(path, [f'vllm.attach=["{url}"]']), base_dir=tmp_path
+    ).settings.vllm.attach == (url,)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ('vllm.attach=["10.0.0.5:8000"]', "is not an address; write http://HOST:PORT"),
+        ('vllm.attach=["http://h:1/v1"]', "is not an address"),
+        ('vllm.attach=["http://u:p@h:1"]', "looks like a secret"),
+        ('vllm.attach=["http://u@h:1"]', "must not contain a user name"),
+        ('vllm={ attach = ["http://h:1"], servers = 2 }', "remove servers and options"),
+        ('stages.rl.engine="sglang"', "engine"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, change: str, words: str) -> None:
+    from truestep.settings import load_settings
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    with pytest.raises(UserError, match=words):
+        load_settings(path, [change])

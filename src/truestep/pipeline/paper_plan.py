@@ -166,7 +166,8 @@ def gib_per_gpu(
     logits = 1024 * int(config["vocab_size"]) * 4 * 3 + 2 * config["vocab_size"] * hidden * compute
     found = {"weights, moments, gradients": state, "gathered layer": 2 * layer if sharded else 0.0,
              "activations": kept, "head and logits": logits}  # fmt: skip
-    if isinstance(stage, RlSettings | RejectionSettings):
+    beside = isinstance(stage, RlSettings) and stage.engine == "vllm"  # vLLM reserves what it is told to
+    if isinstance(stage, RlSettings | RejectionSettings) and not beside:
         heads = int(config["num_key_value_heads"])
         head = config.get("head_dim") or hidden // int(config["num_attention_heads"])
         length = declared.max_prompt_tokens + stage.sampling.max_new_tokens

