@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from truestep import signals
 from truestep.device import peak_memory_bytes
 from truestep.flops import Ledger
 from truestep.rollout.engine import Engine
@@ -63,6 +62,7 @@ def run_stage(spec: StageSpec) -> TrainState:
 
     Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
+    spec.ranks.barrier()  # every rank verifies all files
     if spec.engine is not None:
         publish(spec.policy, spec.engine, state.step)
     try:
@@ -125,8 +125,4 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
 
 def _stop_together(spec: StageSpec) -> None:
     """Raise Interrupted on every rank, between the same two steps, if any rank received a signal to stop."""
-    asked = int(spec.ranks.max([float(signals.pending())])[0])
-    if asked:
-        raise Interrupted(asked)
-    if spec.ranks.world_size == 1:
-        signals.check()
+    spec.ranks.stop_point()

@@ -146,8 +146,10 @@ class RolloutSource:
         )
 
     def _groups(self, prompts: Sequence[Prompt], *place: Any, **given: Any) -> list[GatedGroup]:
-        """Sample and score the groups, and apply the gate to each of them once."""
-        groups = self.sampler.groups(prompts, *place, **given)
+        """Sample and score the groups, and apply the gate to each of them once. The ranks meet at the end,
+        because one may take much longer than another."""
+        with self.ranks.apart():
+            groups = self.sampler.groups(prompts, *place, **given)
         return [seq.gated(group, self.method, self.sampler.solved_at) for group in groups]
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:

@@ -78,7 +78,7 @@ class Updater:
             rate = self.learning_rate(step * self.updates_per_step + index)
             planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches))
             # After its first update, a step must be finished: stopping would leave it half done.
-            check_stop = scorer.check_stop if index == 0 else lambda: None
+            check_stop = scorer.ranks.stop_point if index == 0 else lambda: None
             reports.append(train_step(self.policy, optimizer, batches, planned, check_stop))
         metrics = combine([_row(report) for report in reports])
         metrics |= {f"statistics/{name}": value for name, value in statistics.items()}
