@@ -26,6 +26,7 @@ from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
 from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.step import NonFiniteError
+from truestep.train.undo import Undo
 from truestep.train.update import Updater
 from truestep.train.weight_sync import publish
 
@@ -65,17 +66,20 @@ def run_stage(spec: StageSpec) -> TrainState:
     spec.ranks.barrier()  # every rank verifies all files
     if spec.engine is not None:
         publish(spec.policy, spec.engine, state.step)
+    undo = Undo(tuple(spec.updater.optimizers.values()), spec.ranks)
     try:
         while state.step < spec.num_steps or state.unlogged is not None:
             if state.unlogged is None:
                 _stop_together(spec)
-                state = train(spec, state)
+                # A step may be dropped in the middle if the state before it is on the disk or in memory.
+                state = train(spec, state, undo, may_drop=state is saved or undo.is_ready())
             state = finish(spec, state)
             if state.step % spec.settings.save_every == 0 or state.step == spec.num_steps:
                 checkpoints.save(spec, state)
                 saved = state
     except Interrupted:
         if state is not saved:
+            undo.put_back()
             checkpoints.save(spec, state)
         raise
     except NonFiniteError as error:
@@ -83,12 +87,14 @@ def run_stage(spec: StageSpec) -> TrainState:
     return state
 
 
-def train(spec: StageSpec, state: TrainState) -> TrainState:
+def train(spec: StageSpec, state: TrainState, undo: Undo, *, may_drop: bool) -> TrainState:
     """Take one step: get its data, make its optimizer updates, and give the new weights to the engine."""
     began = time.perf_counter()
     data = spec.source.take(state.step, state.memory)
     sampled = time.perf_counter()
-    updates = spec.updater.update(data, state.step)
+    updates = spec.updater.update(data, state.step, may_drop=may_drop)
+    if updates.later_seconds is not None:
+        undo.learn(updates.later_seconds)
     memory = learn(spec.updater.method, data.memory, state.step, data.controls, updates.seen)
     metrics, done = {**updates.metrics, **data.metrics}, state.step + 1
     if spec.engine is not None:

@@ -145,7 +145,8 @@ def _open_channel(ranks: Ranks) -> Channel:
             server = stack.enter_context(wire.listen(os.environ.get("MASTER_ADDR", "")))
             offer = {"port": server.getsockname()[1], "token": secrets.token_hex(16)}
         told = ranks.gather({"member": asdict(this_process(ranks.rank)), "offer": offer})
-        members, port, token = [Member(**t["member"]) for t in told], *told[0]["offer"].values()
+        members = [Member(**one["member"]) for one in told]
+        port, token = told[0]["offer"]["port"], told[0]["offer"]["token"]
         if ranks.rank == 0:
             wires = wire.accept(server, token, ranks.world_size - 1)
         else:
