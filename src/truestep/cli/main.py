@@ -77,9 +77,9 @@ def main() -> None:
     except Exception as error:
         message, code = _described(error)
         _end_ranks(error, message, code)
-        if not message:
-            raise
-        _fail(message, code)
+        if message:
+            _fail(message, code)
+        raise
 
 
 def _described(error: Exception) -> tuple[str, int]:
