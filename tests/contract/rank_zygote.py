@@ -8,8 +8,11 @@ folder."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -23,6 +26,8 @@ import truestep.pipeline.run
 import truestep.report.html  # noqa: F401
 from truestep.cli import main
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def start(request: dict[str, Any]) -> list[int]:
     pids = []
@@ -35,7 +40,9 @@ def start(request: dict[str, Any]) -> list[int]:
 
 
 def become(rank: int, log: str, request: dict[str, Any]) -> None:
-    """Be one rank until its end, as a fresh interpreter would be."""
+    """Be one rank until its end, as a fresh interpreter would be. It ends with this process (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, out), (2, out)):

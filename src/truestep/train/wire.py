@@ -61,8 +61,10 @@ class Wire:
 
 def listen(address: str) -> socket.socket:
     """Open a free port, on the loopback device alone if the ranks meet there."""
-    if address in ("localhost", "::1") or address.startswith("127."):
-        return socket.create_server((socket.gethostbyname("localhost"), 0))
+    if address == "::1":
+        return socket.create_server((address, 0), family=socket.AF_INET6)
+    if address == "localhost" or address.startswith("127."):
+        return socket.create_server(("127.0.0.1", 0))
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
