@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from rank_jobs import Ended, Job, lines_in
 from tiny_runs import write_recipe
 
+from truestep.train import wire
 from truestep.train.channel import LIMIT, LOST_CODE
 
 
@@ -58,6 +60,18 @@ def test_a_busy_rank_is_not_lost(tmp_path: Path) -> None:
         ended = started.end(60)
     assert ended.codes == [0, 0]
     assert ended.errors == []
+
+
+def test_a_connection_without_the_key_is_not_a_rank() -> None:
+    with wire.listen("127.0.0.1") as server, socket.socket() as stranger, socket.socket() as other:
+        for connection, hello in ((stranger, b"guess 1\n"), (other, b"key 2\n")):
+            connection.connect(server.getsockname())
+            connection.sendall(hello)
+        found = wire.accept(server, "key", 1)
+        assert list(found) == [2]
+        stranger.settimeout(5)
+        assert stranger.recv(1) == b""
+        found[2].close()
 
 
 def run_of(folder: Path, parallel: str) -> list[str]:

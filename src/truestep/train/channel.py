@@ -76,7 +76,7 @@ class Channel:
 
     def __init__(self, members: Sequence[Member], rank: int, wires: Mapping[int, Wire], limit: float) -> None:
         self.members, self.rank, self.limit = tuple(members), rank, limit
-        self.speak: Callable[[str], None] = lambda text: print_error(text)
+        self.speak: Callable[[str], None] = print_error
         self.advice: Callable[[], str] = lambda: "start the run again with --resume"
         self._peers = {other: _Peer(wire) for other, wire in wires.items()}
         self._hub = _Hub()
