@@ -162,14 +162,22 @@ class StageSettings(Frozen):
     data: str
     tokens_per_microbatch: int = Field(ge=1)  # memory only; never changes the update
     optimizer: OptimizerSettings
-    save_every: int = Field(50, ge=1)
+    save_every: int = Field(50, ge=1)  # steps
+    save_every_minutes: float = Field(0, ge=0)  # also save if the last checkpoint is older; 0: only by steps
     keep_checkpoints: int = Field(2, ge=1)
     dev: DevSettings = DevSettings()
     faults: FaultSettings = FaultSettings()
 
 
-# Keys of a stage that affect only memory and files. They are not part of its identity and may change on resuming.
-OUTSIDE_RESULTS = {"save_every": 1, "keep_checkpoints": 1, "tokens_per_microbatch": 1}
+# Keys of a stage, and of [compute], that affect only memory, speed, files and rounding. They are not part of its
+# identity and may change on resuming.
+OUTSIDE_RESULTS = {
+    "save_every": 1,
+    "save_every_minutes": 0,
+    "keep_checkpoints": 1,
+    "tokens_per_microbatch": 1,
+}
+OUTSIDE_COMPUTE = {"threads": 1, "parallel": "auto", "gradient_checkpointing": False, "compile": False}
 
 
 def _has_one_length(stage: Any) -> Any:
@@ -476,12 +484,15 @@ def _child(node: Any, part: str, item: str) -> Any:
     raise UserError(f"--set {item}: {part} cannot be set inside a value that is not a table")
 
 
+_NEWER = (("date", PINNED_DATE), ("save_every_minutes", 0))
+
+
 def _identity(part: Any) -> Any:
-    """Return a dumped table without chat.date if it is the default, so that results from before this setting
-    keep their identity."""
+    """Return a dumped table without the newer settings that have their defaults, so that results from before
+    these settings keep their identity."""
     if not isinstance(part, dict):
         return part
-    return {key: _identity(value) for key, value in part.items() if (key, value) != ("date", PINNED_DATE)}
+    return {key: _identity(value) for key, value in part.items() if (key, value) not in _NEWER}
 
 
 def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:

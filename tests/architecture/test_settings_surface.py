@@ -22,7 +22,8 @@ evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.fe
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
 evaluate.sampling.max_new_tokens evaluate.sampling.max_running
 
-stage.kind stage.name stage.data stage.tokens_per_microbatch stage.save_every stage.keep_checkpoints
+stage.kind stage.name stage.data stage.tokens_per_microbatch stage.save_every stage.save_every_minutes
+stage.keep_checkpoints
 stage.optimizer.lr stage.optimizer.kind stage.optimizer.schedule stage.optimizer.warmup_fraction
 stage.optimizer.min_lr_ratio stage.optimizer.betas stage.optimizer.eps stage.optimizer.weight_decay
 stage.optimizer.max_grad_norm

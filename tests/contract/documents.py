@@ -41,7 +41,7 @@ def shape(value: Any) -> Any:
     """Return the fields of a JSON value with their types. Elements of a list are described together."""
     if isinstance(value, dict):
         if len(value) > 40 or (
-            len(value) > 1 and all(re.fullmatch(r"[0-9a-f]{8,}|\d+", key) for key in value)
+            len(value) > 1 and all(re.fullmatch(r"[0-9a-f]{8,}|\d+|(\w+/)?model\.\S+", key) for key in value)
         ):
             return {"*": joined([shape(v) for v in value.values()])}
         return {key: shape(v) for key, v in sorted(value.items())}

@@ -19,8 +19,9 @@ import torch
 from checkpoint_cases import make, same, silent
 from safetensors.torch import load_file
 
-from truestep.checkpoint import store
+from truestep.checkpoint.layout import every_row
 from truestep.checkpoint.manifest import MANIFEST_LIMIT
+from truestep.checkpoint.reader import read_checkpoint
 from truestep.checkpoint.store import Checkpoint, OutOfSpace, list_checkpoints, load_latest, save_checkpoint
 
 torch.set_num_threads(1)
@@ -193,7 +194,7 @@ def test_a_kill_at_any_operation_leaves_the_old_checkpoint_or_the_new(tmp_path: 
             f"{scene}: killed at {disk.trace[-1]}"
         )
         for path in list_checkpoints(folder):
-            store._load(path, 0, 1)  # none stands there half deleted
+            read_checkpoint(path, every_row)  # none stands there half deleted
         again = after if fatal % 2 else make(after.step + 1)
         save_checkpoint(folder, again, keep=1)
         assert same(load_latest(folder, warn=silent), again)

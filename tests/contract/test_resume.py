@@ -266,6 +266,9 @@ def test_what_changes_no_result_may_change(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(half, folder)
-    go(prepared(recipe, "stages.rl.save_every=1", "stages.rl.keep_checkpoints=4"), folder, resume=True)
+    stage = ("save_every=1", "save_every_minutes=5", "keep_checkpoints=4")
+    compute = ("parallel=fsdp2", "gradient_checkpointing=true")
+    changed = [*(f"stages.rl.{s}" for s in stage), *(f"compute.{s}" for s in compute)]
+    go(prepared(recipe, *changed), folder, resume=True)
     assert differing(fingerprint(folder), fingerprint(whole[0])) == []
     assert len(list_checkpoints(folder / "stages/02-rl/checkpoints")) > 2

@@ -10,16 +10,18 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from truestep.checkpoint.layout import Entry
 from truestep.errors import UserError
 
 GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SHARD = re.compile(rf"({GROUP.pattern})\.rank(\d{{5}})-of-(\d{{5}})\.safetensors")
 STEP = re.compile(r"step_(\d{8,15})(\.aside)?")
-FORMAT = 1  # version of manifest.json
+FORMAT = 2  # version of manifest.json
+WITHOUT_LAYOUT = 1  # the version before, which recorded neither shapes nor rows
 MANIFEST_LIMIT = 64 << 20  # bytes; limits the memory that reading a damaged file takes
 
 
@@ -41,6 +43,20 @@ class Manifest(BaseModel):
     world_size: int = Field(ge=1)
     files: dict[Annotated[str, StringConstraints(pattern=f"^{SHARD.pattern}$")], File]
     state: dict[str, Any]
+    tensors: dict[str, dict[str, Entry]] | None = None  # by group and name; None only in the older format
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in self.files:
+            match = SHARD.fullmatch(name)
+            if match is None or int(match[3]) != self.world_size or int(match[2]) >= self.world_size:
+                raise ValueError(f"{name} does not belong to a checkpoint of {self.world_size} processes")
+        if (self.tensors is None) != (self.format == WITHOUT_LAYOUT):
+            raise ValueError("the shapes of the tensors are missing")
+        entries = [entry for group in (self.tensors or {}).values() for entry in group.values()]
+        if any(len(entry.starts) not in (0, self.world_size) for entry in entries):
+            raise ValueError(f"a tensor does not have a part for each of {self.world_size} processes")
+        return self
 
 
 def digest(body: Mapping[str, Any]) -> str:
@@ -89,14 +105,15 @@ def read_manifest(path: Path) -> Manifest:
         body = json.loads(raw) if len(raw) <= MANIFEST_LIMIT else None
         if not isinstance(body, dict) or body.pop("sha256", "") != digest(body):
             raise Corrupt("manifest.json is not what was written (SHA-256 differs)")
-        if body.get("format") != FORMAT:
+        if body.get("format") not in (FORMAT, WITHOUT_LAYOUT):
             fault = f"{path} was written by a different version of truestep (format {body.get('format')!r})"
             raise UserError(f"{fault}; use that version")
         manifest = Manifest.model_validate(body)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise Corrupt(f"manifest.json cannot be read: {str(error).splitlines()[0]}") from None
+        fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise Corrupt(f"manifest.json cannot be read: {fault}") from None
     if manifest.step != step_of(path):
         raise Corrupt(f"manifest.json is that of step {manifest.step}")
     return manifest

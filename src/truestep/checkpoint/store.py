@@ -1,14 +1,16 @@
 """Crash-safe checkpoints, which contain only safetensors and JSON. One rename commits each of them.
 
-    step_00000012/              committed: every file is named in manifest.json with its size and SHA-256
+    step_00000012/              committed: every file is named in manifest.json with its size and SHA-256, and
+                                every tensor with its shape and the first row of each rank's part
         GROUP.rank00000-of-00002.safetensors   manifest.json
     step_00000012.tmp-write/    being written: never read, removed by the next save or load
     step_00000012.tmp-discard/  being deleted: never read, removed by the next save or load
     step_00000012.aside/        old version while the same step is replaced: read if nothing newer exists
     latest                      the newest checkpoint's name, for people; no code reads it
 
-All ranks share one file system. Every rank reaches every barrier, even after an error, so that a full disk on
-one rank cannot make the others hang."""
+A tensor that is the same on all ranks is saved once, by rank 0. All ranks share one file system. After each
+phase, the ranks tell each other whether it succeeded, so that a full disk on one rank cannot make the others
+hang."""
 
 from __future__ import annotations
 
@@ -20,49 +22,38 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from truestep.checkpoint import folders
 from truestep.checkpoint.folders import discard_folder, exclusive
+from truestep.checkpoint.layout import Checkpoint, Claim, RowsOf, every_row, joined
 from truestep.checkpoint.manifest import (
     FORMAT,
     GROUP,
     MANIFEST_LIMIT,
-    SHARD,
     STEP,
     Corrupt,
-    File,
     list_checkpoints,
-    read_manifest,
-    regular_file,
     step_of,
 )  # fmt: skip
 from truestep.checkpoint.manifest import digest as _digest
+from truestep.checkpoint.reader import DTYPES, file_name, read_checkpoint
 from truestep.errors import OutOfSpace, UserError
 from truestep.rundir import NO_SPACE, fsync_folder, write_atomic
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+Gather = Callable[[Any], list[Any]]  # returns the JSON values of all ranks, in their order (a collective)
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _LEFTOVER = re.compile(STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
 _PATIENCE = 30.0  # seconds; a reader may hold the lock while it removes leftovers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The whole state of a stage between two optimizer steps, as named groups of tensors and JSON values."""
-
-    step: int
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    state: Mapping[str, Any]
+def alone(value: Any) -> list[Any]:
+    """Gather the values of all ranks if there is one process."""
+    return [value]
 
 
 def save_checkpoint(
@@ -72,39 +63,43 @@ def save_checkpoint(
     keep: int,
     rank: int = 0,
     world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    gather: Gather = alone,
 ) -> Path:
     """Write and commit a checkpoint, then delete older ones, so that ``keep`` remain with it.
 
-    Every rank calls this with its own tensors and the same step, state (rank 0's is used) and group names.
+    Every rank calls this with the same step, group names and tensor names. A rank writes its rows of split
+    tensors; rank 0 also writes the state and the tensors that are the same everywhere.
 
     Raises OutOfSpace if the disk is full, UserError if another process is saving here, RuntimeError if
     another rank failed, and ValueError for values that cannot be stored."""
-    state = _checked(checkpoint, keep, rank, world_size)
+    state, own = _checked(checkpoint, keep, rank, world_size), _own(checkpoint, rank)
     final = folder / f"step_{checkpoint.step:08d}"
     temporary = final.with_name(f"{final.name}.tmp-write")
-    part: dict[str, dict[str, Any]] = {}
+    told: list[Any] = []  # what each rank's last phase has returned
 
-    def prepare() -> None:
+    def prepare() -> int:
         if rank == 0:
             stack.enter_context(exclusive(folder, _PATIENCE))
             remove_leftovers(folder)
             temporary.mkdir()
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # frees the space after a failure
+        return sum(t.nbytes for group in own.values() for t in group.values())
 
-    def write() -> None:
-        num_bytes = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
-        folders.require_space(folder, world_size * num_bytes)
-        for group, tensors in checkpoint.tensors.items():
-            name = f"{group}.rank{rank:05d}-of-{world_size:05d}.safetensors"
-            part[name] = _write_file(temporary / name, _safetensors(tensors))
-        _write_file(temporary / f"part{rank}.json", [json.dumps(part).encode()])
+    def write() -> dict[str, Any]:
+        folders.require_space(folder, sum(told))
+        named = {file_name(group, rank, world_size): tensors for group, tensors in own.items()}
+        files = {name: _write_file(temporary / name, _safetensors(t)) for name, t in named.items()}
+        return {"files": files, "claims": _claims(checkpoint)}
 
     def commit() -> None:
         if rank == 0:
             body: dict[str, Any] = {"format": FORMAT, "step": checkpoint.step, "world_size": world_size}
-            body |= {"files": _gather_parts(temporary, world_size), "state": state}
+            body["files"] = {name: entry for part in told for name, entry in part["files"].items()}
+            body["tensors"] = joined(_entries(checkpoint), [part["claims"] for part in told])
+            body["state"] = state
             document = json.dumps({"sha256": _digest(body), **body}, indent=1)
+            if len(document) > MANIFEST_LIMIT:
+                raise ValueError(f"{final}: manifest.json has {len(document)} bytes, more than is read again")
             _write_file(temporary / "manifest.json", [document.encode()])
             fsync_folder(temporary)
             folders.replace_folder(temporary, final)
@@ -112,22 +107,56 @@ def save_checkpoint(
             _delete_older(folder, checkpoint.step, keep)
 
     failure: Exception | None = None
-    with contextlib.ExitStack() as stack:  # rank 0 keeps the lock until the last barrier is passed
+    with contextlib.ExitStack() as stack:  # rank 0 keeps the lock until all ranks have written
         for phase in (prepare, write, commit):
+            done: Any = None
             try:
-                if failure is None:
-                    phase()
-            except (OSError, RuntimeError, UserError) as error:
+                done = phase()
+            except (OSError, RuntimeError, ValueError, UserError) as error:
                 failure = error
-            barrier()
-        if failure is None and not _holds(final, part):
-            failure = RuntimeError(f"{final} was not saved: another rank failed to write its part")
+            answers = gather([failure is None, done])
+            if failure is None and (failed := [i for i, (is_done, _) in enumerate(answers) if not is_done]):
+                failure = RuntimeError(f"{final} was not saved: rank {failed[0]} failed to write its part")
+            if failure is not None:
+                break
+            told = [answer for _, answer in answers]
     if isinstance(failure, OSError) and failure.errno in NO_SPACE:
         raise OutOfSpace(f"{folder}: no space for a checkpoint of step {checkpoint.step} ({failure.strerror}); the "
                          "previous one is intact; free disk space and resume") from failure  # fmt: skip
     if failure is not None:
         raise failure
     return final
+
+
+def _own(checkpoint: Checkpoint, rank: int) -> dict[str, dict[str, Tensor]]:
+    """Return what this rank writes, by group. Rank 0 writes a file for every group."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for group, tensors in checkpoint.tensors.items():
+        shares = checkpoint.shares.get(group, {})
+        own = {name: t for name, t in tensors.items() if (t.shape[0] if name in shares else rank == 0)}
+        if rank == 0 or own:
+            found[group] = own
+    return found
+
+
+def _entries(checkpoint: Checkpoint) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the manifest's entry of every tensor, as if no tensor were split."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, tensors in checkpoint.tensors.items():
+        shapes = {name: t.shape for name, t in tensors.items()}
+        shapes |= {name: torch.Size(s.shape) for name, s in checkpoint.shares.get(group, {}).items()}
+        found[group] = {
+            n: {"dtype": _DTYPES[tensors[n].dtype], "shape": [*shapes[n]]} for n in sorted(tensors)
+        }
+    return found
+
+
+def _claims(checkpoint: Checkpoint) -> dict[str, dict[str, Claim]]:
+    """Return the first row and the number of rows of every split tensor that this rank has."""
+    return {
+        group: {name: (s.start, checkpoint.tensors[group][name].shape[0]) for name, s in shares.items()}
+        for group, shares in checkpoint.shares.items()
+    }
 
 
 def _checked(checkpoint: Checkpoint, keep: int, rank: int, world_size: int) -> dict[str, Any]:
@@ -163,7 +192,10 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in order:
-        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        whole = tensors[name].detach().cpu().contiguous()
+        # A contiguous tensor with at most one element, such as a short part, may have any stride.
+        flat = whole.as_strided((whole.numel(),), (1,))
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -181,26 +213,6 @@ def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, A
     finally:
         os.close(descriptor)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _gather_parts(temporary: Path, world_size: int) -> dict[str, Any]:
-    files: dict[str, Any] = {}
-    for rank in range(world_size):
-        part = temporary / f"part{rank}.json"
-        if not part.exists():
-            raise RuntimeError(f"{temporary}: rank {rank} failed to write its part, so nothing was committed")
-        files |= json.loads(part.read_bytes())
-        os.unlink(part)
-    return files
-
-
-def _holds(final: Path, part: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Return whether the committed checkpoint contains the part that this rank wrote."""
-    try:
-        files = read_manifest(final).files
-    except (Corrupt, OSError):
-        return False
-    return all(name in files and files[name].model_dump() == entry for name, entry in part.items())
 
 
 def _delete_older(folder: Path, step: int, keep: int) -> None:
@@ -227,59 +239,40 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load_latest(
-    folder: Path, *, rank: int = 0, world_size: int = 1, warn: Callable[[str], None]
+    folder: Path,
+    *,
+    rank: int = 0,
+    gather: Gather = alone,
+    rows_of: RowsOf = every_row,
+    warn: Callable[[str], None],
 ) -> Checkpoint | None:
     """Load the newest intact checkpoint to the CPU. Returns None if the folder has no checkpoint.
 
-    Every rank verifies the files of all ranks, so that all choose the same checkpoint without communication.
-    If a single process saved the checkpoint, every rank reads all of it.
+    Every rank reads the rows that ``rows_of`` returns, and verifies the files that contain them. If any of
+    these files is damaged, all ranks load an older checkpoint.
 
-    Raises UserError if none of them is intact, or if one has a different world size or format."""
+    Raises UserError on all ranks if no checkpoint is intact, or if one has a different format."""
     if rank == 0 and folder.is_dir():
         # A concurrent writer or a read-only disk is not an error.
         with contextlib.suppress(UserError, OSError), exclusive(folder, patience=0) as locked:
             if locked:
                 remove_leftovers(folder)
-    candidates = list_checkpoints(folder)
-    for path in reversed(candidates):
+    names = gather([path.name for path in list_checkpoints(folder)])[0]
+    for path in (folder / name for name in reversed(names)):
+        loaded, fault, refusal = None, "", ""
         try:
-            return _load(path, rank, world_size)
+            loaded = read_checkpoint(path, rows_of)
         except (Corrupt, OSError) as error:
-            warn(f"{path} is damaged and was skipped: {error}")
-    if candidates:
+            fault = str(error)
+        except UserError as error:
+            refusal = str(error)
+        answers = gather([fault, refusal])
+        if refusals := [text for _, text in answers if text]:
+            raise UserError(refusals[0])
+        if not (faults := [text for text, _ in answers if text]):
+            return loaded
+        warn(f"{path} is damaged and was skipped: {faults[0]}")
+    if names:
         remedy = "restore one from a backup, or delete the folder to begin the stage again"
-        raise UserError(f"{folder}: none of its {len(candidates)} checkpoints is intact; {remedy}")
+        raise UserError(f"{folder}: none of its {len(names)} checkpoints is intact; {remedy}")
     return None
-
-
-def _load(path: Path, rank: int, world_size: int) -> Checkpoint:
-    manifest = read_manifest(path)
-    if (saved := manifest.world_size) not in (1, world_size):
-        remedy = f"launch {saved} processes, or export the model and start from the export"
-        fault = f"{path} was saved by {saved} processes and cannot be split for {world_size}"
-        raise UserError(f"{fault}; {remedy}")
-    for name, entry in manifest.files.items():
-        _verify(path / name, entry)
-    tensors = {}
-    for name in manifest.files:
-        match = SHARD.fullmatch(name)
-        assert match, name
-        if int(match[3]) != saved or int(match[2]) >= saved:
-            raise Corrupt(f"{name} does not belong to a checkpoint of {saved} processes")
-        if int(match[2]) == (rank if saved > 1 else 0):
-            try:
-                loaded = safetensors.torch.load_file(path / name)
-            except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                raise Corrupt(f"{name} is not a valid safetensors file: {error}") from None
-            # Copies, because the loaded tensors are the mapped file, and the file may be deleted.
-            tensors[match[1]] = {key: tensor.clone() for key, tensor in loaded.items()}
-    return Checkpoint(step=manifest.step, tensors=tensors, state=manifest.state)
-
-
-def _verify(path: Path, entry: File) -> None:
-    with regular_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != entry.bytes:
-            raise Corrupt(f"{path.name} has {size} bytes, but {entry.bytes} were written")
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-            raise Corrupt(f"{path.name} is not what was written (SHA-256 differs)")

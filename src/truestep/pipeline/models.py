@@ -20,7 +20,7 @@ from truestep.pipeline.track import Log
 from truestep.progress import Reporter
 from truestep.records import Prompt
 from truestep.rollout.engine_torch import TorchEngine
-from truestep.settings import OUTSIDE_RESULTS, RejectionSettings, RlSettings, settings_hash
+from truestep.settings import OUTSIDE_COMPUTE, OUTSIDE_RESULTS, RejectionSettings, RlSettings, settings_hash
 from truestep.train.parallel import Ranks, replicate, shard
 from truestep.train.policy import Policy
 
@@ -112,7 +112,8 @@ def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> s
 
 
 def base_identity(prepared: Prepared) -> str:
-    """Return the hash of the base model: its settings and the content of its files."""
+    """Return the hash of the base model: its settings, the content of its files, and its dtype. How the model is
+    spread over ranks and memory changes only rounding."""
     settings = prepared.settings
-    compute = settings.compute.model_copy(update={"threads": 1})
+    compute = settings.compute.model_copy(update=OUTSIDE_COMPUTE)
     return settings_hash(settings.model, prepared.model_content, compute, settings.seed)

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from truestep.checkpoint.store import Checkpoint, list_checkpoints, load_latest, save_checkpoint
+from truestep.checkpoint.layout import Checkpoint
+from truestep.checkpoint.manifest import list_checkpoints
+from truestep.checkpoint.store import load_latest, save_checkpoint
 from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.records import RecordError
+from truestep.train.layout import needed_rows, saved_weights, share_of
 from truestep.train.memory import Memory, first_memory
-from truestep.train.parallel import Ranks, local
+from truestep.train.parallel import Ranks, is_sharded, local
 from truestep.train.policy import Policy
 from truestep.train.step import NonFiniteError
 
@@ -61,7 +64,12 @@ def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
 def _save(
     spec: StageSpec, state: TrainState, folder: str, tensors: Mapping[str, Mapping[str, Tensor]], keep: int
 ) -> None:
-    parameters = {name: local(p.detach()) for name, p in spec.policy.named_parameters()}
+    groups = {"parameters": saved_weights(spec.policy), **tensors}
+    parts = {group: {n: local(t.detach()) for n, t in found.items()} for group, found in groups.items()}
+    shares = {
+        group: {name: share for name, t in found.items() if (share := share_of(t)) is not None}
+        for group, found in groups.items()
+    }
     header = {
         "step": state.step,
         "memory": state.memory.state(),
@@ -70,17 +78,29 @@ def _save(
         "best": dict(state.best),
         "unlogged": state.unlogged,
         "threads": torch.get_num_threads(),
+        "layout": _layout(spec),
         "logs": spec.logs.seal() if spec.ranks.rank == 0 else {},
     }
-    ranks, tensors = spec.ranks, {"parameters": parameters, **tensors}
+    ranks = spec.ranks
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
-    checkpoint = Checkpoint(step=state.step, tensors=tensors, state=header)
-    save_checkpoint(spec.folder / folder, checkpoint, keep=keep, **place, barrier=ranks.barrier)
+    checkpoint = Checkpoint(step=state.step, tensors=parts, state=header, shares=shares)
+    save_checkpoint(spec.folder / folder, checkpoint, keep=keep, **place, gather=ranks.gather)
+
+
+def _layout(spec: StageSpec) -> str:
+    """Return the number of ranks, and how the model is on them, in words."""
+    ranks = spec.ranks.world_size
+    split = "shards of the model" if is_sharded(spec.policy) else "copies of the model"
+    return f"{ranks} ranks with {split}" if ranks > 1 else "1 rank"
 
 
 def restore(spec: StageSpec) -> TrainState:
     """Load the newest valid checkpoint and return its state, or the initial state if there is none. Log files
-    are cut to what they contained then, so that nothing is written twice. Raises UserError if they have changed."""
+    are cut to what they contained then, so that nothing is written twice. Raises UserError if they have changed.
+
+    The number of ranks may differ from that of the saved run. Weights, masters and moments are read by rows; the
+    memory is the same on all ranks; data and random numbers depend only on the step and the seed; and the work
+    of all ranks is continued by rank 0. Held by: tests/contract/test_elastic.py"""
     folder = spec.folder / "checkpoints"
     state = TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger)
     if (found := _newest(spec, folder)) is not None:
@@ -97,6 +117,11 @@ def restore(spec: StageSpec) -> TrainState:
             spec.warn(
                 f"the checkpoint was made with {header['threads']} threads, but this run has {threads}; the resumed "
                 "run will not be bit-identical to an uninterrupted one"
+            )
+        if (layout := _layout(spec)) != header.get("layout", layout):
+            spec.warn(
+                f"the checkpoint was saved by {header['layout']}, and this run has {layout}; the resumed run will "
+                "equal an uninterrupted one only up to rounding"
             )
         load_parameters(spec.policy, found)
         for name, optimizer in spec.updater.optimizers.items():
@@ -117,7 +142,8 @@ def restore(spec: StageSpec) -> TrainState:
 
 
 def _newest(spec: StageSpec, folder: Path) -> Checkpoint | None:
-    return load_latest(folder, rank=spec.ranks.rank, world_size=spec.ranks.world_size, warn=spec.warn)
+    ranks, rows = spec.ranks, needed_rows(spec.policy)
+    return load_latest(folder, rank=ranks.rank, gather=ranks.gather, rows_of=rows, warn=spec.warn)
 
 
 def load_best(spec: StageSpec, state: TrainState) -> None:
@@ -132,8 +158,8 @@ def load_best(spec: StageSpec, state: TrainState) -> None:
 
 @torch.no_grad()
 def load_parameters(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's parameters into the policy. Raises UserError if the models differ."""
-    saved, own = checkpoint.tensors["parameters"], dict(policy.named_parameters())
+    """Copy a checkpoint's parameters and buffers into the policy. Raises UserError if the models differ."""
+    saved, own = checkpoint.tensors["parameters"], saved_weights(policy)
     if set(saved) != set(own):
         different = sorted(set(saved) ^ set(own))[:2]
         raise UserError(f"the checkpoint contains a different model's parameters ({different} ...)")

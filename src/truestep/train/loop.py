@@ -64,6 +64,7 @@ def run_stage(spec: StageSpec) -> TrainState:
     Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
     spec.ranks.barrier()  # every rank verifies all files
+    saved_at = time.monotonic()
     if spec.engine is not None:
         publish(spec.policy, spec.engine, state.step)
     undo = Undo(tuple(spec.updater.optimizers.values()), spec.ranks)
@@ -74,9 +75,9 @@ def run_stage(spec: StageSpec) -> TrainState:
                 # A step may be dropped in the middle if the state before it is on the disk or in memory.
                 state = train(spec, state, undo, may_drop=state is saved or undo.is_ready())
             state = finish(spec, state)
-            if state.step % spec.settings.save_every == 0 or state.step == spec.num_steps:
+            if _must_save(spec, state.step, time.monotonic() - saved_at):
                 checkpoints.save(spec, state)
-                saved = state
+                saved, saved_at = state, time.monotonic()
     except Interrupted:
         if state is not saved:
             undo.put_back()
@@ -127,6 +128,17 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
         spec.logs.append("timings.jsonl", [{"step": state.step, **timings}])
     spec.on_step(state.step, metrics, seconds)
     return replace(state, unlogged=None)
+
+
+def _must_save(spec: StageSpec, step: int, seconds: float) -> bool:
+    """Return whether a checkpoint is due after this step. ``seconds`` have passed since the last one. If time
+    decides, rank 0's clock decides for all ranks (a collective)."""
+    minutes = spec.settings.save_every_minutes
+    if step % spec.settings.save_every == 0 or step == spec.num_steps:
+        return True
+    if minutes == 0:
+        return False
+    return bool(spec.ranks.max([float(spec.ranks.rank == 0 and seconds >= 60 * minutes)])[0])
 
 
 def _stop_together(spec: StageSpec) -> None:

@@ -1,8 +1,9 @@
 """A method's memory between steps: its controller's state, waiting demonstrations and stored samples.
 
 The memory is one immutable record, the same on every rank. A step returns the next record, so that an
-interrupted step changes nothing. A checkpoint stores the record as JSON and one group of tensors.
-Held by: tests/contract/test_method_resume.py
+interrupted step changes nothing. What the ranks add in a step is sorted by problem, so the record does not depend
+on the number of ranks. A checkpoint stores it once, as JSON and one group of tensors.
+Held by: tests/contract/test_method_resume.py, tests/contract/test_elastic.py
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from truestep.settings import OptimizerSettings
-from truestep.train.parallel import Ranks, local, shard_like
+from truestep.train.parallel import Ranks, local
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -82,13 +82,14 @@ class MasterOptimizer:
         self.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return masters and moments by parameter ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…")."""
+        """Return masters and moments by parameter ("master/…", "exp_avg/…", "exp_avg_sq/…", "step/…"), sharded
+        like the parameters."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
-                tensors[f"master/{name}"] = local(master)
+                tensors[f"master/{name}"] = master
             for key, value in self._inner.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = local(value) if isinstance(value, Tensor) else torch.tensor(value)
+                tensors[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
         return tensors
 
     def num_bytes(self) -> int:
@@ -128,11 +129,17 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load masters and moments. ``tensors`` has this rank's rows of each of them."""
         for name, master in self.masters.items():
             if f"master/{name}" in tensors:
                 local(master).copy_(tensors[f"master/{name}"])
-            saved = {k: tensors.get(f"{k}/{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            moments = {k: shard_like(v.clone(), master, k) for k, v in saved.items() if v is not None}
+            moments: dict[str, Tensor] = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (saved := tensors.get(f"{key}/{name}")) is None:
+                    continue
+                like = torch.zeros_like(saved, device=local(master).device) if key == "step" else master
+                moments[key] = torch.zeros_like(like, dtype=saved.dtype)
+                local(moments[key]).copy_(saved)
             self._inner.state[master] = moments
 
 

@@ -205,10 +205,3 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """Return the whole tensor on every rank, gathered if it is sharded (a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(part: Tensor, like: Tensor, key: str) -> Tensor:
-    """Return this rank's part as a tensor sharded like ``like`` (scalars such as "step" are not sharded)."""
-    if key == "step" or not isinstance(like, DTensor):
-        return part
-    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())

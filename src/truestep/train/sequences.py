@@ -19,11 +19,13 @@ NUM_SHOWN = 4  # rollouts per step kept for the report
 
 @dataclass(frozen=True, kw_only=True)
 class GatedGroup:
-    """A group, its view for gates and advantages, and the decision of the method's gate."""
+    """A group, its view for gates and advantages, and the decision of the method's gate. ``place`` orders the
+    groups of a step over all ranks."""
 
     group: Group
     view: GroupView
     decision: GateDecision
+    place: tuple[int, int] = (0, 0)
 
 
 def gated(group: Group, method: Method, solved_at: float) -> GatedGroup:

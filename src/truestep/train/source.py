@@ -108,13 +108,13 @@ class RolloutSource:
         chosen, replayed = self._prompts(step, memory)
         names = [p.problem.id for p in chosen]
         occurrences = [names[:i].count(name) for i, name in enumerate(names)]  # a batch may span two epochs
-        numbered = list(zip(chosen, occurrences, replayed, strict=True))
+        numbered = list(zip(chosen, occurrences, replayed, range(len(chosen)), strict=True))
         mine = [self.ranks.mine(numbered[i : i + size]) for i in range(0, len(numbered), size)]
         flat = [part for cut in mine for part in cut]
-        prompts = [prompt for prompt, _, _ in flat]
-        stored, scored = self._stored(prompts, [is_replayed for _, _, is_replayed in flat], memory, step)
-        repeats = [count for _, count, _ in flat]
-        groups = iter(self._groups(prompts, step, repeats, controls=controls, stored=stored))
+        prompts = [prompt for prompt, *_ in flat]
+        stored, scored = self._stored(prompts, [is_replayed for *_, is_replayed, _ in flat], memory, step)
+        repeats, places = [count for _, count, *_ in flat], [(0, number) for *_, number in flat]
+        groups = iter(self._groups(prompts, places, step, repeats, controls=controls, stored=stored))
         cut_groups, everything = self._refill([[next(groups) for _ in cut] for cut in mine], step)
         limit = self.sampler.sampling.max_new_tokens
         minibatches = [
@@ -141,16 +141,26 @@ class RolloutSource:
             controls=controls,
             memory=memory,
             metrics=metrics,
-            rows=seq.sample_rows(bare, step, self.sampler.decode, self.decode_prompt),
+            rows=self._shown(everything, step),
             ledger=ledger + self.sampler.engine.take_cost(),
         )
 
-    def _groups(self, prompts: Sequence[Prompt], *place: Any, **given: Any) -> list[GatedGroup]:
+    def _groups(
+        self, prompts: Sequence[Prompt], places: Sequence[tuple[int, int]], *when: Any, **given: Any
+    ) -> list[GatedGroup]:
         """Sample and score the groups, and apply the gate to each of them once. The ranks meet at the end,
         because one may take much longer than another."""
         with self.ranks.apart():
-            groups = self.sampler.groups(prompts, *place, **given)
-        return [seq.gated(group, self.method, self.sampler.solved_at) for group in groups]
+            sampled = self.sampler.groups(prompts, *when, **given)
+        groups = [seq.gated(g, self.method, self.sampler.solved_at) for g in sampled]
+        return [replace(g, place=place) for g, place in zip(groups, places, strict=True)]
+
+    def _shown(self, groups: Sequence[GatedGroup], step: int) -> list[Mapping[str, Any]]:
+        """Return samples for the report: those of the step's first groups over all ranks (a collective)."""
+        own = [g for g in groups if g.group.rollouts][: seq.NUM_SHOWN]
+        rows = seq.sample_rows([g.group for g in own], step, self.sampler.decode, self.decode_prompt)
+        placed = self._gathered([[*g.place, row] for g, row in zip(own, rows, strict=True)])
+        return [row for *_, row in sorted(placed, key=lambda p: p[:2])[: seq.NUM_SHOWN]]
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
         """Return the step's prompts over all ranks, and which of them come from the replay store."""
@@ -194,26 +204,33 @@ class RolloutSource:
         self, cuts: list[list[GatedGroup]], step: int
     ) -> tuple[list[list[GatedGroup]], list[GatedGroup]]:
         """Replace entirely dropped groups with groups of other prompts, if the method has a ``Refill``. All
-        ranks draw from one shuffled order of the prompts that no rank has used in this step."""
+        ranks draw from one shuffled order of the prompts that no rank has used in this step. The mini-batches
+        are filled one after the other, so a prompt gets into the same one for any number of ranks."""
         everything = [g for cut in cuts for g in cut]
         refill = self.method.part(Refill)
         for attempt in range(0 if refill is None else refill.rounds):
             kept = [[g for g in cut if any(g.decision.keep)] for cut in cuts]
-            missing = sum(len(cut) for cut in cuts) - sum(len(cut) for cut in kept)
-            wanted = self.ranks.gather(missing)
+            wanted = self.ranks.gather([len(cut) - len(own) for cut, own in zip(cuts, kept, strict=True)])
+            places = [
+                (rank, index)
+                for index in range(len(cuts))
+                for rank, missing in enumerate(wanted)
+                for _ in range(missing[index])
+            ]
             seen = set(self._gathered([g.group.prompt.problem.id for g in everything]))
             pool = [p for p in self.prompts if p.problem.id not in seen]
-            if sum(wanted) == 0 or not pool:
+            if not places or not pool:
                 break
-            count, item = min(sum(wanted), len(pool)), f"refill/{step}/{attempt}"
+            count, item = min(len(places), len(pool)), f"refill/{step}/{attempt}"
             order = window(pool, 0, count, self.sampler.seed, item=item)
-            first = sum(wanted[: self.ranks.rank])
-            fresh = self._groups(order[first : first + missing], step)
+            filled = zip(reversed(range(count)), places, strict=False)
+            mine = [(number, index) for number, (rank, index) in filled if rank == self.ranks.rank]
+            numbers = sorted(number for number, _ in mine)
+            fresh = self._groups([order[n] for n in numbers], [(attempt + 1, n) for n in numbers], step)
             everything += fresh
-            cuts = [
-                [*part, *[fresh.pop() for _ in range(min(len(fresh), len(cut) - len(part)))]]
-                for part, cut in zip(kept, cuts, strict=True)
-            ]
+            for group, (_, index) in zip(reversed(fresh), mine, strict=True):
+                kept[index].append(group)
+            cuts = kept
         return cuts, everything
 
     def _stream(self, update: int) -> list[TrainSequence]:
