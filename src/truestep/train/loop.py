@@ -63,7 +63,7 @@ def run_stage(spec: StageSpec) -> TrainState:
 
     Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
-    spec.ranks.barrier()  # every rank verifies all files
+    spec.ranks.barrier()  # they have read their files from the disk
     saved_at = time.monotonic()
     if spec.engine is not None:
         publish(spec.policy, spec.engine, state.step)
