@@ -46,6 +46,12 @@ def collective_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def is_collective_error(error: Exception) -> bool:
+    """Return whether an error comes from a collective, so that its cause may be another rank's end."""
+    named = any(word in str(error) for word in ("gloo", "NCCL"))
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and named)
+
+
 def set_threads(wanted: int | Literal["auto"]) -> int:
     """Set the number of intra-op threads and return it. Results are bit-exact only for a fixed number.
 

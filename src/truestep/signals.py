@@ -18,33 +18,42 @@ class Interrupted(Exception):
 
 
 _pending: list[int] = []
+_elsewhere: list[int] = []  # signals that other ranks received; a first signal here is not a second one
 
 
 def pending() -> int:
-    """Return the signal that has requested a stop, or 0 if there is none."""
+    """Return the signal that this process has received, or 0 if there is none."""
     return _pending[0] if _pending else 0
 
 
+def ask(signum: int) -> None:
+    """Request a stop because of a signal that another rank received."""
+    _elsewhere.append(signum)
+
+
 def check() -> None:
-    """Raise Interrupted if a signal has arrived. Used between decoding steps, micro-batches and steps."""
-    if _pending:
-        raise Interrupted(_pending[0])
+    """Raise Interrupted if a signal has arrived here or at another rank. Used between decoding steps,
+    micro-batches and steps."""
+    for arrived in (_pending, _elsewhere):
+        if arrived:
+            raise Interrupted(arrived[0])
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Make the first SIGINT or SIGTERM only request a stop. The second one has its usual effect."""
 
-    def ask(signum: int, frame: FrameType | None) -> None:
+    def note(signum: int, frame: FrameType | None) -> None:
         if _pending:
             signal.signal(signum, previous[signal.Signals(signum)])
             signal.raise_signal(signum)
         _pending.append(signum)
 
-    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
         _pending.clear()
+        _elsewhere.clear()

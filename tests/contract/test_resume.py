@@ -61,9 +61,9 @@ def nth(looks: list[str], place: str, n: int) -> int:
     ("place", "n"),
     [
         ("step", 0),  # before anything is trained
-        ("step", 9),  # SFT, between two steps
+        ("step", 5),  # SFT, between two steps
         ("micro-batch", 16),  # SFT, in the middle of a step
-        ("step", 31),  # RL, between two steps
+        ("step", 16),  # RL, between two steps
         ("decode", 21),  # RL, in the middle of a rollout
         ("proximal", 2),  # RL, between rollout and update
         ("micro-batch", -3),  # RL, in the first update of a step
@@ -157,7 +157,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 ) -> None:
     folder = tmp_path / "run"
     stop_at(
-        monkeypatch, made, folder, nth(whole[1], "step", 20)
+        monkeypatch, made, folder, nth(whole[1], "step", 10)
     )  # SFT step 10; the checkpoint before is step 6
     older, newest = list_checkpoints(folder / "stages/01-sft/checkpoints")
     assert (older.name, newest.name) == ("step_00000006", "step_00000010")
@@ -179,7 +179,7 @@ def test_a_torn_last_line_of_a_log_is_written_again(
     made: Prepared, whole: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    stop_at(monkeypatch, made, folder, nth(whole[1], "step", 20))
+    stop_at(monkeypatch, made, folder, nth(whole[1], "step", 10))
     log = folder / "stages/01-sft/metrics.jsonl"
     log.write_bytes(log.read_bytes() + b'{"step": 11, "sft/lo')
     go(made, folder, resume=True)
@@ -194,7 +194,7 @@ def half(made: Prepared, whole: tuple[Path, list[str]], tmp_path_factory: pytest
     """SFT is done, RL has begun."""
     folder = tmp_path_factory.mktemp("half") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        stop_at(monkeypatch, made, folder, nth(whole[1], "step", 33))
+        stop_at(monkeypatch, made, folder, nth(whole[1], "step", 17))
     return folder
 
 

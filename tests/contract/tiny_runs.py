@@ -133,7 +133,7 @@ PLACES = {
     "train_step": "micro-batch",
     "with_proximal": "proximal",
     "take": "decode",
-    "run_evaluation": "evaluate",
+    "record": "evaluate",
 }
 
 

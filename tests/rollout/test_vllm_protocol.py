@@ -4,6 +4,8 @@ lost. The server here is a stand-in that can go wrong in every way; test_vllm_rl
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -333,7 +335,10 @@ http.server.HTTPServer(("127.0.0.1", port), H).serve_forever()
 def stand_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script, python = tmp_path / "server.py", tmp_path / "python"
     script.write_text(SERVER)
-    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {script} "$@"\n')
+    # Called as `python FILE PARENT COMMAND`, and then as `python -m vllm... --port N`.
+    python.write_text(
+        f'#!/bin/sh\ncase $1 in -m) shift 2; exec {sys.executable} {script} "$@";; *) exec {sys.executable} "$@";; esac\n'
+    )
     python.chmod(0o755)
     monkeypatch.setenv(ENVIRONMENT, str(python))
     monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
@@ -381,6 +386,39 @@ def test_a_server_that_loads_other_weights_after_its_restart_is_given_up(stand_i
         assert "could not be started again: it did not load the weights" in servers.failure
 
 
+def test_a_server_ends_with_its_parent_even_if_that_is_killed(stand_in_python: Path, tmp_path: Path) -> None:
+    code = """
+import sys, time
+from truestep.rollout.vllm_server import Servers, VllmServer
+server = VllmServer(model="m", dtype="float32", context_length=8, max_running=1, trains=True)
+with Servers(server) as servers:
+    print(servers.urls[0], flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        url = parent.stdout.readline().strip()
+        assert vllm_server.answers(url)
+        parent.kill()
+    until(lambda: not vllm_server.answers(url))
+
+
+def test_weights_of_killed_runs_are_removed_and_no_others(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    names = (
+        f"{vllm_weights.PREFIX}{ended.pid}-a",
+        f"{vllm_weights.PREFIX}{os.getpid()}-b",
+        "other",
+        f"{vllm_weights.PREFIX}x",
+    )
+    for name in names:
+        (tmp_path / name).mkdir()
+    with weights_folder(str(tmp_path), 10):
+        assert not (tmp_path / names[0]).exists()
+        assert all((tmp_path / name).exists() for name in names[1:])
+
+
 def test_vllms_processes_get_their_files_and_none_of_a_ranks_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +431,7 @@ def test_vllms_processes_get_their_files_and_none_of_a_ranks_variables(
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(found)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "truestep_fingerprints.py",
+        "truestep_vllm_start.py",
         "truestep_vllm_worker.py",
     ]
     for path in tmp_path.iterdir():

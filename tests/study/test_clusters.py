@@ -60,7 +60,6 @@ GPU = "seeds = [1]\nresources = { gpus = 1 }"
         ({"stages": {"lr": {"ranks": 2}}}, "resources.stages.lr: there is no such stage"),
         ({"ranks": 0}, "resources.ranks"),
         ({"gpu": 1}, "resources.gpu"),
-        ({"ranks": 2}, "arms.rejection: rejection has 2 ranks"),
     ],
 )
 def test_resources_that_cannot_work_are_refused(resources: dict[str, Any], said: str) -> None:
@@ -229,7 +228,7 @@ def test_a_cell_with_an_error_of_its_own_is_not_tried_again(tmp_path: Path, code
     ("codes", "code"),
     [
         ([-9, -15], 137), ([1, -9], 137), ([-15, 3], 3), ([-6, 2], 2), ([1, -15], 1), ([-15, -15], 143),
-        ([143, 143], 143), ([130, 130], 130), ([-15, -9, 1], 137),
+        ([143, 143], 143), ([130, 130], 130), ([-15, -9, 1], 137), ([5, -9], 137), ([5, 5], 5),
     ],
 )  # fmt: skip
 def test_ranks_that_end_because_of_another_one_do_not_decide(codes: list[int], code: int) -> None:

@@ -42,8 +42,8 @@ def _app() -> typer.Typer:
 
     @app.callback()
     def root(version: Version = False) -> None:
-        """Exit codes: 0 done · 2 error in usage, settings or data · 3 could not run · 5 not enough resources
-        · 130/143 interrupted, with all finished work saved."""
+        """Exit codes: 0 done · 2 error in usage, settings or data · 3 could not run · 5 not enough resources,
+        or a rank was lost · 130/143 interrupted, with all finished work saved."""
 
     app.command("run")(verbs.run)
     app.command("sft")(verbs.sft)
@@ -75,24 +75,47 @@ def main() -> None:
         finally:
             with contextlib.suppress(BrokenPipeError):
                 sys.stdout.flush()
-    except ModuleNotFoundError as error:
-        if error.name and not error.name.startswith("truestep"):
-            _fail(f'the {error.name} package is not installed; run pip install "truestep[train]"', 3)
-        raise
-    except MemoryError:
-        remedy = "reduce tokens_per_microbatch or sampling.max_running, which do not change the update"
-        _fail(f"out of memory; {remedy}", 5)
     except Exception as error:
-        for module, name, code in FAULTS:
-            if isinstance(error, _lazily(f"truestep.{module}", name)):
-                _fail(str(error), code)
-        if _is_out_of_space(error):
-            name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-            remedy = "free disk space and run the same command again, with --resume if it was a run"
-            _fail(f"{name}no space left on the disk; {remedy}", 5)
-        if isinstance(error, OSError):
-            _fail(_of_system(error), 2)
+        message, code = _described(error)
+        _end_ranks(error, message, code)
+        if message:
+            _fail(message, code)
         raise
+
+
+def _described(error: Exception) -> tuple[str, int]:
+    """Return the line and the exit code of a known error, or "" and 1."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("truestep"):
+        return f'the {error.name} package is not installed; run pip install "truestep[train]"', 3
+    if isinstance(error, MemoryError):
+        remedy = "reduce tokens_per_microbatch or sampling.max_running, which do not change the update"
+        return f"out of memory; {remedy}", 5
+    for module, name, code in FAULTS:
+        if isinstance(error, _lazily(f"truestep.{module}", name)):
+            return str(error), code
+    if _is_out_of_space(error):
+        name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        remedy = "free disk space and run the same command again, with --resume if it was a run"
+        return f"{name}no space left on the disk; {remedy}", 5
+    return (_of_system(error), 2) if isinstance(error, OSError) else ("", 1)
+
+
+def _end_ranks(error: Exception, message: str, code: int) -> None:
+    """If this process is one of several ranks, end them all. Only one of them reports an error."""
+    parallel = sys.modules.get("truestep.train.parallel")
+    channel = parallel.channel() if parallel is not None else None
+    if channel is None:
+        return
+    from truestep.device import is_collective_error
+    from truestep.train.channel import leave_now
+
+    first = message or f"{type(error).__name__}: {error}".partition("\n")[0]
+    channel.failed(first, code, follows=is_collective_error(error))
+    if message:
+        echo(f"error: {message}", err=True)
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    leave_now(code)  # the collectives may not be left in order
 
 
 def _of_system(error: OSError) -> str:

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from truestep.cli.progress import ConsoleReporter
     from truestep.pipeline.prepare import Prepared
     from truestep.settings import Settings
+    from truestep.train.parallel import Ranks
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
 _SET = "Override a setting of the recipe, such as seed=1 or data.NAME.limit=100. Can be repeated."
@@ -86,6 +88,7 @@ def execute(
     from truestep.report.html import write_report
     from truestep.rundir import locked
     from truestep.settings import settings_hash
+    from truestep.train.parallel import Ranks, join
 
     rank, world_size = world()
     folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
@@ -93,6 +96,10 @@ def execute(
     if dry_run and settings.declared:
         show_declared(settings, recipe, folder, reporter, as_json)
         return
+    ranks = Ranks(rank=rank, world_size=world_size) if dry_run else join()
+    if ranks.channel is not None:
+        ranks.channel.speak = partial(_last_words, reporter)
+        ranks.channel.advice = partial(advice, folder)
     if not dry_run and rank == 0:
         check_run_folder(settings, folder, resume=resume)  # before any data is read
     prepared = prepare(settings, base_dir=recipe.parent)
@@ -109,26 +116,26 @@ def execute(
         reporter.say(f"nothing to resume in {folder}; starting a new run there")
     with locked(folder) if rank == 0 else contextlib.nullcontext():
         open_run_folder(prepared, folder, resume=resume, rank=rank)
-        summary = _go(prepared, folder, reporter, world_size)
+        summary = _go(prepared, folder, reporter, ranks)
         if rank == 0:
             show(folder, summary, write_report(folder), as_json)
 
 
-def _go(prepared: Prepared, folder: Path, reporter: ConsoleReporter, world_size: int) -> dict[str, Any]:
+def _go(prepared: Prepared, folder: Path, reporter: ConsoleReporter, ranks: Ranks) -> dict[str, Any]:
     """Run a prepared run and return its summary. After a signal, say how to continue and exit."""
     from truestep import signals
     from truestep.pipeline.run import run as run_pipeline
     from truestep.report.html import write_report
-    from truestep.train.parallel import join, leave
+    from truestep.train.parallel import leave
 
-    ranks = join()
     try:
         with signals.deferred():
-            return run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
+            summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
     except signals.Interrupted as stop:
         reporter.close()
+        leave()
         words = [word for word in sys.argv[1:] if word != "--resume"]
-        several = ["torchrun", f"--nproc-per-node={world_size}", "-m"] if world_size > 1 else []
+        several = ["torchrun", f"--nproc-per-node={ranks.world_size}", "-m"] if ranks.world_size > 1 else []
         again = shlex.join([*several, "truestep", *words, "--resume"])
         reporter.say(f"{stop}; all finished work is saved. Continue with: {again}")
         if ranks.rank == 0:
@@ -136,7 +143,25 @@ def _go(prepared: Prepared, folder: Path, reporter: ConsoleReporter, world_size:
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()
-        leave()
+    leave()
+    return summary
+
+
+def _last_words(reporter: ConsoleReporter, text: str) -> None:
+    """Print why a run on several ranks ends, from a thread."""
+    reporter.close()
+    echo(f"error: {text}", err=True)
+
+
+def advice(folder: Path) -> str:
+    """Say what is left of a run that lost a rank, and how to go on."""
+    from truestep.checkpoint.manifest import list_checkpoints
+
+    found = [
+        path for stage in sorted(folder.glob("stages/*/checkpoints")) for path in list_checkpoints(stage)
+    ]
+    last = f"its last checkpoint is {found[-1]}" if found else "it has no checkpoint yet"
+    return f"{last}: start it again with --resume"
 
 
 def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any, as_json: bool) -> None:

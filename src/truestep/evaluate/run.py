@@ -4,6 +4,7 @@ All evaluations of truestep (dev scores, a run's checkpoints, ``truestep eval``)
 
 from __future__ import annotations
 
+import glob
 import re
 import time
 from collections import Counter, defaultdict
@@ -90,6 +91,11 @@ class EvaluationPlan:
     def samples_path(self) -> Path:
         return samples_file(self.folder, self.name)
 
+    def rank_path(self, rank: int) -> Path:
+        """Return the file to which a rank appends its samples until they are put in one file."""
+        ending = f".rank{rank:05d}.unfinished.jsonl" if rank else ".samples.jsonl"
+        return self.folder / f"{self.name}{ending}"
+
     @property
     def results_path(self) -> Path:
         return results_file(self.folder, self.name)
@@ -106,13 +112,39 @@ def run_evaluation(
     sample for each requested key, in any order. It is not called if all samples exist. After an exception
     between two samples, the finished samples are kept, and the next call does not repeat them. A sample that
     could not be made is unscored, and the next call requests it again. Raises RecordError if an answer was
-    not requested, is repeated, or is missing."""
+    not requested, is repeated, or is missing.
+
+    Several ranks call the three parts: rank 0 ``missing``, every rank ``record`` for its share of the keys,
+    and rank 0 ``conclude``."""
+    record(plan, missing(plan), answer=answer, judge=judge, reporter=reporter, title=title)
+    return conclude(plan)
+
+
+def missing(plan: EvaluationPlan) -> list[Key]:
+    """Return the keys of the samples to make. The intact ones, of any number of ranks, are put in one file."""
+    done = _resume(plan)
+    return [key for key in plan.sample_keys() if key not in done]
+
+
+def record(
+    plan: EvaluationPlan,
+    asked: Sequence[Key],
+    *,
+    answer: Answer,
+    judge: Judge,
+    rank: int = 0,
+    reporter: Reporter | None = None,
+    title: str = "",
+) -> None:
+    """Make, grade and record the samples with these keys, each as soon as it is made, in the rank's file."""
     problems = {prompt.problem.id: prompt.problem for prompt in plan.prompts}
-    rows, keys = _resume(plan), plan.sample_keys()
+    path, rows = plan.rank_path(rank), {} if rank else _kept(plan)
+    if rank and asked:
+        append_jsonl(path, [header_of(plan.name, plan.identity)])
+    num_all = len(rows) + len(asked)
     running = RunningScore(rows.values())
     if reporter:
-        reporter.begin(title or plan.name, len(keys), len(rows))
-    asked = [key for key in keys if key not in rows]
+        reporter.begin(title or plan.name, num_all, len(rows))
     open_keys = set(asked)
     for sample in answer(asked) if asked else ():
         key = (sample.problem_id, sample.sample_index)
@@ -120,15 +152,24 @@ def run_evaluation(
             raise RecordError(f"the engine answered {key[0]}/{key[1]} without a request, or twice")
         open_keys.remove(key)
         rows[key] = _row(plan, problems[key[0]], sample, judge)
-        append_jsonl(plan.samples_path, [sealed(rows[key], plan.identity)])
+        append_jsonl(path, [sealed(rows[key], plan.identity)])
         running.add(rows[key])
         if reporter:
-            reporter.advance(len(rows), running.text(last=len(rows) == len(keys)))
+            reporter.advance(len(rows), running.text(last=len(rows) == num_all))
     if open_keys:
         raise RecordError(f"the engine left {len(open_keys)} of {len(asked)} samples unanswered")
+
+
+def conclude(plan: EvaluationPlan) -> dict[str, Any]:
+    """Write all samples to one file, in the requested order, and return the results, which are written too.
+    The bytes do not depend on interruptions or on the number of ranks."""
+    rows, keys = _kept(plan), plan.sample_keys()
+    if lost := [key for key in keys if key not in rows]:
+        raise RecordError(
+            f"{plan.samples_path}: {len(lost)} of {len(keys)} samples are not in the ranks' files"
+        )
     ordered = [rows[key] for key in keys]
-    # The requested order, so that a resumed run writes the same bytes.
-    write_samples(plan.samples_path, plan.name, plan.identity, ordered)
+    _write_all(plan, ordered)
     return write_json(plan.results_path, _results(plan, estimate(ordered, plan.pass_at)))
 
 
@@ -221,13 +262,29 @@ def check_kept(plan: EvaluationPlan) -> None:
 
 
 def _kept(plan: EvaluationPlan) -> dict[Key, Row]:
-    """Return the intact samples with the same identity. The checksum shows both, whatever the header says."""
-    header, *read = [row or {} for _, row in jsonl_lines(plan.samples_path)] or [{}]
-    if header == header_of(plan.name, plan.identity):
-        rows = [row for row in (opened(row, plan.identity) for row in read) if row]
-    else:
-        rows = [row for row in (opened(row, plan.identity) for row in read if "checksum" in row) if row]
+    """Return the intact samples with the same identity, also those of ranks that were interrupted."""
+    rows = [row for path in (plan.samples_path, *_of_ranks(plan)) for row in _intact(plan, path)]
     return {(row["problem_id"], row["sample_index"]): row for row in rows}
+
+
+def _of_ranks(plan: EvaluationPlan) -> list[Path]:
+    number = "[0-9]" * 5
+    return sorted(plan.folder.glob(f"{glob.escape(plan.name)}.rank{number}.unfinished.jsonl"))
+
+
+def _intact(plan: EvaluationPlan, path: Path) -> Iterator[Row]:
+    """Yield a file's intact samples. The checksum shows whose they are, whatever the header says."""
+    header, *read = [row or {} for _, row in jsonl_lines(path)] or [{}]
+    has_header = header == header_of(plan.name, plan.identity)
+    rows = (opened(row, plan.identity) for row in read if has_header or "checksum" in row)
+    return (row for row in rows if row)
+
+
+def _write_all(plan: EvaluationPlan, rows: Iterable[Row]) -> None:
+    """Put all samples in one file, and remove the files of single ranks."""
+    write_samples(plan.samples_path, plan.name, plan.identity, rows)
+    for path in _of_ranks(plan):
+        path.unlink()
 
 
 def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
@@ -237,7 +294,7 @@ def _resume(plan: EvaluationPlan) -> dict[Key, Row]:
     done = {key: row for key, row in _kept(plan).items() if key in wanted and row["stop"] != Stop.ERROR}
     if plan.results_path.is_file() and not _is_of(plan):
         plan.results_path.unlink()  # first, because results must never be next to samples of another model
-    write_samples(plan.samples_path, plan.name, plan.identity, done.values())
+    _write_all(plan, done.values())
     return done
 
 

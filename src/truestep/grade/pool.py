@@ -17,6 +17,7 @@ from truestep.errors import UserError
 from truestep.grade.equivalent import Decision
 from truestep.grade.fork_server import ForkServer, Worker, WorkerDied
 from truestep.grade.symbolic import OUT_OF_MEMORY, UNREADABLE
+from truestep.signals import check
 
 PATIENCE = 20.0  # the clock time of a comparison is limited to this multiple of its processor time
 ATTEMPTS = 3  # for each comparison, if its workers end without having been killed here
@@ -80,6 +81,7 @@ class Pool:
         self._waiting = deque((number, 0) for number in range(len(pairs)))
         try:
             while self._waiting or self._busy:
+                check()
                 while self._waiting and len(self._busy) < self._num_workers:
                     number, attempt = self._waiting.popleft()
                     self._begin(number, attempt, *pairs[number])

@@ -41,8 +41,8 @@ class Session:
 
     @property
     def check_stop(self) -> Callable[[], None]:
-        """The check for a signal. With several ranks it does nothing, as no rank may stop within a step."""
-        return signals.check if self.ranks.world_size == 1 else lambda: None
+        """The check for a signal during work without collectives, which several ranks do ``Ranks.apart``."""
+        return signals.check
 
     def decode(self, ids: Sequence[int]) -> str:
         return completion_text(self.prepared.tokenizer, ids)

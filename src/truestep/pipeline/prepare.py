@@ -82,7 +82,6 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
             "evaluate.engine: evaluate.data is always sampled with torch; remove evaluate.engine, or evaluate benchmarks"
         )
     check_methods(settings, base_dir)
-    _check_ranks(settings)
     _check_engines(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
@@ -151,18 +150,6 @@ def _needs(settings: Settings) -> dict[str, set[str]]:
     for name in settings.evaluate.data:
         needs[name].add("answer")
     return needs
-
-
-def _check_ranks(settings: Settings) -> None:
-    """Raise UserError if there are several processes and a stage needs a single one. Loads nothing."""
-    for stage in settings.stages if world()[1] > 1 else ():
-        where = f"stages.{stage.name}"
-        if stage.dev.data:
-            raise UserError(
-                f"{where}.dev: evaluation during training needs a single process; remove dev, or start without torchrun"
-            )
-        if isinstance(stage, RejectionSettings):
-            raise UserError(f"{where}: a rejection stage needs a single process; start without torchrun")
 
 
 def check_methods(settings: Settings, base_dir: Path) -> None:

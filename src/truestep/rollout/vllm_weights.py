@@ -10,6 +10,7 @@ Source: vLLM 0.32, entrypoints/rl/online/api_router.py and entrypoints/serve/dev
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TESTED, BELOW = (0, 32), (0, 33)  # versions of vLLM
 FILE_BYTES = 1 << 30  # of one file of weights, so that only this much is copied in memory at once
+PREFIX = "truestep-weights-"
 SLEEP_SECONDS = 120.0
 SHARED_MEMORY = Path("/dev/shm")
 ROUTES = ("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache", "/update_weight_version",
@@ -107,6 +109,7 @@ def weights_folder(where: str, num_bytes: int) -> Iterator[Path]:
     )
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        remove_left_over(parent)
         free = shutil.disk_usage(parent).free
         # New files replace old ones only when they are complete, so up to one file is there twice.
         if free < num_bytes + FILE_BYTES:
@@ -114,13 +117,21 @@ def weights_folder(where: str, num_bytes: int) -> Iterator[Path]:
                 f"{parent} has {free / 2**30:.1f} GiB free, but the weights for vLLM need "
                 f"{(num_bytes + FILE_BYTES) / 2**30:.1f}; set vllm.folder to a folder with more"
             )
-        folder = Path(tempfile.mkdtemp(prefix="truestep-weights-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
     except OSError as error:
         raise UserError(f"vllm.folder = {str(parent)!r} cannot be used: {error.strerror}") from None
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left_over(parent: Path) -> None:
+    """Remove the weights of processes of this machine that were killed. They would fill its memory."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        number = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if number.isdigit() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_weights(

@@ -142,15 +142,6 @@ class Study(Frozen):
                 raise ValueError(
                     f"resources.stages.{name}: there is no such stage; the stages are {', '.join(known)}"
                 )
-        for arm in self.arms:
-            for index, name in enumerate(arm.stages):
-                ranks = self.resources.of(name).ranks
-                alone = [s for s in arm.stages[: index + 1] if _needs_one_rank(self.stages[s])]
-                if ranks > 1 and alone:
-                    raise ValueError(
-                        f"arms.{arm.name}: {name} has {ranks} ranks, but {alone[0]} (a rejection stage, or a stage with "
-                        f"dev) needs a single process; set resources.stages.{name}.ranks = 1"
-                    )
 
     @model_validator(mode="after")
     def _controls(self) -> Self:
@@ -179,11 +170,6 @@ class Study(Frozen):
     def tuning_of(self, arm: Arm) -> Tuning | None:
         """Return the settings of an arm's learning-rate trials, or None if it has no trials."""
         return self.tuning if self.tuning and arm.stages and not arm.untuned else None
-
-
-def _needs_one_rank(stage: Mapping[str, Any]) -> bool:
-    """Return whether ``truestep run`` refuses a recipe with this stage on several ranks."""
-    return stage.get("kind") == "rejection" or bool(stage.get("dev"))
 
 
 Kinds = Sequence[Any]  # of an arm's stages; the flag says whether a stage has the random reward

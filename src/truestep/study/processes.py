@@ -25,8 +25,9 @@ from typing import Any
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 ONE_THREAD |= {"OMP_WAIT_POLICY": "passive"}
-# How long ranks have to save their work after a signal. They stop only between two steps.
+# How long ranks have to save their work after a signal, and to write their report.
 STOP = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}
+LOST_RANK = 5  # the exit code of a rank that has lost another one (train/channel.py)
 LOST = -1000  # stands for the exit code of a process whose node has gone
 _SIGNALS = {s.value for s in signal.Signals} - {signal.SIGINT.value}
 _TORCHRUN_LOG = re.compile(r"[DIWEF]\d{4} \d\d:\d\d")
@@ -183,10 +184,11 @@ def _torchrun(order: Order, words: Sequence[str]) -> None:
 def code_of_ranks(codes: Sequence[int]) -> int:
     """Return the exit code of a cell from those of its ranks that did not end well.
 
-    If one rank ends, the others end because of it: with exit code 1 (they have lost it), or by SIGTERM from
-    torchrun. So an error that truestep has reported comes first, then a signal, then any other code."""
-    reported = [code for code in codes if 1 < code < 128]
+    If one rank ends, the others end because of it: with the exit code of a lost rank, with 1 (before they had
+    all joined), or by SIGTERM from torchrun. So an error that truestep has reported comes first, then a signal,
+    then any other code."""
     killed = [128 - code for code in codes if code < 0 and -code != signal.SIGTERM]
+    reported = [code for code in codes if 1 < code < 128 and not (killed and code == LOST_RANK)]
     return [*reported, *killed, *[code for code in codes if code > 0], 128 + signal.SIGTERM][0]
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from truestep import signals
 from truestep.device import peak_memory_bytes
 from truestep.flops import Ledger
 from truestep.rollout.engine import Engine
@@ -28,6 +27,7 @@ from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
 from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.step import NonFiniteError
+from truestep.train.undo import Undo
 from truestep.train.update import Updater
 from truestep.train.weight_sync import publish
 
@@ -65,20 +65,24 @@ def run_stage(spec: StageSpec) -> TrainState:
 
     Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
+    spec.ranks.barrier()  # they have read their files from the disk
     saved_at = time.monotonic()
     if spec.engine is not None:
         prove_engine(spec, spec.engine, state.step)
+    undo = Undo(tuple(spec.updater.optimizers.values()), spec.ranks)
     try:
         while state.step < spec.num_steps or state.unlogged is not None:
             if state.unlogged is None:
                 _stop_together(spec)
-                state = train(spec, state)
+                # A step may be dropped in the middle if the state before it is on the disk or in memory.
+                state = train(spec, state, undo, may_drop=state is saved or undo.is_ready())
             state = finish(spec, state)
             if _must_save(spec, state.step, time.monotonic() - saved_at):
                 checkpoints.save(spec, state)
                 saved, saved_at = state, time.monotonic()
     except Interrupted:
         if state is not saved:
+            undo.put_back()
             checkpoints.save(spec, state)
         raise
     except NonFiniteError as error:
@@ -97,14 +101,16 @@ def prove_engine(spec: StageSpec, engine: Engine, version: int) -> None:
     spec.warn(f"{spec.name}: at every update, {receipt.proof}")
 
 
-def train(spec: StageSpec, state: TrainState) -> TrainState:
+def train(spec: StageSpec, state: TrainState, undo: Undo, *, may_drop: bool) -> TrainState:
     """Take one step: get its data, make its optimizer updates, and give the new weights to the engine."""
     began = time.perf_counter()
     data = spec.source.take(state.step, state.memory)
     if spec.engine is not None:
         spec.engine.rest()
     sampled = time.perf_counter()
-    updates = spec.updater.update(data, state.step)
+    updates = spec.updater.update(data, state.step, may_drop=may_drop)
+    if updates.later_seconds is not None:
+        undo.learn(updates.later_seconds)
     memory = learn(spec.updater.method, data.memory, state.step, data.controls, updates.seen)
     metrics, done = {**updates.metrics, **data.metrics}, state.step + 1
     if spec.engine is not None:
@@ -152,8 +158,4 @@ def _must_save(spec: StageSpec, step: int, seconds: float) -> bool:
 
 def _stop_together(spec: StageSpec) -> None:
     """Raise Interrupted on every rank, between the same two steps, if any rank received a signal to stop."""
-    asked = int(spec.ranks.max([float(signals.pending())])[0])
-    if asked:
-        raise Interrupted(asked)
-    if spec.ranks.world_size == 1:
-        signals.check()
+    spec.ranks.stop_point()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -92,6 +92,41 @@ class MasterOptimizer:
                 tensors[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
         return tensors
 
+    def num_bytes(self) -> int:
+        """Return the size of this rank's masters and moments."""
+        held = [
+            *self.masters.values(),
+            *[v for moments in self._moments().values() for v in moments.values()],
+        ]
+        return sum(local(tensor).nbytes for tensor in held)
+
+    @torch.no_grad()
+    def copy_state(self) -> Callable[[], None]:
+        """Copy masters and moments to the CPU's memory. Return a function that puts them back."""
+        masters = {name: _copied(master) for name, master in self.masters.items()}
+        moments = {name: {k: _copied(v) for k, v in m.items()} for name, m in self._moments().items()}
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for name, master in self.masters.items():
+                local(master).copy_(masters[name])
+                if master is not self.parameters[name]:
+                    self.parameters[name].copy_(master)
+            for name, now in self._moments().items():
+                if name not in moments:  # the first update was undone
+                    del self._inner.state[self.masters[name]]
+                for key, value in moments.get(name, {}).items():
+                    local(now[key]).copy_(value)
+            self.zero_grad()
+
+        return put_back
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """Return the moments by parameter and key, of the parameters that have some."""
+        held = {name: self._inner.state.get(master, {}) for name, master in self.masters.items()}
+        tensors = {n: {k: v for k, v in m.items() if isinstance(v, Tensor)} for n, m in held.items()}
+        return {name: moments for name, moments in tensors.items() if moments}
+
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Load masters and moments. ``tensors`` has this rank's rows of each of them."""
@@ -106,6 +141,10 @@ class MasterOptimizer:
                 moments[key] = torch.zeros_like(like, dtype=saved.dtype)
                 local(moments[key]).copy_(saved)
             self._inner.state[master] = moments
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return local(tensor.detach()).to("cpu", copy=True)
 
 
 def global_norm(gradients: Iterable[Tensor], ranks: Ranks, *, sharded: bool) -> float:

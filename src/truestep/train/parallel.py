@@ -6,9 +6,12 @@ Gradients are SUMMED over ranks, here in float32 (ddp) or by FSDP's reduce-scatt
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,17 +21,29 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from truestep import signals
 from truestep.device import collective_backend, compute_device, world
+from truestep.errors import UserError
+from truestep.signals import Interrupted
+from truestep.train import wire
+from truestep.train.channel import LIMIT, Channel
+from truestep.train.members import Member, this_process
 
 Item = TypeVar("Item")
+# No collective takes as long: before each that follows uneven work (sampling, saving), the ranks meet.
+COLLECTIVE_MINUTES = 30
+SILENCE = "TRUESTEP_RANK_SILENCE"  # environment variable: seconds of silence after which a rank is lost
+_channels: list[Channel] = []  # this process's channel, while it has joined the other ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's rank, and the few collectives that training needs."""
+    """This process's rank, the few collectives that training needs, and what ranks tell each other outside of
+    them. Without a channel, as in the audit, a collective takes its place."""
 
     rank: int = 0
     world_size: int = 1
+    channel: Channel | None = None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -45,6 +60,8 @@ class Ranks:
 
     def sum_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Sum the gradients over ranks in place, in their own (wide) dtype."""
+        if self.channel is not None:  # their micro-batches may have taken very different times
+            self.channel.gather(None)
         if self.world_size > 1:
             for gradient in gradients:
                 dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
@@ -66,26 +83,88 @@ class Ranks:
         """Return this rank's share of a list that is the same on all ranks."""
         return items[self.rank :: self.world_size]
 
+    def exchange(self, value: Any) -> list[Any]:
+        """Return every rank's value in rank order, as ``gather`` does, but without a limit on the time that
+        another rank takes to get here."""
+        return self.gather(value) if self.channel is None else self.channel.gather(value)
+
     def barrier(self) -> None:
+        """Wait until all ranks are here, however long that takes."""
         if self.world_size > 1:
-            dist.barrier()
+            self.exchange(None)
+
+    def stop_point(self) -> None:
+        """Raise Interrupted on every rank at the same stop point, soon after any rank received a signal. All
+        ranks must come here equally often."""
+        if self.channel is None:
+            signals.check()
+        else:
+            self.channel.stop_point()
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let the ranks do uneven work without collectives, in which ``signals.check`` may interrupt each of
+        them anywhere. At the end they meet, and if one was interrupted, all raise Interrupted."""
+        signum = 0
+        try:
+            yield
+        except Interrupted as stop:
+            if self.channel is None:
+                raise
+            signum = stop.signum
+        if self.channel is not None and (signum := max(self.channel.gather(signum))):
+            raise Interrupted(signum)
 
 
 def join() -> Ranks:
-    """Join the other ranks if torchrun has started any."""
+    """Join the other ranks if torchrun has started any. Raises UserError if they cannot reach each other."""
     rank, world_size = world()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(collective_backend(), timeout=timedelta(hours=12))
-    return Ranks(rank=rank, world_size=world_size)
+        limit = timedelta(minutes=COLLECTIVE_MINUTES)
+        dist.init_process_group(collective_backend(), timeout=limit)
+    ranks = Ranks(rank=rank, world_size=world_size)
+    if world_size > 1 and not _channels:
+        _channels.append(_open_channel(ranks))
+    return replace(ranks, channel=channel())
+
+
+def channel() -> Channel | None:
+    """Return this process's channel, or None if there are no other ranks."""
+    return _channels[0] if _channels else None
+
+
+def _open_channel(ranks: Ranks) -> Channel:
+    """Connect every rank with rank 0, whose port and secret are told by a collective."""
+    try:
+        limit = float(os.environ.get(SILENCE, LIMIT))
+    except ValueError:
+        raise UserError(f"{SILENCE}={os.environ[SILENCE]!r} is not a number of seconds") from None
+    with contextlib.ExitStack() as stack:
+        offer: dict[str, Any] = {}
+        if ranks.rank == 0:
+            server = stack.enter_context(wire.listen(os.environ.get("MASTER_ADDR", "")))
+            offer = {"port": server.getsockname()[1], "token": secrets.token_hex(16)}
+        told = ranks.gather({"member": asdict(this_process(ranks.rank)), "offer": offer})
+        members = [Member(**one["member"]) for one in told]
+        port, token = told[0]["offer"]["port"], told[0]["offer"]["token"]
+        if ranks.rank == 0:
+            wires = wire.accept(server, token, ranks.world_size - 1)
+        else:
+            wires = {0: wire.connect(members[0].host, port, token, ranks.rank)}
+    return Channel(members, ranks.rank, wires, limit)
 
 
 def leave() -> None:
+    """Leave together with all other ranks. Not for a rank with an error, which the others would wait for."""
+    if _channels:
+        _channels.pop().close()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def replicate(module: nn.Module, ranks: Ranks) -> None:
     """Copy rank 0's parameters to every rank."""
+    ranks.barrier()  # a model is read from the disk
     if ranks.world_size > 1:
         for parameter in module.parameters():
             dist.broadcast(parameter.detach(), src=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,7 +26,6 @@ class Scorer:
     tokens_per_microbatch: int
     reference: Policy | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    check_stop: Callable[[], None] = lambda: None
 
     def pack(
         self, sequences: Sequence[TrainSequence], *, first_sequence: int = 0, limit: int | None = None
@@ -69,14 +68,16 @@ class Scorer:
         self, policy: Policy, batches: Sequence[TokenBatch], step: int, whose: str
     ) -> list[tuple[TokenBatch, Tensor, Tensor]]:
         found = []
-        for index, batch in enumerate(levelled(batches, self.ranks, policy)):
-            self.check_stop()
-            logprobs, entropy = policy(batch, self.temperature)
-            made = {f"{whose} log-probabilities": logprobs, f"{whose} entropy": entropy}
-            require_finite(made, batch, f"step {step}, micro-batch {index}")
-            if index < len(batches):
-                found.append((batch, logprobs.detach(), entropy.detach()))
-        reshard(policy)
+        try:
+            for index, batch in enumerate(levelled(batches, self.ranks, policy)):
+                self.ranks.stop_point()
+                logprobs, entropy = policy(batch, self.temperature)
+                made = {f"{whose} log-probabilities": logprobs, f"{whose} entropy": entropy}
+                require_finite(made, batch, f"step {step}, micro-batch {index}")
+                if index < len(batches):
+                    found.append((batch, logprobs.detach(), entropy.detach()))
+        finally:
+            reshard(policy)  # also if interrupted, because the parameters are then saved
         return found
 
 

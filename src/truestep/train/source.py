@@ -148,11 +148,11 @@ class RolloutSource:
     def _groups(
         self, prompts: Sequence[Prompt], places: Sequence[tuple[int, int]], *when: Any, **given: Any
     ) -> list[GatedGroup]:
-        """Sample and score the groups, and apply the gate to each of them once."""
-        groups = [
-            seq.gated(g, self.method, self.sampler.solved_at)
-            for g in self.sampler.groups(prompts, *when, **given)
-        ]
+        """Sample and score the groups, and apply the gate to each of them once. The ranks meet at the end,
+        because one may take much longer than another."""
+        with self.ranks.apart():
+            sampled = self.sampler.groups(prompts, *when, **given)
+        groups = [seq.gated(g, self.method, self.sampler.solved_at) for g in sampled]
         return [replace(g, place=place) for g, place in zip(groups, places, strict=True)]
 
     def _shown(self, groups: Sequence[GatedGroup], step: int) -> list[Mapping[str, Any]]:

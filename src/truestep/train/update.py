@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,13 @@ NO_FAULTS = FaultSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
-    """The metrics of a step's updates, the values for the controller (``seen``), and the work."""
+    """The metrics of a step's updates, the values for the controller (``seen``), and the work.
+    ``later_seconds`` is the time of all updates after the first, or None if there is only one."""
 
     metrics: Mapping[str, float]
     seen: Mapping[str, float]
     ledger: Ledger
+    later_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +52,10 @@ class Updater:
     max_length: int = 1
     observe: Observer | None = None  # of the sampled tokens
 
-    def update(self, data: StepData, step: int) -> Updates:
+    def update(self, data: StepData, step: int, *, may_drop: bool = False) -> Updates:
         """Make the updates of one step. Statistics and proximal values for all updates are computed before
-        the first one. The buffer's separate update comes last."""
+        the first one. The buffer's separate update comes last. A stop after the first update leaves the
+        step half done, so it is possible only if ``may_drop``: the caller then drops the step."""
         scorer, fault = self.scorer, fault_of(self.faults)
         packed = [self._pack(part, fault) for part in data.minibatches]
         ledger = sum((work("trained", batches) for batches in packed), Ledger())
@@ -74,23 +78,27 @@ class Updater:
             controls=data.controls,
             observe=self.observe,
         )
-        reports, optimizer = [], self.optimizers["optimizer"]
+        reports, optimizer, began = [], self.optimizers["optimizer"], 0.0
+        stops = scorer.ranks.stop_point
+        later = stops if may_drop else lambda: None
         for index, batches in enumerate(packed):
             self._require_columns(batches)
             rate = self.learning_rate(step * self.updates_per_step + index)
             planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches))
-            # After its first update, a step must be finished: stopping would leave it half done.
-            check_stop = scorer.check_stop if index == 0 else lambda: None
-            reports.append(train_step(self.policy, optimizer, batches, planned, check_stop))
+            reports.append(train_step(self.policy, optimizer, batches, planned, later if index else stops))
+            began = began or time.perf_counter()
         metrics = combine([_row(report) for report in reports])
         metrics |= {f"statistics/{name}": value for name, value in statistics.items()}
         if data.buffered is not None:
             batches, optimizer = scorer.pack(data.buffered), self.optimizers["buffer-optimizer"]
-            extra = train_step(self.policy, optimizer, batches, plan(learning_rate=optimizer.settings.lr))
+            planned = plan(learning_rate=optimizer.settings.lr)
+            extra = train_step(self.policy, optimizer, batches, planned, later)
             metrics |= {"buffer/loss": extra.loss, "buffer/grad_norm": extra.grad_norm}
             ledger += work("trained", batches)
         seen = {**statistics, "grad_norm": reports[-1].grad_norm}
-        return Updates(metrics=metrics, seen=seen, ledger=ledger)
+        is_single = len(packed) == 1 and data.buffered is None
+        spent = None if is_single else time.perf_counter() - began
+        return Updates(metrics=metrics, seen=seen, ledger=ledger, later_seconds=spent)
 
     def _pack(self, sequences: Sequence[TrainSequence], fault: WeightsOf | None) -> list[TokenBatch]:
         """Pack by memory; for an injected fault, whose weights depend on the micro-batches, pack a fixed
