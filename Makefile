@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 # Let Python save byte code; without it, every process would compile torch's source files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage guard-bench mutate study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm engine-proof guard-bench mutate study smollm clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,12 @@ elastic: $(DEV) ## save by 1 to 4 ranks, with copies or shards, and continue by 
 
 damage: $(TRAIN) ## flip 500 bits of files that a command reads again, and kill commands 200 times; no result may differ (an hour)
 	@$(BIN)/python benchmarks/damage.py --flips 500 --kills 200 --out results/damage.json
+
+test-vllm: $(DEV) ## RL with a real vLLM server (the build for processors, installed under .bench/): wrong weights, a killed server, a run
+	@$(BIN)/python -m pytest -m slow tests/rollout -n 0 -s
+
+engine-proof: $(DEV) ## false alarms of the proof of fresh weights in 576 updates, and when it sees a frozen engine (half an hour)
+	@$(BIN)/python benchmarks/engine_proof.py --publishes 576
 
 guard-bench: $(DEV) ## the live guard: 600 right runs, its cost, its power against a frozen engine, and 129 loops of other frameworks
 	@$(BIN)/python benchmarks/guard_noise.py --out results/guard_noise.json
