@@ -75,7 +75,9 @@ class Whole:
         columns = {name: iter(tensors[name].tolist()) for name in COLUMNS}
 
         def rollout(header: Mapping[str, Any]) -> dict[str, Any]:
-            found = {name: list(islice(columns[name], header["lengths"][name])) for name in COLUMNS}
+            found: dict[str, Any] = {
+                name: list(islice(columns[name], header["lengths"][name])) for name in COLUMNS
+            }
             if not header["has_logprobs"]:
                 found |= {"behavior_logprobs": None}
             return {k: v for k, v in header.items() if k not in ("lengths", "has_logprobs")} | found
