@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Generic, TypeVar
+from typing import Any
 
-T = TypeVar("T")
 POLL_SECONDS = 0.2
 
 
@@ -15,10 +14,10 @@ class Dropped(Exception):
     """Raised in the thread of a rollout that is no longer needed."""
 
 
-class Beside(Generic[T]):
+class Beside:
     """A function that runs in a thread beside the training. It is given a check that raises ``Dropped``."""
 
-    def __init__(self, work: Callable[[Callable[[], None]], T]) -> None:
+    def __init__(self, work: Callable[[Callable[[], None]], Any]) -> None:
         self._is_dropped = threading.Event()
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout-ahead")
         self._future = self._threads.submit(work, self._check)
@@ -27,7 +26,7 @@ class Beside(Generic[T]):
         if self._is_dropped.is_set():
             raise Dropped
 
-    def result(self, check_stop: Callable[[], None]) -> T:
+    def result(self, check_stop: Callable[[], None]) -> Any:
         """Wait for the function. Raises its error, or what ``check_stop`` raises while it has not ended."""
         while not wait([self._future], POLL_SECONDS).done:
             check_stop()

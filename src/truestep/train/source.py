@@ -122,7 +122,7 @@ class RolloutSource:
     is_ahead: bool = False  # the groups of a step are sampled while the step before it trains
 
     def __post_init__(self) -> None:
-        self.submitted: Sampled | tuple[_Planned, Beside[list[GatedGroup]]] | None = None
+        self.submitted: Sampled | tuple[_Planned, Beside] | None = None
         self.ranks, self._by_id = self.scorer.ranks, {p.problem.id: p for p in self.prompts}
 
     @property
