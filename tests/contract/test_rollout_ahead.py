@@ -298,9 +298,9 @@ def test_an_engine_beside_the_training_samples_the_same(
             def __getattr__(self, name: str) -> Any:
                 return getattr(updater, name)
 
-            def update(self, *given: Any) -> Any:
+            def update(self, *given: Any, **more: Any) -> Any:
                 updating.set()
-                found = updater.update(*given)
+                found = updater.update(*given, **more)
                 updating.clear()
                 return found
 
@@ -358,8 +358,8 @@ def test_a_stop_does_not_wait_for_a_rollout_and_the_metrics_tell(
         def __getattr__(self, name: str) -> Any:
             return getattr(updater, name)
 
-        def update(self, data: StepData, step: int) -> Any:
-            found = updater.update(data, step)
+        def update(self, data: StepData, step: int, **more: Any) -> Any:
+            found = updater.update(data, step, **more)
             if step == 2:
                 ask.set()
             return found

@@ -241,15 +241,11 @@ class RolloutSource:
         if self.method.part(Replay) is not None:
             metrics["replay/problems"] = float(len(memory.replay))
         return StepData(
-            minibatches=minibatches,
-            buffered=buffered,
-            controls=controls,
-            memory=memory,
-            metrics={**metrics, **sampled.compared},
-            rows=self._shown(everything, step),
+            minibatches=minibatches, buffered=buffered, controls=controls, memory=memory,
+            metrics={**metrics, **sampled.compared}, rows=self._shown(everything, step),
             ledger=sampled.work
             + seq.group_ledger([g.group for g in everything], [*minibatches, buffered or []]),
-        )
+        )  # fmt: skip
 
     def _groups(
         self,
