@@ -225,6 +225,8 @@ class RlSettings(StageSettings):
     prompts_per_step: int = Field(ge=1)  # prompts of one rollout batch
     samples_per_prompt: int = Field(8, ge=2)
     updates_per_rollout: int = Field(2, ge=1)  # the batch is split by prompt into this many mini-batches
+    # 1: the groups of a step are sampled while the step before it trains, by weights that are one step older
+    rollout_ahead: Literal[0, 1] = 0
     sampling: SamplingSettings
     engine: Literal["torch", "vllm"] = "torch"  # vllm: see [vllm]
     reward: str = "checker"  # checker, random (a control: a coin flip per sample) or a reward function
@@ -434,6 +436,12 @@ class Settings(Frozen):
             if name not in self.data:
                 known = (", ".join(self.data) or "none") + did_you_mean(name, list(self.data))
                 raise ValueError(f'{where} = "{name}" is not a data set; [data.*] has: {known}')
+        for s in self.stages:
+            if isinstance(s, RlSettings) and s.rollout_ahead and s.engine == "vllm" and self.vllm.sleep:
+                raise ValueError(
+                    f"vllm.sleep = true: servers that sleep while the trainer updates cannot sample then, as "
+                    f"stages.{s.name}.rollout_ahead = {s.rollout_ahead} needs; set one of them to its default"
+                )
         if self.compute.parallel == "fsdp2" and self.compute.compile:
             raise ValueError(
                 "compute.compile with fsdp2 has not been shown to give the same updates; set compile = false"
@@ -515,7 +523,7 @@ def _child(node: Any, part: str, item: str) -> Any:
     raise UserError(f"--set {item}: {part} cannot be set inside a value that is not a table")
 
 
-_NEWER = (("date", PINNED_DATE), ("save_every_minutes", 0))
+_NEWER = (("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0))
 
 
 def _identity(part: Any) -> Any:

@@ -134,6 +134,7 @@ PLACES = {
     "with_proximal": "proximal",
     "take": "decode",
     "record": "evaluate",
+    "begin": "decode",
 }
 
 

@@ -38,7 +38,7 @@ from truestep.records import (
     judged,
 )
 from truestep.rollout.engine_torch import TorchEngine
-from truestep.train import metrics, sequences, update
+from truestep.train import ahead, metrics, sequences, update
 from truestep.train.memory import first_memory
 from truestep.train.metrics import METRICS, Meter, checked, metric
 from truestep.train.optim import MasterOptimizer
@@ -288,11 +288,35 @@ OF_MEMORIES = {
     "control/imitation": math.exp(-2),
 }
 
+
+def of_older_samples() -> dict[str, float]:
+    """In step 5, three tokens of version 4, one of version 2, and tokens that no policy of this batch sampled."""
+    own, meter = (Origin.CONTEXT, Origin.POLICY), Meter()
+    one: dict[str, Any] = {"token_ids": (1, 2, 3), "num_prefix_tokens": 1, "group": 0}
+    mixed = (Origin.CONTEXT, Origin.EXPERT, Origin.POLICY)
+    parts = [
+        TrainSequence(**one, origin=(*own, Origin.POLICY), policy_version=4),
+        TrainSequence(**one, origin=mixed, policy_version=(NOT_SAMPLED, 4)),
+        TrainSequence(**one, origin=(Origin.CONTEXT, Origin.STORED, Origin.POLICY), policy_version=(0, 2)),
+    ]
+    sequences.of_versions(meter, [parts[:2], parts[2:]], 5)
+    changed = ahead.as_change(one_update())
+    return meter.reduce(Ranks()) | {k: v for k, v in changed.items() if k.startswith("sampling/")}
+
+
+OF_OLDER_SAMPLES = {
+    "sampling/staleness": (3 * 1 + 3) / 4,
+    "sampling/policy_change_mean": ONE_UPDATE["sampling/logprob_difference_mean"],
+    "sampling/policy_change_max": ONE_UPDATE["sampling/logprob_difference_max"],
+    "sampling/policy_change_kl": ONE_UPDATE["sampling/kl"],
+}
+
 ON_PAPER: dict[str, tuple[Callable[[], dict[str, float]], Mapping[str, float]]] = {
     "one update": (one_update, ONE_UPDATE),
     "two updates": (two_updates, TWO_UPDATES),
     "groups": (of_groups, OF_GROUPS),
     "memories": (of_memories, OF_MEMORIES),
+    "older samples": (of_older_samples, OF_OLDER_SAMPLES),
 }
 # Computed apart from a run, by the last tests of this file.
 OF_A_RUN = ("dev/score", "publish/probe_difference", "work/demonstration_tokens", "flops_paper", "flops_full")

@@ -22,7 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document
 @app.command("list")
 def list_methods(as_json: Json = False) -> None:
     """List the built-in methods, with what each trains on and the paper it comes from."""
-    from truestep.objective.methods import METHODS
+    from truestep.objective.methods import METHODS, fits_older_samples
 
     table = []
     for row in (make() for make in METHODS.values()):
@@ -31,6 +31,7 @@ def list_methods(as_json: Json = False) -> None:
         table.append({
             "method": row.name, "kind": kind, "demonstrations": kind == "sft" or also,
             "terms": [term.name for term in row.terms], "source": row.source,
+            "rollout_ahead": fits_older_samples(row.name),
         })  # fmt: skip
         if not as_json:
             uses += ", demonstrations" if also else ""

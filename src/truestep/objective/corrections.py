@@ -44,6 +44,8 @@ def mismatch_weight(context: Context, correction: str, low: float, high: float) 
     return torch.where(known, found, 1.0)
 
 
+# Those with which a token's weight is its ratio ρ, but for bounds. A mask only leaves tokens out.
+REWEIGHTING = ("truncate", "clamp", "drop", "sequence", "geometric")
 CORRECTIONS = ("none", "truncate", "clamp", "drop", "mask", "sequence", "geometric")
 
 

@@ -21,7 +21,8 @@ from truestep.device import world
 from truestep.errors import UserError
 from truestep.grade.score import Grader
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, read_config, resolve
-from truestep.objective.methods import METHODS, Method, build
+from truestep.objective.corrections import REWEIGHTING
+from truestep.objective.methods import METHODS, Method, build, fits_older_samples
 from truestep.pipeline.code import code_of
 from truestep.pipeline.golds import grade_golds, said_of
 from truestep.pipeline.track import require_trackers
@@ -162,6 +163,13 @@ def check_methods(settings: Settings, base_dir: Path) -> None:
             known = ", ".join(name for name in METHODS if (METHODS[name]().plan is None) == is_sft)
             fault = f'method = "{stage.method}" does not fit kind = "{stage.kind}"'
             raise UserError(f"stages.{stage.name}.{fault}; set one of {known}")
+        if isinstance(stage, RlSettings) and stage.rollout_ahead and (fault := row.staleness_fault):
+            fitting = ", ".join(name for name in METHODS if fits_older_samples(name))
+            raise UserError(
+                f'stages.{stage.name}.rollout_ahead = {stage.rollout_ahead}: method = "{stage.method}" cannot train on '
+                f"samples of older weights: {fault}; set rollout_ahead = 0, or method_options.correction = "
+                f'"truncate" (or {", ".join(REWEIGHTING[1:])}) with one of {fitting}'
+            )
         if isinstance(stage, SftSettings) and stage.sequences_per_step % (num := row.updates_per_step):
             raise UserError(
                 f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be split into the "

@@ -85,7 +85,8 @@ def make_stage(
         policy=policy, scorer=scorer, method=method, optimizers=optimizers_of(policy, stage, method),
         learning_rate=rate, updates_per_step=updates, faults=stage.faults,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
-        observe=gaps,
+        # Of samples of older weights, an update would take the change of the policy for a fault of the engine.
+        observe=None if getattr(stage, "rollout_ahead", 0) else gaps,
     )  # fmt: skip
     return StageSpec(
         name=stage.name, folder=folder, settings=stage, identity=stage_identity(prepared, index),
@@ -141,5 +142,5 @@ def _rollout_source(
     return RolloutSource(
         prepared.stage_prompts[stage.name], sampler=sampler, scorer=scorer, method=method,
         prompts_per_step=stage.prompts_per_step, updates_per_step=stage.updates_per_rollout,
-        decode_prompt=session.decode_prompt,
+        decode_prompt=session.decode_prompt, is_ahead=stage.rollout_ahead == 1,
     )  # fmt: skip

@@ -114,9 +114,13 @@ class Receipt:
 
 
 class Engine(Protocol):
-    """An engine samples completions from published weights. There are two implementations, torch and vLLM."""
+    """An engine samples completions from published weights. There are two implementations, torch and vLLM.
+
+    ``runs_beside_training`` is True if it samples in other processes, from its own copy of the weights. Then
+    ``generate`` may run in a thread while the trainer updates the weights."""
 
     policy_version: int
+    runs_beside_training: bool
 
     def generate(
         self,

@@ -130,6 +130,8 @@ class Publisher:
 class VllmEngine:
     """Samples through running servers. With a ``publisher``, it can be trained."""
 
+    runs_beside_training = True
+
     def __init__(self, urls: Sequence[str], concurrent: int, publisher: Publisher | None = None) -> None:
         self.clients = [client_of(url) for url in urls]
         self.concurrent, self.publisher = concurrent, publisher

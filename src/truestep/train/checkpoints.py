@@ -21,7 +21,9 @@ from truestep.train.layout import needed_rows, saved_weights, share_of
 from truestep.train.memory import Memory, first_memory
 from truestep.train.parallel import Ranks, is_sharded, local
 from truestep.train.policy import Policy
+from truestep.train.source import RolloutSource
 from truestep.train.step import NonFiniteError
+from truestep.train.waiting import Sampled, Whole, gathered
 
 if TYPE_CHECKING:
     from truestep.train.loop import StageSpec
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """The state of a stage after ``step`` steps, without weights and optimizer. ``ledger`` is the run's work
-    on this rank, ``best`` the step and score of the best dev checkpoint, ``unlogged`` what must be logged."""
+    on this rank, ``best`` the step and score of the best dev checkpoint, ``unlogged`` what must be logged, and
+    ``waiting`` this rank's groups of the next step if they are sampled already."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)
     ledger: Ledger = field(default_factory=Ledger)
     best: Mapping[str, float] = field(default_factory=dict)
     unlogged: Mapping[str, Any] | None = None
+    waiting: Sampled | None = None
 
 
 def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
@@ -57,13 +61,16 @@ def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
     if not spec.settings.dev.select_best or score <= state.best.get("score", float("-inf")):
         return state
     best = {"step": state.step, "score": score}
-    _save(spec, replace(state, best=best), "best", {}, 1)
+    _save(spec, replace(state, best=best, waiting=None), "best", {}, 1)
     return replace(state, best=best)
 
 
 def _save(
     spec: StageSpec, state: TrainState, folder: str, tensors: Mapping[str, Mapping[str, Tensor]], keep: int
 ) -> None:
+    waiting = None if state.waiting is None else gathered(state.waiting, spec.ranks)
+    if waiting is not None:
+        tensors = {**tensors, "waiting": waiting.tensors()}
     groups = {"parameters": saved_weights(spec.policy), **tensors}
     parts = {group: {n: local(t.detach()) for n, t in found.items()} for group, found in groups.items()}
     shares = {
@@ -81,6 +88,8 @@ def _save(
         "layout": _layout(spec),
         "logs": spec.logs.seal() if spec.ranks.rank == 0 else {},
     }
+    if waiting is not None:
+        header["waiting"] = waiting.state()
     ranks = spec.ranks
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     checkpoint = Checkpoint(step=state.step, tensors=parts, state=header, shares=shares)
@@ -133,6 +142,9 @@ def restore(spec: StageSpec) -> TrainState:
             best=dict(header["best"]),
             unlogged=header.get("unlogged"),
         )
+        if "waiting" in header and isinstance(spec.source, RolloutSource):
+            waiting = Whole.load(header["waiting"], found.tensors["waiting"])
+            state = replace(state, waiting=spec.source.restored(waiting))
     if spec.ranks.rank == 0:
         best = list_checkpoints(spec.folder / "best")
         if best and best[-1].name != f"step_{int(state.best.get('step', -1)):08d}":

@@ -17,7 +17,7 @@ from truestep.flops import Ledger
 from truestep.rollout.engine import Engine
 from truestep.settings import StageSettings
 from truestep.signals import Interrupted
-from truestep.train import checkpoints
+from truestep.train import ahead, checkpoints
 from truestep.train.checkpoints import TrainState, summed
 from truestep.train.engine_test import GapTest, SelfTest
 from truestep.train.logs import StageLogs
@@ -81,12 +81,15 @@ def run_stage(spec: StageSpec) -> TrainState:
                 checkpoints.save(spec, state)
                 saved, saved_at = state, time.monotonic()
     except Interrupted:
+        spec.source.drop()
         if state is not saved:
             undo.put_back()
             checkpoints.save(spec, state)
         raise
     except NonFiniteError as error:
         raise checkpoints.rescued(spec, error) from error
+    finally:
+        spec.source.drop()
     return state
 
 
@@ -99,26 +102,38 @@ def prove_engine(spec: StageSpec, engine: Engine, version: int) -> None:
         if spec.gaps is not None:
             spec.gaps.right = right
     spec.warn(f"{spec.name}: at every update, {receipt.proof}")
+    if isinstance(spec.source, RolloutSource) and spec.source.is_ahead:
+        spec.warn(
+            f"{spec.name}: rollout_ahead = 1: engine and trainer are compared when they have the same weights, not on "
+            "the older samples of an update"
+        )
 
 
 def train(spec: StageSpec, state: TrainState, undo: Undo, *, may_drop: bool) -> TrainState:
     """Take one step: get its data, make its optimizer updates, and give the new weights to the engine."""
-    began = time.perf_counter()
-    data = spec.source.take(state.step, state.memory)
-    if spec.engine is not None:
+    began, source, waiting, waited = time.perf_counter(), spec.source, None, 0.0
+    beside = source if isinstance(source, RolloutSource) and source.is_ahead else None
+    data = source.take(state.step, state.memory) if beside is None else ahead.begin(spec, beside, state)
+    if spec.engine is not None and beside is None:
         spec.engine.rest()
     sampled = time.perf_counter()
     updates = spec.updater.update(data, state.step, may_drop=may_drop)
     if updates.later_seconds is not None:
         undo.learn(updates.later_seconds)
     memory = learn(spec.updater.method, data.memory, state.step, data.controls, updates.seen)
-    metrics, done = {**updates.metrics, **data.metrics}, state.step + 1
+    found, done = updates.metrics, state.step + 1
+    if beside is not None:
+        found, updated = ahead.as_change(found), time.perf_counter()
+        waiting = ahead.collected(spec, beside)
+        waited = time.perf_counter() - updated
+    metrics = {**found, **data.metrics}
     if spec.engine is not None:
         publish(spec.policy, spec.engine, done, spec.ranks)
-    times = {"rollout_seconds": sampled - began, "train_seconds": time.perf_counter() - sampled}
+    rollout = sampled - began + waited  # beside the training: only the time in which the training waited
+    times = {"rollout_seconds": rollout, "train_seconds": time.perf_counter() - began - rollout}
     unlogged = {"metrics": metrics, "rows": list(data.rows), "times": times}
     ledger = state.ledger + data.ledger + updates.ledger
-    return replace(state, step=done, memory=memory, ledger=ledger, unlogged=unlogged)
+    return replace(state, step=done, memory=memory, ledger=ledger, unlogged=unlogged, waiting=waiting)
 
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:

@@ -89,11 +89,23 @@ _ROWS = (
      "share of sampled tokens whose correction for the difference between engine and trainer is 0"),
     ("approx_kl", "mean", "mean", "nats", "", "; actor/ppo_kl", "k3 estimate of KL(proximal ‖ policy) at sampled tokens"),
     ("sampling/logprob_difference_mean", "mean", "mean", "nats", "Log-prob gap to sampler: mean",
-     "sampling/sampling_logp_difference/mean; rollout_corr/*", "|log π_proximal − log π_engine| at sampled tokens"),
+     "sampling/sampling_logp_difference/mean; rollout_corr/*",
+     "|log π_proximal − log π_engine| at sampled tokens (with rollout_ahead: |log π − log π_engine| at some tokens "
+     "that the engine sampled with the weights of this step's samples, π being the trainer with the same weights)"),
     ("sampling/logprob_difference_max", "max", "max", "nats", "Log-prob gap to sampler: max",
-     "sampling/sampling_logp_difference/max; rollout_corr/*", "largest |log π_proximal − log π_engine| at sampled tokens"),
+     "sampling/sampling_logp_difference/max; rollout_corr/*",
+     "largest |log π_proximal − log π_engine| at sampled tokens (with rollout_ahead: at the tokens of the mean)"),
     ("sampling/kl", "mean", "mean", "nats", "KL to sampler: KL", "; rollout_corr/k3_kl",
-     "k3 estimate of KL(engine ‖ proximal) at sampled tokens"),
+     "k3 estimate of KL(engine ‖ proximal) at sampled tokens (with rollout_ahead: at the tokens of the mean)"),
+    ("sampling/staleness", "mean", "mean", "versions", "Staleness: versions", "",
+     "with rollout_ahead, how many versions older than the step's weights the weights are that sampled its tokens"),
+    ("sampling/policy_change_mean", "mean", "mean", "nats", "Policy change since sampling: mean", "",
+     "with rollout_ahead, |log π_proximal − log π_engine| at sampled tokens: the change of the policy since they were "
+     "sampled, and the gap between engine and trainer"),
+    ("sampling/policy_change_max", "max", "max", "nats", "Policy change since sampling: max", "",
+     "with rollout_ahead, largest |log π_proximal − log π_engine| at sampled tokens"),
+    ("sampling/policy_change_kl", "mean", "mean", "nats", "", "",
+     "with rollout_ahead, k3 estimate of KL(engine ‖ proximal) at sampled tokens"),
     ("statistics/{name}", "once", "mean", "", "", "", "a statistic of the whole step that a coefficient reads"),
     ("control/{name}", "once", "mean", "", "", "", "a value that the method's controller sets for this step"),
     ("buffer/waiting", "once", "mean", "problems", "", "", "number of demonstrations waiting in the buffer"),
@@ -241,10 +253,15 @@ def of_tokens(meter: Meter, context: Context) -> None:
         meter.add("approx_kl", float((log_ratio.exp() - 1 - log_ratio).sum()), count)
         if batch.behavior_logprobs is not None:
             # The proximal policy sampled these tokens, so this is the gap between engine and trainer.
-            gap = (context.proximal_logprobs - batch.behavior_logprobs)[sampled]
-            meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
-            meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
-            meter.add("sampling/kl", float((gap.exp() - 1 - gap).sum()), count)
+            of_gap(meter, context.proximal_logprobs[sampled], batch.behavior_logprobs[sampled])
+
+
+def of_gap(meter: Meter, trainer: Tensor, engine: Tensor) -> None:
+    """Add the gap between the log-probabilities [K] of K > 0 sampled tokens, as trainer and engine have them."""
+    gap, count = trainer - engine, float(trainer.numel())
+    meter.add("sampling/logprob_difference_mean", float(gap.abs().sum()), count)
+    meter.add("sampling/logprob_difference_max", float(gap.abs().max()))
+    meter.add("sampling/kl", float((gap.exp() - 1 - gap).sum()), count)
 
 
 def of_clipping(meter: Meter, coefficient: Tensor, advantage: Tensor, sampled: Tensor) -> None:

@@ -13,6 +13,7 @@ from truestep.objective.methods import Method
 from truestep.objective.methods.row import Overlong
 from truestep.records import Group, Origin, Prompt, Rollout, Score, TrainSequence
 from truestep.rollout.sample import Decode, num_sampled_tokens
+from truestep.train.metrics import Meter
 
 NUM_SHOWN = 4  # rollouts per step kept for the report
 
@@ -54,11 +55,11 @@ def sequences_of(groups: Sequence[GatedGroup], method: Method, limit: int) -> li
             if decision.keep[i] and advantage is not None and rollout.completion_ids:
                 score = {"solved": view.solved[i] is True, "reward": view.rewards[i] or 0.0}
                 part = {"group": number, "advantage": advantage, "weight": decision.weights[i]}
-                sequences.append(_sequence(group.prompt, rollout, **part, **score))
+                sequences.append(sampled_sequence(group.prompt, rollout, **part, **score))
     return sequences
 
 
-def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
+def sampled_sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
     """Return the rollout with its training prompt as a sequence. The prefix that it shares with others in its
     group ends before its first trained token."""
     context = rollout.prompt_ids or prompt.token_ids
@@ -72,6 +73,35 @@ def _sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSequence:
         policy_version=tuple(rollout.policy_version[i] for i in trained),
         **given,
     )
+
+
+def first_sequences(groups: Sequence[Group], most_tokens: int) -> list[TrainSequence]:
+    """Return samples with up to ``most_tokens`` tokens in all, only to be scored: first one of each group, then
+    the second ones. At least one sample is returned if there is any."""
+    found: list[TrainSequence] = []
+    longest, left = max((len(g.rollouts) for g in groups), default=0), most_tokens
+    for place in range(longest):
+        for number, group in enumerate(groups):
+            rollout = group.rollouts[place] if place < len(group.rollouts) else None
+            if rollout is None or Origin.POLICY not in rollout.origin:
+                continue
+            left -= len(rollout.prompt_ids or group.prompt.token_ids) + len(rollout.completion_ids)
+            if left < 0 and found:
+                return found
+            found.append(sampled_sequence(group.prompt, rollout, group=number))
+    return found
+
+
+def of_versions(meter: Meter, minibatches: Sequence[Sequence[TrainSequence]], step: int) -> None:
+    """Add how many versions older than ``step`` the weights are that sampled the policy's tokens."""
+    for one in (s for part in minibatches for s in part):
+        trained = [origin for origin in one.origin if origin is not Origin.CONTEXT]
+        versions = one.policy_version
+        pairs = zip(
+            trained, versions if isinstance(versions, tuple) else [versions] * len(trained), strict=True
+        )
+        ages = [step - version for origin, version in pairs if origin is Origin.POLICY]
+        meter.add("sampling/staleness", float(sum(ages)), float(len(ages)))
 
 
 def demonstration_sequence(

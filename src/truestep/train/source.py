@@ -14,14 +14,16 @@ from truestep import seeding
 from truestep.flops import Ledger
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import DemonstrationBuffer, Refill, Replay, Stream
-from truestep.records import Demonstration, Origin, Prompt, Rollout, Stop, TrainSequence
+from truestep.records import Demonstration, Group, Origin, Prompt, Rollout, Stop, TrainSequence
 from truestep.rollout.sample import Sampler
 from truestep.train import sequences as seq
+from truestep.train.beside import Beside
 from truestep.train.memory import Memory, choose_replays, decide, remember, seen_of, with_waiting
 from truestep.train.metrics import OF_GROUPS, Meter, of_groups
 from truestep.train.parallel import Ranks
 from truestep.train.scoring import Scorer
 from truestep.train.sequences import GatedGroup, demonstration_sequence
+from truestep.train.waiting import Sampled, Whole
 
 Item = TypeVar("Item")
 STREAM_GROUP = 1 << 30  # demonstrations outside the sampled groups get group numbers from here
@@ -69,6 +71,9 @@ class DemonstrationSource:
     ranks: Ranks
     updates_per_step: int = 1
 
+    def drop(self) -> None:
+        """Nothing: no step is begun before it is taken."""
+
     def take(self, step: int, memory: Memory) -> StepData:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
         sequences = []
@@ -85,9 +90,26 @@ class DemonstrationSource:
         return StepData(minibatches=mine, ledger=ledger, memory=memory)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """What is sampled for a step on this rank. ``sizes`` are the numbers of prompts of the mini-batches."""
+
+    step: int
+    prompts: list[Prompt]
+    sizes: list[int]
+    repeats: list[int]
+    places: list[tuple[int, int]]
+    controls: Mapping[str, float]
+    stored: Mapping[int, Rollout]
+    work: Ledger
+    compared: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class RolloutSource:
-    """A source of rollouts. For a method, it samples, grades and gates groups and computes advantages."""
+    """A source of rollouts. For a method, it samples, grades and gates groups and computes advantages.
+
+    ``take`` does this at once. ``submit`` and ``collect`` have the training of the step before in between."""
 
     prompts: Sequence[Prompt]
     _: KW_ONLY
@@ -97,12 +119,73 @@ class RolloutSource:
     prompts_per_step: int
     updates_per_step: int
     decode_prompt: Callable[[Prompt], str]
+    is_ahead: bool = False  # the groups of a step are sampled while the step before it trains
 
     def __post_init__(self) -> None:
+        self.submitted: Sampled | tuple[_Planned, Beside] | None = None
         self.ranks, self._by_id = self.scorer.ranks, {p.problem.id: p for p in self.prompts}
 
+    @property
+    def runs_beside(self) -> bool:
+        """Whether submitted groups are sampled in a thread, while the trainer works."""
+        return self.sampler.engine.runs_beside_training
+
     def take(self, step: int, memory: Memory) -> StepData:
+        """Sample the groups of a step now, and return its data."""
+        return self.data(self.sampled(step, memory), memory)
+
+    def sampled(self, step: int, memory: Memory) -> Sampled:
+        """Sample, grade and gate the groups of a step now."""
         self.sampler.engine.take_cost()  # the work of an interrupted rollout does not belong to this step
+        planned = self._planned(step, memory)
+        with self.ranks.apart():  # one rank may take much longer than another
+            groups = self._planned_groups(planned, self.sampler)
+        return self._finished(planned, groups)
+
+    def submit(self, step: int, memory: Memory, **known: Any) -> None:
+        """Begin to sample, grade and gate the groups of a step: in a thread if the engine runs beside the
+        training, and otherwise at once. ``known`` is what the comparison of engine and trainer has found."""
+        if not self.runs_beside:
+            self.submitted = self.sampled(step, memory)
+            return
+        self.sampler.engine.take_cost()
+        planned = replace(self._planned(step, memory), **known)
+
+        def groups(check: Callable[[], None]) -> list[GatedGroup]:
+            return self._planned_groups(planned, replace(self.sampler, check_stop=check))
+
+        self.submitted = planned, Beside(groups)
+
+    def collect(self) -> Sampled | None:
+        """Wait for the submitted groups and return them, or None if none were submitted. With a ``Refill``, the
+        engine must still have the weights that it had then (a collective). Raises the error of the sampling."""
+        submitted, made = self.submitted, None
+        if isinstance(submitted, tuple):
+            planned, beside = submitted
+            with self.ranks.apart():
+                groups = beside.result(self.sampler.check_stop)
+            made = self._finished(planned, groups)
+        else:
+            made = submitted
+        self.drop()
+        return made
+
+    def drop(self) -> None:
+        """Forget what was submitted, and end its thread."""
+        submitted, self.submitted = self.submitted, None
+        if isinstance(submitted, tuple):
+            submitted[1].drop()
+
+    def own_prompts(self, step: int) -> list[Prompt]:
+        """Return this rank's share of a step's prompts, without those of a replay store."""
+        return self.ranks.mine(window(self.prompts, step, self.prompts_per_step, self.sampler.seed))
+
+    def restored(self, waiting: Whole) -> Sampled:
+        """Return this rank's share of the waiting groups of a checkpoint."""
+        return waiting.share(self.ranks, self._by_id, self._gated)
+
+    def _planned(self, step: int, memory: Memory) -> _Planned:
+        """Return what will be sampled on this rank (a collective with a ``Replay``)."""
         controls = decide(self.method, memory, step, self.sampler.seed)
         size = self.prompts_per_step // self.updates_per_step
         chosen, replayed = self._prompts(step, memory)
@@ -113,16 +196,40 @@ class RolloutSource:
         flat = [part for cut in mine for part in cut]
         prompts = [prompt for prompt, *_ in flat]
         stored, scored = self._stored(prompts, [is_replayed for *_, is_replayed, _ in flat], memory, step)
-        repeats, places = [count for _, count, *_ in flat], [(0, number) for *_, number in flat]
-        groups = iter(self._groups(prompts, places, step, repeats, controls=controls, stored=stored))
-        cut_groups, everything = self._refill([[next(groups) for _ in cut] for cut in mine], step)
+        return _Planned(
+            step=step, prompts=prompts, sizes=[len(cut) for cut in mine], controls=controls, stored=stored,
+            repeats=[count for _, count, *_ in flat], places=[(0, number) for *_, number in flat], work=scored,
+        )  # fmt: skip
+
+    def _planned_groups(self, planned: _Planned, sampler: Sampler) -> list[GatedGroup]:
+        """Sample, grade and gate what was planned. Runs in a thread if submitted; no collective."""
+        given: dict[str, Any] = {"controls": planned.controls, "stored": planned.stored}
+        place = (planned.step, planned.repeats)
+        return self._groups(planned.prompts, planned.places, *place, sampler=sampler, **given)
+
+    def _finished(self, planned: _Planned, groups: Sequence[GatedGroup]) -> Sampled:
+        """Divide the groups into mini-batches, and refill them (a collective with a ``Refill``)."""
+        left = iter(groups)
+        cuts, everything = self._refill(
+            [[next(left) for _ in range(size)] for size in planned.sizes], planned.step
+        )
+        return Sampled(
+            step=planned.step, cuts=cuts, everything=everything, controls=planned.controls,
+            work=planned.work + self.sampler.engine.take_cost(), compared=planned.compared,
+        )  # fmt: skip
+
+    def data(self, sampled: Sampled, memory: Memory) -> StepData:
+        """Turn the groups of a step into its data (a collective)."""
+        step, everything, controls = sampled.step, sampled.everything, sampled.controls
         limit = self.sampler.sampling.max_new_tokens
         minibatches = [
             seq.sequences_of(part, self.method, limit) + self._stream(step * self.updates_per_step + update)
-            for update, part in enumerate(cut_groups)
+            for update, part in enumerate(sampled.cuts)
         ]
         meter = Meter(*OF_GROUPS)
         of_groups(meter, everything)
+        if self.is_ahead:
+            seq.of_versions(meter, minibatches, step)
         metrics = meter.reduce(self.ranks)
         parts = [key for key in metrics if key.startswith("reward/")]
         if len(parts) == 1:  # the only part is the reward itself
@@ -133,27 +240,27 @@ class RolloutSource:
             metrics["buffer/waiting"] = float(len(memory.waiting))
         if self.method.part(Replay) is not None:
             metrics["replay/problems"] = float(len(memory.replay))
-        bare = [g.group for g in everything]
-        ledger = scored + seq.group_ledger(bare, [*minibatches, buffered or []])
         return StepData(
-            minibatches=minibatches,
-            buffered=buffered,
-            controls=controls,
-            memory=memory,
-            metrics=metrics,
-            rows=self._shown(everything, step),
-            ledger=ledger + self.sampler.engine.take_cost(),
-        )
+            minibatches=minibatches, buffered=buffered, controls=controls, memory=memory,
+            metrics={**metrics, **sampled.compared}, rows=self._shown(everything, step),
+            ledger=sampled.work
+            + seq.group_ledger([g.group for g in everything], [*minibatches, buffered or []]),
+        )  # fmt: skip
 
     def _groups(
-        self, prompts: Sequence[Prompt], places: Sequence[tuple[int, int]], *when: Any, **given: Any
+        self,
+        prompts: Sequence[Prompt],
+        places: Sequence[tuple[int, int]],
+        *when: Any,
+        sampler: Sampler,
+        **given: Any,
     ) -> list[GatedGroup]:
-        """Sample and score the groups, and apply the gate to each of them once. The ranks meet at the end,
-        because one may take much longer than another."""
-        with self.ranks.apart():
-            sampled = self.sampler.groups(prompts, *when, **given)
-        groups = [seq.gated(g, self.method, self.sampler.solved_at) for g in sampled]
-        return [replace(g, place=place) for g, place in zip(groups, places, strict=True)]
+        """Sample and score the groups, and apply the gate to each of them once. No collective."""
+        groups = sampler.groups(prompts, *when, **given)
+        return [self._gated(group, place) for group, place in zip(groups, places, strict=True)]
+
+    def _gated(self, group: Group, place: tuple[int, int]) -> GatedGroup:
+        return replace(seq.gated(group, self.method, self.sampler.solved_at), place=place)
 
     def _shown(self, groups: Sequence[GatedGroup], step: int) -> list[Mapping[str, Any]]:
         """Return samples for the report: those of the step's first groups over all ranks (a collective)."""
@@ -226,7 +333,9 @@ class RolloutSource:
             filled = zip(reversed(range(count)), places, strict=False)
             mine = [(number, index) for number, (rank, index) in filled if rank == self.ranks.rank]
             numbers = sorted(number for number, _ in mine)
-            fresh = self._groups([order[n] for n in numbers], [(attempt + 1, n) for n in numbers], step)
+            at = [(attempt + 1, n) for n in numbers]
+            with self.ranks.apart():
+                fresh = self._groups([order[n] for n in numbers], at, step, sampler=self.sampler)
             everything += fresh
             for group, (_, index) in zip(reversed(fresh), mine, strict=True):
                 kept[index].append(group)

@@ -17,7 +17,7 @@ from typing import Any
 from truestep.objective.methods import guided, mixed, rl, sft
 from truestep.objective.methods.row import Extras, Method, Term, complete
 
-__all__ = ["METHODS", "Method", "Row", "Term", "build"]
+__all__ = ["METHODS", "Method", "Row", "Term", "build", "fits_older_samples"]
 
 Row = Callable[..., Method]
 METHODS: dict[str, Row] = {
@@ -52,6 +52,12 @@ def build(method: str | Row, options: Mapping[str, Any]) -> Method:
     typed = {key: _typed(key, value, known[key]) for key, value in options.items()}
     made = row(**{key: value for key, value in typed.items() if key in own})
     return complete(made, {key: value for key, value in typed.items() if key not in own})
+
+
+def fits_older_samples(name: str) -> bool:
+    """Return whether a built-in method with a correction may train on samples of an older version of the policy
+    (``rollout_ahead``)."""
+    return METHODS[name]().plan is not None and not build(name, {"correction": "truncate"}).staleness_fault
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:

@@ -186,6 +186,28 @@ class Method:
         return any(column in needs for needs in names)
 
     @property
+    def staleness_fault(self) -> str:
+        """Return "" if the method may train on samples of an older version of the policy, or why not.
+
+        Every term with a coefficient on the policy's tokens must have the factor π_proximal/π_behavior (a
+        correction), or read the behavior log-probabilities itself. And what is sampled in a step must not depend
+        on the memory of the step before it, which is still training then."""
+        for kind in (Replay, Controller):
+            if self.part(kind) is not None:
+                return f"what a step samples depends on what the step before it has learned ({kind.__name__})"
+        for term in self.terms:
+            if term.coefficient is None or term.select in (EXPERT, STORED):
+                continue
+            if term.correction is None and "behavior_logprobs" not in term.needs:
+                remedy = '; set kl = "reward"' if term.name == "kl" and self.extras.kl in KL_TERMS else ""
+                return f"its term {term.name} has no correction by π_proximal/π_behavior{remedy}"
+        if self.extras.correction not in ("none", *corrections.REWEIGHTING):
+            return (
+                f'correction = "{self.extras.correction}" leaves tokens out, but does not weight the others'
+            )
+        return ""
+
+    @property
     def needs_reference(self) -> bool:
         return self.needs("reference_logprobs")
 

@@ -1,0 +1,135 @@
+"""One step off: while step s trains, the groups of step s + 1 are sampled by version s of the weights.
+
+An engine in the trainer's own module samples before the training. An engine in other processes samples beside it,
+in a thread that takes part in no collective. In both cases the samples are complete before version s + 1 is
+published, so every token of step s ≥ 1 was sampled by version s − 1.
+
+When step s trains, its samples were made by other weights than the trainer's. So engine and trainer are compared
+earlier, under the version that sampled: on some of the sampled tokens or, if the engine samples beside the
+training, on the beginnings of other completions, which are sampled for this. Held by: tests/contract/test_rollout_ahead.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from truestep.flops import Ledger
+from truestep.records import Origin, TrainSequence
+from truestep.rollout.engine import SampleRequest
+from truestep.seeding import Purpose
+from truestep.signals import Interrupted
+from truestep.train import metrics
+from truestep.train.metrics import Meter
+from truestep.train.scoring import work
+from truestep.train.sequences import first_sequences, sampled_sequence
+from truestep.train.waiting import Sampled
+
+if TYPE_CHECKING:
+    from truestep.train.checkpoints import TrainState
+    from truestep.train.loop import StageSpec
+    from truestep.train.source import RolloutSource, StepData
+
+COMPARED_TOKENS = 2048  # of a step's samples on a rank; more would only cost time
+PROBES, PROBE_TOKENS = 16, 32  # prompts and tokens of completions that are sampled only to be compared
+
+
+def begin(spec: StageSpec, source: RolloutSource, state: TrainState) -> StepData:
+    """Return the step's data from the waiting groups, and submit those of the next step (a collective).
+
+    If no groups wait (in the first step), they are sampled now."""
+    now = state.waiting
+    if now is None:
+        now = compared(spec, source, source.sampled(state.step, state.memory), state.step)
+    data = source.data(now, state.memory)
+    if state.step + 1 < spec.num_steps:
+        submit(spec, source, state)
+    return data
+
+
+def submit(spec: StageSpec, source: RolloutSource, state: TrainState) -> None:
+    """Submit the groups of the next step, after engine and trainer were compared on them or before."""
+    step, memory = state.step + 1, state.memory
+    if source.runs_beside:
+        sequences, cost = probes(source, step)
+        found, scored = _measure(spec, source, sequences, state.step)
+        source.submit(step, memory, compared=found, work=cost + scored)
+    else:
+        source.submit(step, memory)
+        source.submitted = compared(spec, source, source.collect(), state.step)
+
+
+def compared(spec: StageSpec, source: RolloutSource, sampled: Sampled | None, version: int) -> Sampled:
+    """Return the groups with the gap between engine and trainer on their first tokens. The trainer must still
+    have the version of the weights that sampled them (a collective)."""
+    assert sampled is not None
+    groups = [g.group for g in sampled.everything]
+    sequences = first_sequences(groups, COMPARED_TOKENS)
+    found, cost = _measure(spec, source, sequences, version)
+    return replace(sampled, compared=found, work=sampled.work + cost)
+
+
+def probes(source: RolloutSource, step: int) -> tuple[list[TrainSequence], Ledger]:
+    """Return the beginnings of a few completions of the step's prompts, sampled by the engine now."""
+    sampler, prompts = source.sampler, source.own_prompts(step)[:PROBES]
+    asked = replace(sampler.sampling, max_new_tokens=min(PROBE_TOKENS, sampler.sampling.max_new_tokens))
+    requests = [
+        SampleRequest(
+            problem_id=p.problem.id, sample_index=number, prompt_ids=p.token_ids, seed=sampler.seed,
+            purpose=Purpose.PROBE, step=step,
+        )
+        for number, p in enumerate(prompts)
+    ]  # fmt: skip
+    with source.ranks.apart():
+        made = list(sampler.engine.generate(requests, asked, sampler.check_stop)) if requests else []
+    rollouts = sorted((r for r in made if r.completion_ids), key=lambda r: r.sample_index)
+    found = [sampled_sequence(prompts[r.sample_index], r, group=i) for i, r in enumerate(rollouts)]
+    return found, sampler.engine.take_cost()
+
+
+def _measure(
+    spec: StageSpec, source: RolloutSource, sequences: Sequence[TrainSequence], step: int
+) -> tuple[dict[str, float], Ledger]:
+    """Compare the sequences' behavior log-probabilities with the trainer's (a collective). Raises
+    StaleWeightsError if the engine does not use the trainer's weights."""
+    scorer, meter = source.scorer, Meter()
+    batches = scorer.with_proximal(scorer.pack(sequences), step)
+    for batch in batches:
+        own = batch.origin == int(Origin.POLICY)
+        if batch.behavior_logprobs is None or not bool(own.any()):
+            continue
+        assert batch.proximal_logprobs is not None
+        pair = batch.proximal_logprobs[own], batch.behavior_logprobs[own]
+        metrics.of_gap(meter, *pair)
+        if spec.gaps is not None:
+            spec.gaps.add(*pair)
+    if spec.gaps is not None:
+        spec.gaps.judge(step, scorer.ranks)
+    return meter.reduce(scorer.ranks), work("scored", batches)
+
+
+def collected(spec: StageSpec, source: RolloutSource) -> Sampled | None:
+    """Wait for the groups of the next step. Return None if there is none, or if a stop was asked for before they
+    were complete, on any rank (a collective): then the weights of the next version will sample them."""
+    try:
+        found = source.collect()
+    except Interrupted:
+        found = None
+    source.drop()
+    missing = spec.ranks.max([float(found is None)])[0]
+    return None if missing else found
+
+
+# What an update measures between its proximal policy and the engine is not rounding if the samples are older.
+CHANGE = {
+    "sampling/logprob_difference_mean": "sampling/policy_change_mean",
+    "sampling/logprob_difference_max": "sampling/policy_change_max",
+    "sampling/kl": "sampling/policy_change_kl",
+}
+
+
+def as_change(found: Mapping[str, float]) -> dict[str, float]:
+    """Return an update's metrics, with the distance from the sampling policy under the names of a change of the
+    policy, not of a gap between engine and trainer."""
+    return {CHANGE.get(key, key): value for key, value in found.items()}

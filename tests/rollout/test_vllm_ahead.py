@@ -1,0 +1,59 @@
+"""One step off with a real vLLM server: the versions are right, the gap to the
+engine is told apart from the change of the policy, and a stopped run goes on. Slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_vllm_rl import RECIPE
+from vllm_cases import OPTIONS, SMALL, vllm_python
+
+from truestep.checkpoint.manifest import newest_state
+from truestep.rollout.vllm_server import ENVIRONMENT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+AHEAD = 'engine = "vllm"\nrollout_ahead = 1\nsave_every = 4\nmethod_options = { correction = "truncate" }'
+
+
+def test_a_run_is_one_step_off_also_after_a_stop(tmp_path: Path) -> None:
+    recipe, stage = tmp_path / "recipe.toml", tmp_path / "run/stages/02-rl"
+    text = RECIPE.replace("OPTIONS", json.dumps(list(OPTIONS))).replace('engine = "vllm"', AHEAD)
+    recipe.write_text(text)
+    told = {**os.environ, **SMALL, ENVIRONMENT: vllm_python()}
+    command = [sys.executable, "-m", "truestep", "run", str(recipe), "--out", str(tmp_path / "run")]
+    first = subprocess.Popen(command, env=told, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 900
+    while first.poll() is None and time.monotonic() < until:
+        if (stage / "metrics.jsonl").exists() and len(
+            (stage / "metrics.jsonl").read_text().splitlines()
+        ) >= 6:
+            first.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.2)
+    said = first.communicate(timeout=300)[1]
+    assert first.returncode == 143, said[-2000:]
+    state = newest_state(stage / "checkpoints")
+    assert state is not None
+    waits = "waiting" in state
+    done = subprocess.run([*command, "--resume"], env=told, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").open()]
+    ages = [row["rl/sampling/staleness"] for row in rows]
+    gaps = [row["rl/sampling/logprob_difference_max"] for row in rows]
+    changes = [row["rl/sampling/policy_change_mean"] for row in rows]
+    rewards = [row["rl/reward"] for row in rows]
+    print(
+        "stopped after", state["step"], "with waiting groups" if waits else "without", rewards, gaps, changes
+    )
+    fresh = {0} if waits else {0, int(state["step"])}
+    assert ages == [float(step not in fresh) for step in range(24)]
+    assert max(gaps) < 1e-3, "float32's noise, although the policy moves"
+    assert max(changes) > 10 * max(gaps)
+    assert not list(Path("/dev/shm").glob("truestep-weights-*")), "nothing is left behind"
