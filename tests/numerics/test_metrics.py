@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from step_cases import LLAMAS, PLAIN_SGD, make_policy, plan_for
+from step_cases import PLAIN_SGD, plan_for
 from torch import Tensor, nn
 
 from truestep.flops import Ledger, sequence_work
@@ -37,7 +37,6 @@ from truestep.records import (
     Verdict,
     judged,
 )
-from truestep.rollout.engine_torch import TorchEngine
 from truestep.train import ahead, metrics, sequences, update
 from truestep.train.memory import first_memory
 from truestep.train.metrics import METRICS, Meter, checked, metric
@@ -48,7 +47,6 @@ from truestep.train.scoring import Scorer
 from truestep.train.source import StepData
 from truestep.train.step import train_step
 from truestep.train.update import Updater
-from truestep.train.weight_sync import publish
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "unit"), str(HERE.parent / "contract")]
@@ -319,7 +317,7 @@ ON_PAPER: dict[str, tuple[Callable[[], dict[str, float]], Mapping[str, float]]] 
     "older samples": (of_older_samples, OF_OLDER_SAMPLES),
 }
 # Computed apart from a run, by the last tests of this file.
-OF_A_RUN = ("dev/score", "publish/probe_difference", "work/demonstration_tokens", "flops_paper", "flops_full")
+OF_A_RUN = ("dev/score", "work/demonstration_tokens", "flops_paper", "flops_full")
 
 
 def test_every_metric_has_its_value_in_this_file() -> None:
@@ -516,20 +514,6 @@ def test_the_dev_score_is_the_share_of_right_samples(run: Mapping[str, Any]) -> 
     verdicts = [json.loads(line).get("verdict") for line in path.read_text().splitlines()][1:]
     assert len(verdicts) == 24
     assert rows[-1]["dev/score"] == verdicts.count("correct") / 24
-
-
-def test_the_probe_s_difference_is_the_largest(run: Mapping[str, Any]) -> None:
-    policy = make_policy(LLAMAS["tied"], torch.float32)
-
-    class Off(TorchEngine):
-        """An engine whose log-probabilities are off by a known amount at two tokens."""
-
-        def score(self, token_ids: Sequence[int], num_prompt_tokens: int, temperature: float) -> list[float]:
-            found = super().score(token_ids, num_prompt_tokens, temperature)
-            return [found[0] - 2e-4, found[1] + 5e-4, *found[2:]]
-
-    assert publish(policy, Off(policy.model), 1) == pytest.approx(5e-4, abs=1e-5)
-    assert all(0 <= row["publish/probe_difference"] < 1e-4 for row in run["rl"][1])
 
 
 def test_a_token_without_an_advantage_is_not_clipped() -> None:
