@@ -112,7 +112,7 @@ def test_a_right_server_tells_what_it_can(url: str) -> None:
         ("/version", {"version": "0.33.0"}, r"is version 0\.33\.0; RL needs 0\.32"),
         ("/version", {"version": "main"}, "is version main; RL needs"),
         ("/version", {}, "cannot be asked what it can do"),
-        ("/openapi.json", {"paths": {}}, "does not offer /collective_rpc; start it as VLLM_SERVER_DEV_MODE=1"),
+        ("/openapi.json", {"paths": {}}, "does not offer /collective_rpc; start it as truestep vllm MODEL"),
         ("/server_info?config_format=json", config(logprobs_mode="raw_logprobs"), "--logprobs-mode processed"),
         ("/server_info?config_format=json", config(dtype="torch.bfloat16"), "computes in bfloat16, but compute.dtype"),
         ("/server_info?config_format=json", config(max_model_len="32"), "takes 32 tokens; start it with --max-model"),

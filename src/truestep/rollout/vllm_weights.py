@@ -33,7 +33,7 @@ SLEEP_SECONDS = 120.0
 SHARED_MEMORY = Path("/dev/shm")
 ROUTES = ("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache", "/update_weight_version",
           "/weight_info", "/inference/v1/generate")  # fmt: skip
-START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs"
+START = "truestep vllm MODEL (or VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs)"
 
 
 @dataclass(frozen=True, kw_only=True)
