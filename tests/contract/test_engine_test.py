@@ -103,9 +103,10 @@ def test_a_right_engine_passes_and_the_weights_stay(dtype: torch.dtype, temperat
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_tensor_that_does_not_arrive_is_found(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_every_tensor_that_does_not_arrive_is_found(dtype: torch.dtype, every: int) -> None:
     trained = policy(dtype=dtype)
-    for name, _ in trained.model.named_parameters():
+    for name in [name for name, _ in trained.model.named_parameters()][::every]:
         with pytest.raises(StaleWeightsError, match=f"self-test failed: {name} was changed and published"):
             run_test(trained, Silent(trained, name))
 
@@ -168,7 +169,7 @@ def test_rounding_is_never_accused() -> None:
     """Heavy-tailed rounding, as bfloat16's, over few and many tokens and several sizes."""
     for noise in (0.001, 0.03):
         for count in (64, 100, 1000):
-            for seed in range(60):
+            for seed in range(30):
                 test = GapTest(torch.bfloat16)
                 found = [judged(test, gaps(count, 100 * seed + i, noise)) for i in range(10)]
                 assert found == [""] * 10, (noise, count, seed)
