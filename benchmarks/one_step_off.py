@@ -3,9 +3,9 @@
     TRUESTEP_VLLM_PYTHON=PYTHON python benchmarks/one_step_off.py [--steps 30] [--repeats 2] [--out FILE.json]
 
 In both arms, the vLLM server is pinned to one core and the trainer to another. The same recipe runs in both arms,
-in alternating order; the first steps of each run are left out. In the arm in sequence, a step takes the time of
-the rollout plus that of the training. One step off, it cannot take less than the larger of the two. Prints the
-median over steps of each time, with a bootstrap interval of 95 %, and how much of the possible saving was reached:
+in alternating order; the first steps and the last step of each run are left out. In the arm in sequence, a step
+takes the time of the rollout plus that of the training. One step off, it cannot take less than the larger of the
+two. Prints the median over steps of each time, with a bootstrap interval of 95 %, and how much of the possible saving was reached:
 
     (sequence − one step off) ÷ (sequence − max(rollout, training)).
 
@@ -135,7 +135,8 @@ def measure(asked: argparse.Namespace, ahead: int, trainer: int, server: int, fo
     ages = [row.get("rl/sampling/staleness", 0.0) for row in metrics]
     assert ages == [float(ahead and step > 0) for step in range(asked.steps)], ages
     names = ("step", "seconds", "rollout_seconds", "train_seconds")
-    steps = [{name: row[name] for name in names} for row in times[LEFT_OUT:]]
+    # The last step is left out too, because nothing is sampled while it trains.
+    steps = [{name: row[name] for name in names} for row in times[LEFT_OUT:-1]]
     return {"rollout_ahead": ahead, "load": [round(before, 2), round(os.getloadavg()[0], 2)], "steps": steps}
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from truestep.train.source import RolloutSource, StepData
 
 COMPARED_TOKENS = 2048  # of a step's samples on a rank; more would only cost time
-PROBES, PROBE_TOKENS = 16, 32  # prompts and tokens of completions that are sampled only to be compared
+# Completions that are sampled only to be compared, and their tokens: few tokens, because the training waits for them.
+PROBES, PROBE_TOKENS = 32, 8
 
 
 def begin(spec: StageSpec, source: RolloutSource, state: TrainState) -> StepData:
@@ -71,20 +72,22 @@ def compared(spec: StageSpec, source: RolloutSource, sampled: Sampled | None, ve
 
 
 def probes(source: RolloutSource, step: int) -> tuple[list[TrainSequence], Ledger]:
-    """Return the beginnings of a few completions of the step's prompts, sampled by the engine now."""
-    sampler, prompts = source.sampler, source.own_prompts(step)[:PROBES]
+    """Return the beginnings of some completions of the step's prompts, sampled by the engine now."""
+    sampler, prompts = source.sampler, source.own_prompts(step)
     asked = replace(sampler.sampling, max_new_tokens=min(PROBE_TOKENS, sampler.sampling.max_new_tokens))
     requests = [
         SampleRequest(
-            problem_id=p.problem.id, sample_index=number, prompt_ids=p.token_ids, seed=sampler.seed,
-            purpose=Purpose.PROBE, step=step,
+            problem_id=prompts[n % len(prompts)].problem.id, sample_index=n, seed=sampler.seed, step=step,
+            prompt_ids=prompts[n % len(prompts)].token_ids, purpose=Purpose.PROBE,
         )
-        for number, p in enumerate(prompts)
+        for n in range(PROBES if prompts else 0)
     ]  # fmt: skip
     with source.ranks.apart():
         made = list(sampler.engine.generate(requests, asked, sampler.check_stop)) if requests else []
     rollouts = sorted((r for r in made if r.completion_ids), key=lambda r: r.sample_index)
-    found = [sampled_sequence(prompts[r.sample_index], r, group=i) for i, r in enumerate(rollouts)]
+    found = [
+        sampled_sequence(prompts[r.sample_index % len(prompts)], r, group=i) for i, r in enumerate(rollouts)
+    ]
     return found, sampler.engine.take_cost()
 
 
