@@ -119,7 +119,10 @@ def test_another_temperature_is_found(dtype: torch.dtype, times: float, temperat
     trained = policy(dtype=dtype)
     engine = Warmer(trained)
     engine.times = times
-    with pytest.raises(StaleWeightsError, match=r"self-test failed: with (the weights of the run|changed weights), .*temperature"):
+    with pytest.raises(
+        StaleWeightsError,
+        match=r"self-test failed: with (the weights of the run|changed weights), .*temperature",
+    ):
         run_test(trained, engine, temperature)
 
 
