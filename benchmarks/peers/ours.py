@@ -85,6 +85,9 @@ class _Rows:
         ]
         return StepData(minibatches=[sequences], memory=memory)
 
+    def drop(self) -> None:
+        """Nothing runs beside the training."""
+
 
 def make_policy(spec: dict[str, Any]) -> Policy:
     settings, dtype = ModelSettings(path=spec["model"]), getattr(torch, spec["dtype"])

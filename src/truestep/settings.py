@@ -523,15 +523,22 @@ def _child(node: Any, part: str, item: str) -> Any:
     raise UserError(f"--set {item}: {part} cannot be set inside a value that is not a table")
 
 
-_NEWER = (("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0))
+_NEWER: tuple[tuple[str, Any], ...] = (
+    ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0),
+    ("vllm", VllmSettings().model_dump(mode="json")),
+)  # fmt: skip
+_NEWER_OF_RL = (*_NEWER, ("engine", "torch"))
 
 
 def _identity(part: Any) -> Any:
     """Return a dumped table without the newer settings that have their defaults, so that results from before
     these settings keep their identity."""
+    if isinstance(part, list):
+        return [_identity(value) for value in part]
     if not isinstance(part, dict):
         return part
-    return {key: _identity(value) for key, value in part.items() if (key, value) not in _NEWER}
+    newer = _NEWER_OF_RL if part.get("kind") == "rl" else _NEWER
+    return {key: _identity(value) for key, value in part.items() if (key, value) not in newer}
 
 
 def settings_hash(*parts: BaseModel | dict[str, Any] | str | int | float) -> str:
