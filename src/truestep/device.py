@@ -42,6 +42,11 @@ def use_only_gpus(names: Sequence[str]) -> None:
     os.environ[_VISIBLE] = ",".join(names)
 
 
+def only_gpus(names: str) -> dict[str, str]:
+    """Return the variables of a child process that may use only these GPUs ("2,3"), or all if it is ""."""
+    return {_VISIBLE: names} if names else {}
+
+
 def collective_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 

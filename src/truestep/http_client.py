@@ -29,6 +29,7 @@ from truestep.redaction import HIDDEN, redact
 
 MAX_BYTES = 8 << 20  # 131,072 tokens of ten characters, each written as an escape of six
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POLL_SECONDS = 0.5  # between two looks at whether the client was closed
 SHOWN, SEARCHED = 300, 20_000  # characters of a server's words in an error, and those searched for secrets
 LEAST_KEY = 8  # characters of a key that is hidden in answers
@@ -135,7 +136,8 @@ class Client:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         opener = urllib.request.OpenerDirector()
-        opener.add_handler(urllib.request.ProxyHandler())
+        is_here = urllib.parse.urlsplit(self.base).hostname in LOOPBACK
+        opener.add_handler(urllib.request.ProxyHandler({} if is_here else None))
         opener.add_handler(_Handler(partial(_Limited, until=until, left=self.max_bytes, closed=self._closed)))
         try:
             request = urllib.request.Request(self.base + path, data, headers)

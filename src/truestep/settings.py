@@ -268,6 +268,7 @@ class VllmSettings(Frozen):
         str, ...
     ] = ()  # addresses of running servers, http://HOST:PORT; none: truestep starts its own
     servers: int = Field(1, ge=1)  # number of servers to start
+    devices: tuple[str, ...] = ()  # GPUs of each server, e.g. ["2,3", "4,5"]; (): all that truestep may use
     options: tuple[str, ...] = ()  # further arguments for vLLM's command line
     folder: str = ""  # where weights are handed over, readable by the servers; "": shared memory
     sleep: bool = False  # servers give up their memory while the trainer updates (same accelerator)
@@ -279,10 +280,16 @@ class VllmSettings(Frozen):
             raise ValueError(
                 "attach uses servers that run already; remove servers and options, or remove attach"
             )
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(
+                f"devices has {len(self.devices)} entries for servers = {self.servers}; write one for each"
+            )
         for url in self.attach:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
                 raise ValueError(f"attach: {url!r} is not an address; write http://HOST:PORT")
+            if parts.hostname not in ("127.0.0.1", "::1", "localhost") and not self.folder:
+                raise ValueError(f"attach: {url} is on another machine; set folder to one that both can read")
             if parts.username or parts.password or parts.query:
                 raise ValueError(
                     "attach: an address is written to files; it must not contain a user name, a password or a query"

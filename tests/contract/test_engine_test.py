@@ -112,6 +112,40 @@ def test_every_tensor_that_does_not_arrive_is_found(dtype: torch.dtype, every: i
             run_test(trained, Silent(trained, name))
 
 
+@pytest.mark.parametrize("wrong", [0, 1, None])
+def test_every_server_of_an_engine_is_tested(wrong: int | None) -> None:
+    trained = policy(dtype=torch.float32)
+
+    class Two(Silent):
+        """Two servers, one of which may lose a tensor."""
+
+        def __init__(self) -> None:
+            super().__init__(trained)
+            self.both = [Silent(trained, *("o_proj",) * (i == wrong)) for i in range(2)]
+
+        @property
+        def parts(self) -> list[TorchEngine]:
+            return list(self.both)
+
+        def publish(self, weights: Mapping[str, Tensor], version: int) -> Receipt:
+            self.policy_version = version
+            receipts = [one.publish(weights, version) for one in self.both]
+            return receipts[0]
+
+    if wrong is None:
+        run_test(trained, Two())
+        return
+    with pytest.raises(StaleWeightsError, match=f"o_proj.* but server {wrong + 1} of 2 still computes"):
+        run_test(trained, Two())
+
+
+def test_a_policy_that_is_certain_of_everything_is_judged() -> None:
+    """Σ (1 − π) is 0."""
+    test = GapTest(torch.float32)
+    for _ in range(2):
+        assert judged(test, (torch.zeros(FEWEST), torch.zeros(FEWEST))) == ""
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("times", [0.8, 1.2])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -215,8 +249,10 @@ def test_nan_is_wrong() -> None:
     assert judged(GapTest(torch.float32), (own, engine)) != ""
 
 
-def test_few_tokens_are_not_judged() -> None:
-    assert judged(GapTest(torch.float32), gaps(FEWEST - 1, 0, 10.0)) == ""
+def test_few_tokens_are_judged_with_those_of_the_next_update() -> None:
+    test = GapTest(torch.float32)
+    assert judged(test, gaps(FEWEST - 1, 0, 10.0)) == ""
+    assert judged(test, gaps(1, 1, 10.0)) != ""
     assert judged(GapTest(torch.float32), gaps(FEWEST, 0, 10.0)) != ""
 
 

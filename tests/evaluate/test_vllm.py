@@ -88,6 +88,7 @@ class Completions(BaseHTTPRequestHandler):
         scores = [None, *({str(t): {"logprob": -t / 8}} for t in body["prompt"][1:])]
         choice = {
             "token_ids": [7, 2],
+            "finish_reason": "stop",
             "logprobs": {"token_logprobs": [-0.5, -0.25]},
             "prompt_logprobs": scores,
         }
@@ -147,13 +148,7 @@ def test_an_answer_without_a_choice_is_a_failed_sample(engine: VllmEngine) -> No
 def test_scores_are_those_of_the_completion(engine: VllmEngine) -> None:
     assert engine.score([3, 4, 7, 2], 2, 1.0) == [-7 / 8, -2 / 8]
     (body,) = Completions.asked
-    assert body == {
-        "model": "model",
-        "prompt": [3, 4, 7, 2],
-        "max_tokens": 1,
-        "prompt_logprobs": 0,
-        "temperature": 0.0,
-    }
+    assert body == {"prompt": [3, 4, 7, 2], "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
     with pytest.raises(UserError, match="temperature 1 only"):
         engine.score([3, 4], 1, 0.5)
     with pytest.raises(UserError, match="can only evaluate"):

@@ -4,7 +4,6 @@ lost. The server here is a stand-in that can go wrong in every way; test_vllm_rl
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -71,7 +70,7 @@ def sampled(body: Any, version: str = "3") -> dict[str, Any]:
     return {
         "usage": {"prompt_tokens_details": {"cached_tokens": 1}},
         "choices": [{
-            "token_ids": tokens, "logprobs": {"content": [{"logprob": -0.5}] * 4},
+            "token_ids": tokens, "finish_reason": "stop", "logprobs": {"content": [{"logprob": -0.5}] * 4},
             "weight_versions": [{"version": version, "start": 0, "end": 4}],
         }],
     }  # fmt: skip
@@ -404,31 +403,57 @@ with Servers(server) as servers:
 
 
 def test_weights_of_killed_runs_are_removed_and_no_others(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    names = (
-        f"{vllm_weights.PREFIX}{ended.pid}-a",
-        f"{vllm_weights.PREFIX}{os.getpid()}-b",
-        "other",
-        f"{vllm_weights.PREFIX}x",
-    )
-    for name in names:
-        (tmp_path / name).mkdir()
-    with weights_folder(str(tmp_path), 10):
-        assert not (tmp_path / names[0]).exists()
-        assert all((tmp_path / name).exists() for name in names[1:])
+    code = f"""
+import sys, time
+from truestep.rollout.vllm_weights import weights_folder
+with weights_folder({str(tmp_path)!r}, 10) as folder:
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        theirs = Path(run.stdout.readline().strip())
+        (tmp_path / f"{vllm_weights.PREFIX}without-a-lock").mkdir()
+        with weights_folder(str(tmp_path), 10) as folder:
+            assert theirs.is_dir(), "of a run that goes on"
+            run.kill()
+            run.wait()
+            with weights_folder(str(tmp_path), 10):
+                assert not theirs.exists()
+                assert folder.is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == [f"{vllm_weights.PREFIX}without-a-lock"]
+
+
+def test_an_aborted_request_is_not_a_completion_but_asked_again(url: str, tmp_path: Path) -> None:
+    answers = iter(["abort", "stop"])
+
+    def answer(body: Any) -> Any:
+        found = sampled(body)
+        found["choices"][0] |= {"finish_reason": next(answers)}
+        return found
+
+    StandIn.answers["/inference/v1/generate"] = answer
+    (made,) = engine_of(url, tmp_path).generate([REQUEST], SAMPLING)
+    assert made.completion_ids == (7, 8, 9, 2)
+    assert asked().count("/inference/v1/generate") == 2
+
+
+def test_each_server_gets_its_gpus() -> None:
+    assert vllm_server.only_gpus("") == {}
+    assert set(vllm_server.only_gpus("2,3").values()) == {"2,3"}
 
 
 def test_vllms_processes_get_their_files_and_none_of_a_ranks_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+    gone = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE", "VLLM_API_KEY")
+    for name in gone:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PYTHONPATH", "/mine")
     vllm_server.write_extension(tmp_path)
     found = vllm_server.environment(tmp_path)
     assert found["PYTHONPATH"] == f"{tmp_path}:/mine"
-    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(found)
+    assert not set(gone) & set(found)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "truestep_fingerprints.py",
         "truestep_vllm_start.py",
@@ -491,8 +516,10 @@ def test_a_missing_vllm_is_said_before_the_data_are_loaded(
         ('vllm.attach=["10.0.0.5:8000"]', "is not an address; write http://HOST:PORT"),
         ('vllm.attach=["http://h:1/v1"]', "is not an address"),
         ('vllm.attach=["http://u:p@h:1"]', "looks like a secret"),
-        ('vllm.attach=["http://u@h:1"]', "must not contain a user name"),
+        ('vllm.attach=["http://u@localhost:1"]', "must not contain a user name"),
         ('vllm={ attach = ["http://h:1"], servers = 2 }', "remove servers and options"),
+        ('vllm.attach=["http://h:1"]', "is on another machine; set folder"),
+        ('vllm.devices=["0", "1"]', "2 entries for servers = 1"),
         ('stages.rl.engine="sglang"', "engine"),
     ],
 )

@@ -41,8 +41,8 @@ def vllm(
     )  # fmt: skip
     command = server.command(python_with_vllm(), port, host)
     extension = cache_folder("vllm")
+    write_extension(extension)
     if dry_run:
         echo(f"PYTHONPATH={shlex.quote(str(extension))} VLLM_SERVER_DEV_MODE=1 {shlex.join(command)}")
         raise Exit
-    write_extension(extension)
     os.execve(command[0], command, environment(extension))

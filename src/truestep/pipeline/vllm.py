@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -30,14 +31,20 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     ``vllm.attach``, asks running ones what they can do. Raises UserError if they cannot be used."""
     own, ranks, is_first = session.prepared.settings.vllm, session.ranks, session.ranks.rank == 0
     parameters = dict(policy.model.named_parameters())
-    told: dict[str, Any] = {}
+    copies, told = tied(policy.model), dict[str, Any]()
+    hosts = set(ranks.exchange(socket.gethostname()))
+    if len(hosts) > 1 and not own.attach:
+        raise UserError(
+            f"{stage.name}: the ranks of {len(hosts)} hosts cannot reach the servers of one; start servers with truestep "
+            "vllm, and set vllm.attach"
+        )
     folder, servers = Path(), None
     if is_first:
-        num_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
-        folder = stack.enter_context(weights_folder(own.folder, num_bytes))
+        sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
+        total = sum(sizes.values()) + sum(sizes[name] for name in copies)
+        folder = stack.enter_context(weights_folder(own.folder, total, max(sizes.values())))
         untied_config(policy.model).save_pretrained(folder)
         session.prepared.tokenizer.save_pretrained(folder)
-    copies = tied(policy.model)
     write_weights(folder, Gathered(parameters), copies, writes=is_first)
     if is_first:
         dtype, length = session.prepared.settings.compute.dtype, _context_length(session, stage)
@@ -45,18 +52,20 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
         if not urls:
             server = VllmServer(
                 model=str(folder), dtype=dtype, context_length=length, max_running=stage.sampling.max_running,
-                options=own.options, trains=True,
+                options=own.options, trains=True, sleeps=own.sleep,
             )  # fmt: skip
             session.reporter.say(f"{stage.name}: starting vLLM ({own.servers} x {length} tokens)")
             say = session.reporter.say
-            servers = stack.enter_context(Servers(server, own.servers, restarts=own.restarts, say=say))
+            servers = stack.enter_context(
+                Servers(server, own.servers, own.devices, restarts=own.restarts, say=say)
+            )
             urls = servers.urls
         told = {url: asdict(negotiate(client_of(url), dtype, length)) for url in urls}
         told = {"folder": str(folder), "servers": told}
-    told = ranks.gather(told)[0]
+    told = ranks.exchange(told)[0]
     abilities = {url: Abilities(**found) for url, found in told["servers"].items()}
     publisher = Publisher(
-        FileDelivery(told["folder"], abilities), folder, servers=servers, is_first=is_first, gather=ranks.gather,
+        FileDelivery(told["folder"], abilities), folder, servers=servers, is_first=is_first, gather=ranks.exchange,
         sleeps=own.sleep, copies=copies,
     )  # fmt: skip
     engine = VllmEngine(list(abilities), stage.sampling.max_running, publisher)

@@ -122,6 +122,10 @@ class Engine(Protocol):
     policy_version: int
     runs_beside_training: bool
 
+    @property
+    def parts(self) -> Sequence[Engine]:
+        """The engine itself, or one engine for each of its servers."""
+
     def generate(
         self,
         requests: Sequence[SampleRequest],

@@ -189,6 +189,10 @@ class TorchEngine:
                 parameter.copy_(given)
         return addresses
 
+    @property
+    def parts(self) -> list[TorchEngine]:
+        return [self]
+
     def rest(self) -> None:
         """Nothing: the cache lives only while samples are drawn."""
 

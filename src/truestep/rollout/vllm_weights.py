@@ -10,12 +10,12 @@ Source: vLLM 0.32, entrypoints/rl/online/api_router.py and entrypoints/serve/dev
 
 from __future__ import annotations
 
-import os
+import fcntl
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TESTED, BELOW = (0, 32), (0, 33)  # versions of vLLM
 FILE_BYTES = 1 << 30  # of one file of weights, so that only this much is copied in memory at once
-PREFIX = "truestep-weights-"
+PREFIX, LOCK = "truestep-weights-", "in-use"
 SLEEP_SECONDS = 120.0
 SHARED_MEMORY = Path("/dev/shm")
 ROUTES = ("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache", "/update_weight_version",
@@ -102,8 +102,9 @@ def _is_tested(version: str) -> bool:
 
 
 @contextmanager
-def weights_folder(where: str, num_bytes: int) -> Iterator[Path]:
-    """Make an empty folder for weights, and remove it finally. Raises OutOfSpace if it has too little room."""
+def weights_folder(where: str, num_bytes: int, largest: int = 0) -> Iterator[Path]:
+    """Make an empty folder for weights, the largest tensor of which has ``largest`` bytes, and remove it finally.
+    Raises OutOfSpace if there is too little room."""
     parent = (
         Path(where) if where else SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
     )
@@ -112,25 +113,28 @@ def weights_folder(where: str, num_bytes: int) -> Iterator[Path]:
         remove_left_over(parent)
         free = shutil.disk_usage(parent).free
         # New files replace old ones only when they are complete, so up to one file is there twice.
-        if free < num_bytes + FILE_BYTES:
+        if free < (needed := num_bytes + max(FILE_BYTES, largest)):
             raise OutOfSpace(
                 f"{parent} has {free / 2**30:.1f} GiB free, but the weights for vLLM need "
-                f"{(num_bytes + FILE_BYTES) / 2**30:.1f}; set vllm.folder to a folder with more"
+                f"{needed / 2**30:.1f}; set vllm.folder to a folder with more"
             )
-        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     except OSError as error:
         raise UserError(f"vllm.folder = {str(parent)!r} cannot be used: {error.strerror}") from None
     try:
-        yield folder
+        with (folder / "new").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "new").rename(folder / LOCK)  # so it is never there without being held
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_left_over(parent: Path) -> None:
-    """Remove the weights of processes of this machine that were killed. They would fill its memory."""
+    """Remove the weights of runs that were killed. A run that goes on, on any machine, holds a lock."""
     for folder in parent.glob(f"{PREFIX}*"):
-        number = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if number.isdigit() and not Path(f"/proc/{number}").exists() and Path("/proc/self").exists():
+        with suppress(OSError), (folder / LOCK).open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError if it is held
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -23,9 +23,12 @@ class Receiver:
         from truestep_fingerprints import fingerprint  # type: ignore[import-not-found]
 
         found: dict[str, int] = {}
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{folder} has no weights that the server can read; set vllm.folder")
 
         def tensors() -> Iterator[tuple[str, Any]]:
-            for path in sorted(Path(folder).glob("*.safetensors")):
+            for path in files:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118
                         tensor = file.get_tensor(name)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from truestep.flops import Ledger
 from truestep.records import Origin, TrainSequence
-from truestep.rollout.engine import SampleRequest
+from truestep.rollout.engine import SampleRequest, StaleWeightsError
 from truestep.seeding import Purpose
 from truestep.signals import Interrupted
 from truestep.train import metrics
@@ -84,6 +84,8 @@ def probes(source: RolloutSource, step: int) -> tuple[list[TrainSequence], Ledge
     ]  # fmt: skip
     with source.ranks.apart():
         made = list(sampler.engine.generate(requests, asked, sampler.check_stop)) if requests else []
+    if requests and not any(r.completion_ids for r in made):
+        raise StaleWeightsError(f"the engine could not be compared with the trainer: {made[0].error}")
     rollouts = sorted((r for r in made if r.completion_ids), key=lambda r: r.sample_index)
     found = [
         sampled_sequence(prompts[r.sample_index % len(prompts)], r, group=i) for i, r in enumerate(rollouts)

@@ -126,13 +126,15 @@ class GapTest:
         self.found += Gap.of(trainer, engine)
 
     def judge(self, step: int, ranks: Ranks) -> None:
-        """Judge what was added, and forget it (a collective). Raises StaleWeightsError."""
-        gap, self.found = self.found.over(ranks), Gap()
+        """Judge what was added, and forget it, if it is enough (a collective). Raises StaleWeightsError."""
+        gap = self.found.over(ranks)
         if gap.count < FEWEST:
-            return
-        limit = FIRST[self.dtype]
+            return  # they are judged with those of the next update
+        self.found, limit = Gap(), FIRST[self.dtype]
         if self.right.count:
-            known = TIMES * max(self.right.size, TINY[self.dtype]) * (1 + OUTLIERS / self.right.mass)
+            known = (
+                TIMES * max(self.right.size, TINY[self.dtype]) * (1 + OUTLIERS / max(self.right.mass, 1e-9))
+            )
             limit = min(limit, known)
         if fault := gap.fault(limit, f"step {step}"):
             raise StaleWeightsError(f"{fault}; no update was made")
@@ -213,7 +215,7 @@ class SelfTest:
         """Test the named tensors, in as few updates as the noise of the engine allows. Return those whose effect was
         too small to prove anything."""
         before, queue, tries = self._trainer(), list(names), dict.fromkeys(names, 0)
-        noise = math.sqrt(self._mean((self._engine() - before) ** 2))
+        noise = max(math.sqrt(self._mean((one - before) ** 2)) for one in self._engines())
         # Each of n tensors contributes about CHANGE ÷ √n, of which CLEAR times the noise is needed, and some more.
         count = max(1, min(len(names), int((CHANGE / (1.5 * CLEAR * max(noise, 1e-6))) ** 2)))
         unproven: list[str] = []
@@ -224,7 +226,8 @@ class SelfTest:
             self._publish()
             # Prompts are in the cache since the weights of the run.
             cached = "" if self.updates > 1 else self._cached(right)
-            rest = self._unproven(change, group, self._engine() - now, now, noise)
+            rests = [one - now for one in self._engines()]
+            rest = self._unproven(change, group, rests, now, noise)
             self._refuse(cached)
             for name in rest:
                 tries[name] += 1
@@ -239,7 +242,7 @@ class SelfTest:
         return self._gap().fault(limit, "with changed weights")
 
     def _unproven(
-        self, change: Disturbance, group: list[str], rest: Tensor, now: Tensor, noise: float
+        self, change: Disturbance, group: list[str], rests: list[Tensor], now: Tensor, noise: float
     ) -> list[str]:
         """Return those whose effect is too small. Raises StaleWeightsError if one did not arrive."""
         found = []
@@ -247,14 +250,17 @@ class SelfTest:
             change.undo(name)
             effect = now - self._trainer()
             change.make(name)
-            slope, error = self._slope(rest, effect)
-            if error > SURE or math.sqrt(self._mean(effect * effect)) < CLEAR * noise:
+            size = math.sqrt(self._mean(effect * effect))
+            slopes = [self._slope(rest, effect) for rest in rests]
+            if size < CLEAR * noise or any(error > SURE for _, error in slopes):
                 found.append(name)
-            elif slope < ARRIVED:
-                raise StaleWeightsError(
-                    f"the engine's self-test failed: {name} was changed and published, but the engine still "
-                    f"computes with the old one (slope {slope:.2f} ± {error:.2f}; 0 is right)"
-                )
+                continue
+            for number, (slope, error) in enumerate(slopes):
+                if slope < ARRIVED:
+                    raise StaleWeightsError(
+                        f"the engine's self-test failed: {name} was changed and published, but server {number + 1} of "
+                        f"{len(slopes)} still computes with the old one (slope {slope:.2f} ± {error:.2f}; 0 is right)"
+                    )
         return found
 
     def _choose_sizes(self, change: Disturbance, names: Collection[str], before: Tensor) -> None:
@@ -300,12 +306,15 @@ class SelfTest:
                 by_prompt[i] = batch.proximal_logprobs[batch.sequence_index == i].double().cpu()
         return torch.cat([by_prompt[i] for i in sorted(by_prompt)])
 
-    def _engine(self) -> Tensor:
-        found = [self.engine.score(ids, 1, 1.0) for ids in self.prompts]
-        return torch.tensor([value for values in found for value in values], dtype=torch.float64)
+    def _engines(self) -> list[Tensor]:
+        """Return the log-probabilities of each server of the engine."""
+        found = [[v for ids in self.prompts for v in one.score(ids, 1, 1.0)] for one in self.engine.parts]
+        return [torch.tensor(values, dtype=torch.float64) for values in found]
 
     def _gap(self) -> Gap:
-        return sampled_gap(self.engine, self.scorer, self.prompts).over(self.ranks)
+        """Return the gap of the server with the largest one."""
+        gaps = [sampled_gap(one, self.scorer, self.prompts).over(self.ranks) for one in self.engine.parts]
+        return max(gaps, key=lambda gap: math.inf if math.isnan(gap.size) else gap.size)
 
     def _publish(self) -> None:
         self.updates += 1
