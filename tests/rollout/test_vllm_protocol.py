@@ -67,6 +67,8 @@ def config(**more: str) -> dict[str, Any]:
 
 def sampled(body: Any, version: str = "3") -> dict[str, Any]:
     tokens = [7, 8, 9, 2]
+    if "request_id" not in body:  # the probe of the cache after an update
+        return {"usage": {"prompt_tokens_details": None}, "choices": [{}]}
     return {
         "usage": {"prompt_tokens_details": {"cached_tokens": 1}},
         "choices": [{
@@ -99,7 +101,7 @@ def asked() -> list[str]:
 
 
 def test_a_right_server_tells_what_it_can(url: str) -> None:
-    assert negotiate(client_of(url), "float32", 64) == Abilities(version="0.32.1", tells_bits=True)
+    assert negotiate(client_of(url), "float32", 64) == Abilities(version="0.32.1", tells_bits=True, length=64)
     StandIn.answers["/server_info?config_format=json"]["vllm_config"]["parallel_config"] = {}
     assert not negotiate(client_of(url), "float32", 64).tells_bits
 
@@ -136,7 +138,7 @@ def test_weights_are_loaded_while_paused_and_the_cache_is_reset_before_it_goes_o
     assert delivery(url).load(client_of(url), 5.0) == {"w": 11}
     assert asked() == [
         "/pause?mode=abort", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/weight_info",
-        "/resume",
+        "/resume", "/inference/v1/generate",
     ]  # fmt: skip
     assert StandIn.said[1][1] == {"method": "truestep_load", "kwargs": {"folder": "/weights"}}
     assert StandIn.said[2][1] == {"new_version": "3"}
@@ -171,6 +173,15 @@ def test_a_server_that_does_not_do_as_asked_is_not_resumed(
     with pytest.raises(BadAnswer, match=words):
         delivery(url).load(client_of(url), 5.0)
     assert "/resume" not in asked()
+
+
+def test_a_cache_that_was_kept_is_seen_in_the_next_prompt(url: str) -> None:
+    told = {"prompt_tokens_details": {"cached_tokens": 32}}
+    StandIn.answers["/inference/v1/generate"] = {"usage": told, "choices": [{}]}
+    with pytest.raises(BadAnswer, match="kept 32 of"):
+        delivery(url).load(client_of(url), 5.0)
+    StandIn.answers["/inference/v1/generate"] = {"usage": {"prompt_tokens_details": None}, "choices": [{}]}
+    assert delivery(url).load(client_of(url), 5.0) == {"w": 11}
 
 
 def test_workers_that_loaded_different_bits_have_no_fingerprint(url: str) -> None:

@@ -29,6 +29,7 @@ from vllm_cases import (
     vllm_python,
 )
 
+from truestep.errors import UserError
 from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import SampleRequest, SamplingParameters, StaleWeightsError
 from truestep.rollout.engine_vllm import VllmEngine
@@ -129,7 +130,14 @@ def test_wrong_bits_are_found_at_the_first_publish(
         publish(world.policy, engine, 1)
 
 
-@pytest.mark.parametrize("wrong", [SendsNothing, LeavesOut, KeepsTheCache])
+def test_a_kept_cache_is_found_at_the_first_publish(world: Served) -> None:
+    engine = world.engine(KeepsTheCache)
+    publish(world.policy, engine, 0)
+    with pytest.raises(UserError, match=r"has kept .* tokens of a prompt in its cache"):
+        publish(world.policy, engine, 1)
+
+
+@pytest.mark.parametrize("wrong", [SendsNothing, LeavesOut])
 def test_the_self_test_finds_what_a_server_cannot_tell(world: Served, wrong: type[FileDelivery]) -> None:
     """A server without the worker extension, so nothing is known of the bits."""
     engine = world.engine(wrong, tells_bits=False)

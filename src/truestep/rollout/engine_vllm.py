@@ -33,7 +33,7 @@ from truestep.rollout.engine import (
 )
 from truestep.rollout.engine_endpoint import each, text_seed
 from truestep.rollout.vllm_server import SERVED, START_SECONDS, Servers, VllmServer
-from truestep.rollout.vllm_weights import FileDelivery, Gather, write_weights
+from truestep.rollout.vllm_weights import FileDelivery, Gather, num_cached, write_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -270,7 +270,7 @@ class VllmEngine:
             logprobs = [0.0] * len(tokens)  # the distribution is a point
         error = "" if tokens else "vllm: the server sent no token"
         made = sampled_rollout(request, sampling, version, tokens, logprobs, error)
-        return made, _work(len(ids), int(choice_cached(answer)), len(choice["token_ids"]))
+        return made, _work(len(ids), num_cached(answer), len(choice["token_ids"]))
 
 
 def client_of(url: str) -> Client:
@@ -315,12 +315,6 @@ def _stopped(tokens: list[int], sampling: SamplingParameters) -> list[int]:
     """Return the tokens up to the first stop. vLLM knows stop tokens, but no stop sequences of tokens."""
     ends = (i + 1 for i in range(len(tokens)) if sampling.ends(tokens[: i + 1]))
     return tokens[: next(ends, len(tokens))] if sampling.stop_sequences else tokens
-
-
-def choice_cached(answer: Mapping[str, Any]) -> int:
-    """Return how many tokens of the prompt came from the prefix cache, if the server tells."""
-    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
-    return int(details.get("cached_tokens") or 0)
 
 
 def _work(prompt: int, cached: int, sampled: int) -> Ledger:

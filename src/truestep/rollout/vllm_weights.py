@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TESTED, BELOW = (0, 32), (0, 33)  # versions of vLLM
 FILE_BYTES = 1 << 30  # of one file of weights, so that only this much is copied in memory at once
 PREFIX, LOCK = "truestep-weights-", "in-use"
+PROBE_TOKEN, PROBE_LENGTH = 3, 288  # more than two blocks of any cache
 SLEEP_SECONDS = 120.0
 SHARED_MEMORY = Path("/dev/shm")
 ROUTES = ("/collective_rpc", "/pause", "/resume", "/reset_prefix_cache", "/update_weight_version",
@@ -42,6 +43,7 @@ class Abilities:
 
     version: str
     tells_bits: bool
+    length: int = 2  # tokens that it takes
 
 
 def require_server(client: Client) -> str:
@@ -93,7 +95,9 @@ def negotiate(client: Client, dtype: str, context_length: int) -> Abilities:
             "sampling.max_new_tokens"
         )
     named = str(parallel.get("worker_extension_cls") or "")
-    return Abilities(version=version, tells_bits=named.endswith("truestep_vllm_worker.Receiver"))
+    return Abilities(
+        version=version, tells_bits=named.endswith("truestep_vllm_worker.Receiver"), length=length
+    )
 
 
 def _is_tested(version: str) -> bool:
@@ -203,7 +207,16 @@ class FileDelivery:
         if (said := ask("/weight_info")["weight_version"]) != str(self.version):
             raise BadAnswer(f"the server says that it has version {said}, not {self.version}")
         ask("/resume", {})
+        self._require_empty_cache(ask, self.abilities[client.base].length)
         return _same(results) if tells else {}
+
+    def _require_empty_cache(self, ask: Callable[..., Any], length: int) -> None:
+        """Raise BadAnswer if a prompt, the same after every update, comes from the cache of older weights."""
+        prompt = [PROBE_TOKEN] * min(PROBE_LENGTH, length - 1)
+        sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        answer = ask("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling})
+        if (cached := num_cached(answer)) > 0:
+            raise BadAnswer(f"it has kept {cached} of {len(prompt)} tokens of a prompt in its cache")
 
     def asks(self, client: Client, seconds: float) -> Callable[..., Any]:
         """Return the function that asks a server: path, and body or None → answer."""
@@ -212,6 +225,12 @@ class FileDelivery:
     def sleep(self, client: Client) -> None:
         """Make one server move its weights to host memory and give up its cache."""
         self.asks(client, SLEEP_SECONDS)("/sleep?level=1", {})
+
+
+def num_cached(answer: Mapping[str, Any]) -> int:
+    """Return how many tokens of the prompt came from the prefix cache, if the server tells, or 0."""
+    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
+    return int(details.get("cached_tokens") or 0)
 
 
 def _same(results: list[dict[str, int]]) -> dict[str, int]:
