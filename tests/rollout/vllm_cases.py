@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Served:
     def engine(
         self, delivery: type[FileDelivery] = FileDelivery, *, tells_bits: bool = True, **more: Any
     ) -> VllmEngine:
-        found = {u: Abilities(version=a.version, tells_bits=tells_bits) for u, a in self.abilities.items()}
+        found = {u: replace(a, tells_bits=tells_bits) for u, a in self.abilities.items()}
         publisher = Publisher(
             delivery(str(self.folder), found),
             self.folder,

@@ -10,6 +10,7 @@ was started again.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import uuid
@@ -88,8 +89,8 @@ class Publisher:
         told = [self._sent(client) for client in clients] if self.is_first else []
         self.delivery.told = _merged(self.gather(told)[0])
         held = dict(self.delivery.told)
-        for name, copy in self.copies.items():
-            if held.pop(copy, None) != held.get(name):
+        for name, second in self.copies.items():
+            if held.pop(second, None) != held.get(name):
                 held[name] = -1  # the copy is not the same
         tells = all(one.tells_bits for one in self.delivery.abilities.values())
         why = "" if tells else "a server without truestep's worker extension cannot tell which bits it loaded"
@@ -144,9 +145,11 @@ class VllmEngine:
     @property
     def parts(self) -> list[VllmEngine]:
         """An engine for each server, for tests of every one of them."""
-        found = [VllmEngine([client.base], self.concurrent, self.publisher) for client in self.clients]
-        for one in found:
-            one.policy_version = self.policy_version
+        found = []
+        for client in self.clients:
+            one = copy.copy(self)
+            one.clients, one._cost, one._running = [client], Ledger(), set()
+            found.append(one)
         return found
 
     @property
