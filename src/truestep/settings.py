@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from truestep.errors import UserError, did_you_mean, one_line
 from truestep.frozen import Frozen
+from truestep.http_client import LOOPBACK
 from truestep.redaction import INSTEAD, find_secret
 from truestep.reward_settings import RewardSettings, reward_entries
 
@@ -288,7 +289,7 @@ class VllmSettings(Frozen):
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
                 raise ValueError(f"attach: {url!r} is not an address; write http://HOST:PORT")
-            if parts.hostname not in ("127.0.0.1", "::1", "localhost") and not self.folder:
+            if parts.hostname not in LOOPBACK and not self.folder:
                 raise ValueError(f"attach: {url} is on another machine; set folder to one that both can read")
             if parts.username or parts.password or parts.query:
                 raise ValueError(

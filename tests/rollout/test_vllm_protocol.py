@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import pytest
 
 from truestep.errors import OutOfSpace, UserError
-from truestep.http_client import BadAnswer
 from truestep.rollout import engine_vllm, vllm_server, vllm_weights
 from truestep.rollout.engine import SampleRequest, SamplingParameters, StaleWeightsError
 from truestep.rollout.engine_vllm import Publisher, VllmEngine, client_of
@@ -170,7 +169,7 @@ def test_a_server_that_does_not_do_as_asked_is_not_resumed(
     url: str, path: str, answer: Any, words: str
 ) -> None:
     StandIn.answers[path] = answer
-    with pytest.raises(BadAnswer, match=words):
+    with pytest.raises(StaleWeightsError, match=words):
         delivery(url).load(client_of(url), 5.0)
     assert "/resume" not in asked()
 
@@ -178,7 +177,7 @@ def test_a_server_that_does_not_do_as_asked_is_not_resumed(
 def test_a_cache_that_was_kept_is_seen_in_the_next_prompt(url: str) -> None:
     told = {"prompt_tokens_details": {"cached_tokens": 32}}
     StandIn.answers["/inference/v1/generate"] = {"usage": told, "choices": [{}]}
-    with pytest.raises(BadAnswer, match="kept 32 of"):
+    with pytest.raises(StaleWeightsError, match="kept 32 of"):
         delivery(url).load(client_of(url), 5.0)
     StandIn.answers["/inference/v1/generate"] = {"usage": {"prompt_tokens_details": None}, "choices": [{}]}
     assert delivery(url).load(client_of(url), 5.0) == {"w": 11}

@@ -29,7 +29,6 @@ from vllm_cases import (
     vllm_python,
 )
 
-from truestep.errors import UserError
 from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import SampleRequest, SamplingParameters, StaleWeightsError
 from truestep.rollout.engine_vllm import VllmEngine
@@ -133,7 +132,7 @@ def test_wrong_bits_are_found_at_the_first_publish(
 def test_a_kept_cache_is_found_at_the_first_publish(world: Served) -> None:
     engine = world.engine(KeepsTheCache)
     publish(world.policy, engine, 0)
-    with pytest.raises(UserError, match=r"has kept .* tokens of a prompt in its cache"):
+    with pytest.raises(StaleWeightsError, match=r"has kept .* tokens of a prompt in its cache"):
         publish(world.policy, engine, 1)
 
 

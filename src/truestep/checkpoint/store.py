@@ -51,7 +51,7 @@ _LEFTOVER = re.compile(STEP.pattern + r"\.tmp-(write|discard)|\.latest\..*")
 _PATIENCE = 30.0  # seconds; a reader may hold the lock while it removes leftovers
 
 
-def alone(value: Any) -> list[Any]:
+def only_own(value: Any) -> list[Any]:
     """Gather the values of all ranks if there is one process."""
     return [value]
 
@@ -63,7 +63,7 @@ def save_checkpoint(
     keep: int,
     rank: int = 0,
     world_size: int = 1,
-    gather: Gather = alone,
+    gather: Gather = only_own,
 ) -> Path:
     """Write and commit a checkpoint, then delete older ones, so that ``keep`` remain with it.
 
@@ -242,7 +242,7 @@ def load_latest(
     folder: Path,
     *,
     rank: int = 0,
-    gather: Gather = alone,
+    gather: Gather = only_own,
     rows_of: RowsOf = every_row,
     warn: Callable[[str], None],
 ) -> Checkpoint | None:

@@ -112,13 +112,11 @@ class Publisher:
             try:
                 with self.lock:
                     return work()
-            except BadAnswer as error:
-                said = client.words(error)
-                raise UserError(f"the vLLM server {client.base} did not take the weights: {said}") from None
-            except OSError as error:
-                if attempt == RETRIES:
+            except (OSError, BadAnswer) as error:
+                if attempt == RETRIES or not is_lost(error):
+                    said = client.words(error)
                     raise UserError(
-                        f"the vLLM server {client.base} does not answer: {client.words(error)}"
+                        f"the vLLM server {client.base} did not take the weights: {said}"
                     ) from None
                 wait_for(client, lambda: self.failure, None)
         raise AssertionError
@@ -219,15 +217,12 @@ class VllmEngine:
         for attempt in range(RETRIES + 1):
             try:
                 return self._ask(client, request, sampling)
-            except (OSError, Rejected) as failure:  # 5xx: what computes may be dead, and the server soon
+            except (OSError, ValueError, KeyError, TypeError, IndexError) as failure:
                 error = client.words(failure)
-                is_lost = not isinstance(failure, Rejected) or failure.status >= 500
-                if self.publisher is None or not is_lost or attempt == RETRIES:
+                publisher = self.publisher
+                if publisher is None or attempt == RETRIES or not is_lost(failure):
                     break
-                wait_for(client, lambda: self.publisher.failure, self.policy_version)  # type: ignore[union-attr]
-            except (ValueError, KeyError, TypeError, IndexError) as failure:
-                error = client.words(failure)
-                break
+                wait_for(client, partial(getattr, publisher, "failure"), self.policy_version)
         return sampled_rollout(request, sampling, self.policy_version, (), (), f"vllm: {error}"), Ledger()
 
     def _ask(
@@ -268,12 +263,18 @@ class VllmEngine:
         else:
             logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
             version = _version(choice["weight_versions"], len(tokens), self.policy_version)
-        tokens, logprobs = _stopped(tokens, sampling), logprobs[: len(_stopped(tokens, sampling))]
+        tokens = _stopped(tokens, sampling)
+        logprobs = logprobs[: len(tokens)]
         if sampling.temperature == 0:
             logprobs = [0.0] * len(tokens)  # the distribution is a point
         error = "" if tokens else "vllm: the server sent no token"
         made = sampled_rollout(request, sampling, version, tokens, logprobs, error)
         return made, _work(len(ids), num_cached(answer), len(choice["token_ids"]))
+
+
+def is_lost(error: Exception) -> bool:
+    """Return whether a request may succeed later. After 5xx, what computes may be dead, and the server soon."""
+    return isinstance(error, OSError) or (isinstance(error, Rejected) and error.status >= 500)
 
 
 def client_of(url: str) -> Client:
@@ -316,8 +317,9 @@ def _version(spans: Sequence[Mapping[str, Any]], count: int, wanted: int) -> int
 
 def _stopped(tokens: list[int], sampling: SamplingParameters) -> list[int]:
     """Return the tokens up to the first stop. vLLM knows stop tokens, but no stop sequences of tokens."""
-    ends = (i + 1 for i in range(len(tokens)) if sampling.ends(tokens[: i + 1]))
-    return tokens[: next(ends, len(tokens))] if sampling.stop_sequences else tokens
+    longest = max(map(len, sampling.stop_sequences), default=0)
+    ends = (i for i in range(1, len(tokens) + 1) if sampling.ends(tokens[max(0, i - longest) : i]))
+    return tokens[: next(ends, len(tokens))] if longest else tokens
 
 
 def _work(prompt: int, cached: int, sampled: int) -> Ledger:

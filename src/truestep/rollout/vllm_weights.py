@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep.errors import OutOfSpace, UserError
 from truestep.http_client import BadAnswer, Client
+from truestep.rollout.engine import StaleWeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,7 +190,8 @@ class FileDelivery:
         """Make one server load the weights, and reset its prefix cache. Return the fingerprints that it tells.
         If ``wakes``, the server may sleep; its cache gets memory only after the weights.
 
-        Raises OSError if the server does not answer, and BadAnswer if it refuses or does not do as asked."""
+        Raises OSError if the server does not answer, BadAnswer if it refuses, and StaleWeightsError if it has another
+        version or an old cache."""
         ask = self.asks(client, seconds)
         ask("/pause?mode=abort", {})
         if wakes:
@@ -203,20 +205,22 @@ class FileDelivery:
         if wakes:
             ask("/wake_up?tags=kv_cache", {})
         if ask("/reset_prefix_cache", {})["success"] is not True:
-            raise BadAnswer("the server did not reset its prefix cache")
+            raise StaleWeightsError("the vLLM server did not reset its prefix cache")
         if (said := ask("/weight_info")["weight_version"]) != str(self.version):
-            raise BadAnswer(f"the server says that it has version {said}, not {self.version}")
+            raise StaleWeightsError(f"the vLLM server says that it has version {said}, not {self.version}")
         ask("/resume", {})
         self._require_empty_cache(ask, self.abilities[client.base].length)
         return _same(results) if tells else {}
 
     def _require_empty_cache(self, ask: Callable[..., Any], length: int) -> None:
-        """Raise BadAnswer if a prompt, the same after every update, comes from the cache of older weights."""
+        """Raise StaleWeightsError if a prompt, the same after every update, comes from the cache of older weights."""
         prompt = [PROBE_TOKEN] * min(PROBE_LENGTH, length - 1)
         sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
         answer = ask("/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling})
         if (cached := num_cached(answer)) > 0:
-            raise BadAnswer(f"it has kept {cached} of {len(prompt)} tokens of a prompt in its cache")
+            raise StaleWeightsError(
+                f"the vLLM server has kept {cached} of {len(prompt)} tokens of a prompt in its cache"
+            )
 
     def asks(self, client: Client, seconds: float) -> Callable[..., Any]:
         """Return the function that asks a server: path, and body or None → answer."""
