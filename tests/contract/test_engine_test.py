@@ -5,20 +5,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import policy
+from tiny_runs import go, prepared, write_recipe
 from torch import Tensor, nn
 
+from truestep.objective.methods import build
+from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import Receipt, SamplingParameters, StaleWeightsError
 from truestep.rollout.engine_torch import TorchEngine
+from truestep.seeding import Purpose
+from truestep.settings import OptimizerSettings
 from truestep.train.engine_test import FEWEST, Disturbance, Gap, GapTest, SelfTest, probe_prompts, sampled_gap
+from truestep.train.optim import MasterOptimizer
+from truestep.train.packing import pack
 from truestep.train.parallel import Ranks
 from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
+from truestep.train.step import StepPlan, train_step
 from truestep.train.weight_sync import publish
 
 torch.set_num_threads(1)
@@ -269,3 +278,72 @@ def test_samples_of_torch_engines_are_within_what_the_first_showed(dtype: torch.
         test.found += sampled_gap(engine, scorer_of(trained), probe_prompts(300, 256))
         test.judge(seed, Ranks())
     assert 0 < test.right.size < 0.3
+
+
+class Watching:
+    """Sees what an update shows, and refuses it if asked to."""
+
+    def __init__(self, *, refuses: bool) -> None:
+        self.refuses, self.seen, self.judged = refuses, [], 0  # type: ignore[var-annotated]
+
+    def add(self, trainer: Tensor, engine: Tensor) -> None:
+        self.seen.append((trainer, engine))
+
+    def judge(self, step: int, ranks: Ranks) -> None:
+        self.judged += 1
+        if self.refuses:
+            raise StaleWeightsError(f"step {step}")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_an_update_shows_its_sampled_tokens_and_may_be_refused_before_it_is_made(refuses: bool) -> None:
+    trained = policy(dtype=torch.float64)
+    prompt, completion, expert = (5, 6, 7), (40, 41), (8, 9)
+    sampled = TrainSequence(
+        token_ids=prompt + completion, num_prefix_tokens=3, group=0, advantage=1.0, policy_version=0,
+        origin=(Origin.CONTEXT,) * 3 + (Origin.POLICY,) * 2, behavior_logprobs=(-1.0, -2.0),
+    )  # fmt: skip
+    shown = replace(
+        sampled, token_ids=prompt + expert, origin=(Origin.CONTEXT,) * 3 + (Origin.EXPERT,) * 2, group=1,
+        policy_version=-1, behavior_logprobs=(-3.0, -4.0),
+    )  # fmt: skip
+    before = [p.detach().clone() for p in trained.parameters()]
+    watch = Watching(refuses=refuses)
+    plan = StepPlan(
+        step=3, terms=build("grpo_token_mean", {}).terms, learning_rate=0.1, temperature=1.0, observe=watch
+    )
+    batches = pack([sampled, shown], tokens_per_microbatch=5, dtype=torch.float64)
+    assert len(batches) == 2
+    optimizer = MasterOptimizer(trained, OptimizerSettings(lr=0.1))
+    if refuses:
+        with pytest.raises(StaleWeightsError, match="step 3"):
+            train_step(trained, optimizer, batches, plan)
+    else:
+        train_step(trained, optimizer, batches, plan)
+    assert watch.judged == 1, "once for all micro-batches"
+    engine = torch.cat([engine for _, engine in watch.seen])
+    assert engine.tolist() == [-1.0, -2.0], "only tokens that the engine sampled"
+    own = TorchEngine(trained.model)
+    same = [torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True)]
+    assert all(same) == refuses
+    if refuses:
+        trainer = torch.cat([trainer for trainer, _ in watch.seen])
+        assert trainer.tolist() == pytest.approx(own.score(prompt + completion, 3, 1.0), abs=1e-9)
+
+
+def test_a_run_stops_before_it_trains_on_another_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = TorchEngine.generate
+
+    def warmer(self: TorchEngine, requests: Any, sampling: SamplingParameters, *more: Any) -> Iterator[Any]:
+        is_rollout = bool(requests) and requests[0].purpose is Purpose.SAMPLE
+        wrong = replace(sampling, temperature=sampling.temperature * 1.5)
+        yield from generate(self, requests, wrong if is_rollout else sampling, *more)
+
+    recipe = write_recipe(tmp_path / "recipe")
+    wider = "stages.rl.samples_per_prompt=24"
+    go(prepared(recipe, wider), tmp_path / "right")
+    monkeypatch.setattr(TorchEngine, "generate", warmer)
+    with pytest.raises(StaleWeightsError, match=r"step 0, .*; no update was made"):
+        go(prepared(recipe, wider), tmp_path / "wrong")
