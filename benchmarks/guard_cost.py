@@ -1,8 +1,9 @@
 """What the live guard costs, in pairs of steps of one process: SmolLM2-135M's shape with random weights, on a CPU.
 
 Three kinds of steps follow each other in every round: without a guard, with one that does not watch this step,
-and with one that watches it. Processor time is compared, which other
-processes disturb less. Peak memory is that of child processes with and without a guard.
+and with one that watches it. Which of them is the first changes from round to round, because a step is slower or
+faster after another one. Processor time is compared, which other processes disturb less. Peak memory is that of
+child processes with and without a guard.
 usage: python benchmarks/guard_cost.py [--rounds 5] [--tokens 512] [--micro 4] [--dtype float32] [--out FILE]"""
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True, "rope_theta": 100000.0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 EVERY = 20
+ORDER = ("plain", "idle", "watched")
 
 
 class Step:
@@ -126,13 +128,17 @@ def main() -> None:
     step.take()
     rows = []
     for number in range(asked.rounds):
-        plain = step.take()
-        idle, _, _ = watching(step, False)
-        watched, attached, records = watching(step, True)
-        rows.append({"plain": plain, "idle": idle, "watched": watched, "attach": attached})
-        inside = records[0]["seconds"]
-        print(f"round {number + 1}: plain {plain:.2f} s, idle {idle:.2f}, watched {watched:.2f}, attach {attached:.2f}"
-              f", judging {inside:.2f} {records[0]['verdict']}", flush=True)  # fmt: skip
+        row, inside, verdict = {}, 0.0, ""
+        for kind in (ORDER * 2)[number % 3 :][:3]:
+            if kind == "plain":
+                row[kind] = step.take()
+                continue
+            row[kind], row["attach"], records = watching(step, kind == "watched")
+            if records:
+                inside, verdict = records[0]["seconds"], records[0]["verdict"]
+        rows.append(row)
+        print(f"round {number + 1}: plain {row['plain']:.2f} s, idle {row['idle']:.2f}, watched {row['watched']:.2f}, "
+              f"attach {row['attach']:.2f}, judging {inside:.2f} {verdict}", flush=True)  # fmt: skip
     share = {
         "watched": interval([r["watched"] / r["plain"] - 1 for r in rows]),
         "idle": interval([r["idle"] / r["plain"] - 1 for r in rows]),
