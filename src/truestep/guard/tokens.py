@@ -20,6 +20,7 @@ from torch import Tensor
 from truestep.guard.survive import Survive
 
 ENTRIES = 2**24  # of logits that are copied to float32 at a time
+ENTRIES_ON_CPU = 2**19  # stay in the processor's cache: 3 to 7 times faster
 SHIFTS = (1, 0, 2)  # a logit's target is this many positions later; 0 and 2 are faults
 MOST = 0.95  # share of the targets that have the wrong shift, if it is a fault; a denoising model has fewer
 FAINT = 0.02  # relative; a smaller gradient is no training of a token, but of a regularizer, if its weight is so small
@@ -310,7 +311,8 @@ def _next_mask(mask: Tensor) -> Tensor:
 
 def in_pieces(lines: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a few rows at a time of the lines [R, V], with the same rows of ``others`` [R, ..]."""
-    rows = max(1, ENTRIES // lines.shape[-1])
+    most = ENTRIES_ON_CPU if lines.device.type == "cpu" else ENTRIES
+    rows = max(1, most // lines.shape[-1])
     return zip(lines.split(rows), others.split(rows), strict=True)
 
 
