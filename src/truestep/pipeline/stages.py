@@ -23,6 +23,7 @@ from truestep.rewards.scorer import RewardScorer
 from truestep.rollout.engine import Engine
 from truestep.rollout.sample import Sampler
 from truestep.settings import RejectionSettings, RlSettings, SftSettings, StageSettings
+from truestep.train.ahead import Comparison
 from truestep.train.engine_test import GapTest
 from truestep.train.loop import StageSpec
 from truestep.train.optim import MasterOptimizer
@@ -85,8 +86,7 @@ def make_stage(
         policy=policy, scorer=scorer, method=method, optimizers=optimizers_of(policy, stage, method),
         learning_rate=rate, updates_per_step=updates, faults=stage.faults,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
-        # Of samples of older weights, an update would take the change of the policy for a fault of the engine.
-        observe=None if getattr(stage, "rollout_ahead", 0) else gaps,
+        observe=Comparison(source, gaps) if isinstance(source, RolloutSource) and source.is_ahead else gaps,
     )  # fmt: skip
     return StageSpec(
         name=stage.name, folder=folder, settings=stage, identity=stage_identity(prepared, index),

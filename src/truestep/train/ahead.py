@@ -5,14 +5,16 @@ in a thread that takes part in no collective. In both cases the samples are comp
 published, so every token of step s ≥ 1 was sampled by version s − 1.
 
 When step s trains, its samples were made by other weights than the trainer's. So engine and trainer are compared
-earlier, under the version that sampled: on some of the sampled tokens or, if the engine samples beside the
-training, on the beginnings of other completions, which are sampled for this. Held by: tests/contract/test_rollout_ahead.py
+under the version that sampled: on some of the sampled tokens, before the training, or, if the engine samples beside
+it, on the beginnings of other completions, which are sampled first and compared before the first optimizer update.
+Held by: tests/contract/test_rollout_ahead.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from truestep.flops import Ledger
@@ -27,12 +29,16 @@ from truestep.train.sequences import first_sequences, sampled_sequence
 from truestep.train.waiting import Sampled
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from truestep.train.checkpoints import TrainState
+    from truestep.train.engine_test import GapTest
     from truestep.train.loop import StageSpec
+    from truestep.train.parallel import Ranks
     from truestep.train.source import RolloutSource, StepData
 
 COMPARED_TOKENS = 2048  # of a step's samples on a rank; more would only cost time
-# Completions that are sampled only to be compared, and their tokens: few tokens, because the training waits for them.
+# Completions that are sampled only to be compared, and their tokens.
 PROBES, PROBE_TOKENS = 32, 8
 
 
@@ -50,29 +56,54 @@ def begin(spec: StageSpec, source: RolloutSource, state: TrainState) -> StepData
 
 
 def submit(spec: StageSpec, source: RolloutSource, state: TrainState) -> None:
-    """Submit the groups of the next step, after engine and trainer were compared on them or before."""
-    step, memory = state.step + 1, state.memory
+    """Submit the groups of the next step: to a thread, or to the engine now if it is in the trainer's module."""
+    step = state.step + 1
     if source.runs_beside:
-        sequences, cost = probes(source, step)
-        found, scored = _measure(spec, source, sequences, state.step)
-        source.submit(step, memory, compared=found, work=cost + scored)
+        source.submit(step, state.memory, partial(probes, source, step))
     else:
-        source.submit(step, memory)
-        source.submitted = compared(spec, source, source.collect(), state.step)
+        sampled = source.sampled(step, state.memory)
+        source.submitted = compared(spec, source, sampled, state.step)
 
 
-def compared(spec: StageSpec, source: RolloutSource, sampled: Sampled | None, version: int) -> Sampled:
+@dataclass
+class Comparison:
+    """Compares engine and trainer on what the thread has sampled, before the first update of a step."""
+
+    source: RolloutSource
+    gaps: GapTest | None
+    step: int = -1  # of the last comparison
+    found: tuple[Mapping[str, float], Ledger] = field(default_factory=lambda: ({}, Ledger()))
+
+    def add(self, trainer: Tensor, engine: Tensor) -> None:
+        """Nothing: the samples of an update are of older weights, and their distance is the change of the policy."""
+
+    def judge(self, step: int, ranks: Ranks) -> None:
+        """Compare, if that was not done yet in this step (a collective). Raises StaleWeightsError."""
+        if self.step == step or (probed := self.source.probed()) is None:
+            return
+        sequences, cost = probed
+        found, scored = measure(self.source, self.gaps, sequences, step)
+        self.step, self.found = step, (found, cost + scored)
+
+    def added(self, sampled: Sampled) -> Sampled:
+        """Return the groups of the next step with what the comparison has found."""
+        found, cost = self.found
+        return replace(sampled, compared=found, work=sampled.work + cost)
+
+
+def compared(spec: StageSpec, source: RolloutSource, sampled: Sampled, version: int) -> Sampled:
     """Return the groups with the gap between engine and trainer on their first tokens. The trainer must still
     have the version of the weights that sampled them (a collective)."""
-    assert sampled is not None
     groups = [g.group for g in sampled.everything]
     sequences = first_sequences(groups, COMPARED_TOKENS)
-    found, cost = _measure(spec, source, sequences, version)
+    found, cost = measure(source, spec.gaps, sequences, version)
     return replace(sampled, compared=found, work=sampled.work + cost)
 
 
-def probes(source: RolloutSource, step: int) -> tuple[list[TrainSequence], Ledger]:
-    """Return the beginnings of some completions of the step's prompts, sampled by the engine now."""
+def probes(
+    source: RolloutSource, step: int, check_stop: Callable[[], None]
+) -> tuple[list[TrainSequence], Ledger]:
+    """Return the beginnings of some completions of the step's prompts, sampled by the engine now (no collective)."""
     sampler, prompts = source.sampler, source.own_prompts(step)
     asked = replace(sampler.sampling, max_new_tokens=min(PROBE_TOKENS, sampler.sampling.max_new_tokens))
     requests = [
@@ -82,8 +113,7 @@ def probes(source: RolloutSource, step: int) -> tuple[list[TrainSequence], Ledge
         )
         for n in range(PROBES if prompts else 0)
     ]  # fmt: skip
-    with source.ranks.apart():
-        made = list(sampler.engine.generate(requests, asked, sampler.check_stop)) if requests else []
+    made = list(sampler.engine.generate(requests, asked, check_stop)) if requests else []
     if requests and not any(r.completion_ids for r in made):
         raise StaleWeightsError(f"the engine could not be compared with the trainer: {made[0].error}")
     rollouts = sorted((r for r in made if r.completion_ids), key=lambda r: r.sample_index)
@@ -93,8 +123,8 @@ def probes(source: RolloutSource, step: int) -> tuple[list[TrainSequence], Ledge
     return found, sampler.engine.take_cost()
 
 
-def _measure(
-    spec: StageSpec, source: RolloutSource, sequences: Sequence[TrainSequence], step: int
+def measure(
+    source: RolloutSource, gaps: GapTest | None, sequences: Sequence[TrainSequence], step: int
 ) -> tuple[dict[str, float], Ledger]:
     """Compare the sequences' behavior log-probabilities with the trainer's (a collective). Raises
     StaleWeightsError if the engine does not use the trainer's weights."""
@@ -107,18 +137,23 @@ def _measure(
         assert batch.proximal_logprobs is not None
         pair = batch.proximal_logprobs[own], batch.behavior_logprobs[own]
         metrics.of_gap(meter, *pair)
-        if spec.gaps is not None:
-            spec.gaps.add(*pair)
-    if spec.gaps is not None:
-        spec.gaps.judge(step, scorer.ranks)
+        if gaps is not None:
+            gaps.add(*pair)
+    if gaps is not None:
+        gaps.judge(step, scorer.ranks)
     return meter.reduce(scorer.ranks), work("scored", batches)
 
 
-def collected(spec: StageSpec, source: RolloutSource) -> Sampled | None:
+def collected(spec: StageSpec, source: RolloutSource, step: int) -> Sampled | None:
     """Wait for the groups of the next step. Return None if there is none, or if a stop was asked for before they
     were complete, on any rank (a collective): then the weights of the next version will sample them."""
+    observe = spec.updater.observe
+    assert isinstance(observe, Comparison)
     try:
+        observe.judge(step, spec.ranks)  # no update did if there was no token to train
         found = source.collect()
+        if found is not None and source.runs_beside:
+            found = observe.added(found)
     except Interrupted:
         found = None
     source.drop()

@@ -124,7 +124,7 @@ def train(spec: StageSpec, state: TrainState, undo: Undo, *, may_drop: bool) -> 
     found, done = updates.metrics, state.step + 1
     if beside is not None:
         found, updated = ahead.as_change(found), time.perf_counter()
-        waiting = ahead.collected(spec, beside)
+        waiting = ahead.collected(spec, beside, state.step)
         waited = time.perf_counter() - updated
     metrics = {**found, **data.metrics}
     if spec.engine is not None:

@@ -102,7 +102,6 @@ class _Planned:
     controls: Mapping[str, float]
     stored: Mapping[int, Rollout]
     work: Ledger
-    compared: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,19 +141,23 @@ class RolloutSource:
             groups = self._planned_groups(planned, self.sampler)
         return self._finished(planned, groups)
 
-    def submit(self, step: int, memory: Memory, **known: Any) -> None:
-        """Begin to sample, grade and gate the groups of a step: in a thread if the engine runs beside the
-        training, and otherwise at once. ``known`` is what the comparison of engine and trainer has found."""
-        if not self.runs_beside:
-            self.submitted = self.sampled(step, memory)
-            return
+    def submit(self, step: int, memory: Memory, probe: Callable[[Callable[[], None]], Any]) -> None:
+        """Begin to sample, grade and gate the groups of a step, in a thread. ``probe`` samples what engine and
+        trainer are compared on, before the groups."""
         self.sampler.engine.take_cost()
-        planned = replace(self._planned(step, memory), **known)
+        planned = self._planned(step, memory)
 
         def groups(check: Callable[[], None]) -> list[GatedGroup]:
             return self._planned_groups(planned, replace(self.sampler, check_stop=check))
 
-        self.submitted = planned, Beside(groups)
+        self.submitted = planned, Beside(probe, groups)
+
+    def probed(self) -> Any:
+        """Wait for what ``probe`` has sampled. Return None if nothing was submitted to a thread."""
+        if not isinstance(self.submitted, tuple):
+            return None
+        with self.ranks.apart():
+            return self.submitted[1].result(0, self.sampler.check_stop)
 
     def collect(self) -> Sampled | None:
         """Wait for the submitted groups and return them, or None if none were submitted. With a ``Refill``, the
@@ -163,7 +166,7 @@ class RolloutSource:
         if isinstance(submitted, tuple):
             planned, beside = submitted
             with self.ranks.apart():
-                groups = beside.result(self.sampler.check_stop)
+                groups = beside.result(1, self.sampler.check_stop)
             made = self._finished(planned, groups)
         else:
             made = submitted
@@ -215,7 +218,7 @@ class RolloutSource:
         )
         return Sampled(
             step=planned.step, cuts=cuts, everything=everything, controls=planned.controls,
-            work=planned.work + self.sampler.engine.take_cost(), compared=planned.compared,
+            work=planned.work + self.sampler.engine.take_cost(),
         )  # fmt: skip
 
     def data(self, sampled: Sampled, memory: Memory) -> StepData:
