@@ -25,7 +25,7 @@ RUN = ROOT / "tests" / "guard" / "framework_run.py"
 REQUIREMENTS = {
     "now": "trl==1.16.0+peft==0.19.0+deepspeed==0.19.8",
     "deepspeed-0.18.9": "deepspeed==0.18.9+transformers==5.19.0",
-    "transformers-4.45.2": "transformers==4.45.2",
+    "transformers-4.45.2": "transformers==4.45.2+pydantic==2.14.4",
     "openrlhf-0.10.2": "openrlhf==0.10.2",
     "llamafactory-0.9.5": "llamafactory==0.9.5",
     "axolotl-0.19.0": "axolotl==0.19.0",
@@ -60,8 +60,10 @@ def plan() -> list[tuple[str, str, int, list[str]]]:
     groups.append(("transformers-4.45.2", "guard_loops", 1, ["transformers_4_45"]))
     groups.append(("openrlhf-0.10.2", "guard_loops", 1, ["openrlhf_sft"]))
     for environment in ("llamafactory-0.9.5", "axolotl-0.19.0", "liger-0.8.5"):
-        kind = environment.partition("-")[0]
-        groups.append((environment, "guard_loops_tuners", 1, [n for n in others if n.startswith(kind)]))
+        names = [n for n in others if n.startswith(environment.partition("-")[0])]
+        # Axolotl changes classes of transformers for an adapter, so each of its loops has a process of its own.
+        for own in [[n] for n in names] if environment.startswith("axolotl") else [names]:
+            groups.append((environment, "guard_loops_tuners", 1, own))
     return [group for group in groups if group[3]]
 
 

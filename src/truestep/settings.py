@@ -271,6 +271,7 @@ class VllmSettings(Frozen):
     servers: int = Field(1, ge=1)  # number of servers to start
     devices: tuple[str, ...] = ()  # GPUs of each server, e.g. ["2,3", "4,5"]; (): all that truestep may use
     options: tuple[str, ...] = ()  # further arguments for vLLM's command line
+    transfer: Literal["file", "broadcast"] = "file"  # weights as files, or from memory to memory (gloo, NCCL)
     folder: str = ""  # where weights are handed over, readable by the servers; "": shared memory
     sleep: bool = False  # servers give up their memory while the trainer updates (same accelerator)
     restarts: int = Field(3, ge=0)  # of servers that die, in one stage
@@ -289,8 +290,11 @@ class VllmSettings(Frozen):
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
                 raise ValueError(f"attach: {url!r} is not an address; write http://HOST:PORT")
-            if parts.hostname not in LOOPBACK and not self.folder:
-                raise ValueError(f"attach: {url} is on another machine; set folder to one that both can read")
+            if parts.hostname not in LOOPBACK and self.transfer == "file" and not self.folder:
+                raise ValueError(
+                    f"attach: {url} is on another machine; set folder to one that both can read, or transfer = "
+                    '"broadcast"'
+                )
             if parts.username or parts.password or parts.query:
                 raise ValueError(
                     "attach: an address is written to files; it must not contain a user name, a password or a query"

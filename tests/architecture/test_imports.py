@@ -100,7 +100,8 @@ def test_only_device_names_an_accelerator() -> None:
     guilty = [
         f"{short(path)}:{number}"
         for path in modules()
-        if short(path) != "device.py"
+        # The second is the one place where processes of two environments meet; it imports nothing of the package.
+        if short(path) not in ("device.py", "rollout/tensor_group.py")
         and not short(path).startswith("audit/")  # which hides accelerators from what it audits
         for number, line in enumerate(path.read_text().splitlines(), start=1)
         if "cuda" in line.lower() or '"mps"' in line or "nccl" in line.lower()

@@ -21,7 +21,7 @@ evaluate.data evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.few_shot evaluate.limit evaluate.limits
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
 evaluate.sampling.max_new_tokens evaluate.sampling.max_running
-vllm.attach vllm.servers vllm.devices vllm.options vllm.folder vllm.sleep vllm.restarts
+vllm.attach vllm.servers vllm.devices vllm.options vllm.transfer vllm.folder vllm.sleep vllm.restarts
 
 stage.kind stage.name stage.data stage.tokens_per_microbatch stage.save_every stage.save_every_minutes
 stage.keep_checkpoints

@@ -21,6 +21,7 @@ from vllm_cases import (
     OPTIONS,
     SMALL,
     WRONG_BITS,
+    WRONG_WIRES,
     KeepsTheCache,
     LeavesOut,
     SendsNothing,
@@ -32,10 +33,11 @@ from vllm_cases import (
 from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import SampleRequest, SamplingParameters, StaleWeightsError
 from truestep.rollout.engine_vllm import VllmEngine
+from truestep.rollout.vllm_broadcast import Broadcast
 from truestep.rollout.vllm_server import ENVIRONMENT
 from truestep.rollout.vllm_weights import FileDelivery
 from truestep.seeding import Purpose
-from truestep.train.engine_test import Gap, GapTest, SelfTest
+from truestep.train.engine_test import FIRST, Gap, GapTest, SelfTest
 from truestep.train.optim import MasterOptimizer, OptimizerSettings
 from truestep.train.weight_sync import publish
 
@@ -115,6 +117,68 @@ def test_a_right_engine_passes_at_every_update(world: Served) -> None:
             print(f"{dtype_of(world)} rate {rate:g} version {version}: gap {gap.size:.2e}, tilt {gap.tilt}")
             if dtype_of(world) == torch.float32:
                 assert gap.size < 1e-4, "float32's noise"
+
+
+def test_weights_go_from_memory_to_memory(world: Served) -> None:
+    """By vLLM's own interface (start, update, finish): the same bits, the same proof, and nothing is written unless
+    a server may be started again."""
+    engine = world.engine(broadcast=Broadcast)
+    assert engine.publisher is not None
+    assert engine.publisher.keeps, "its servers may be started again"
+    engine.publisher.keeps = False
+    written = {path: path.stat().st_mtime_ns for path in world.folder.iterdir()}
+    publish(world.policy, engine, 0)
+    SelfTest(world.policy, engine, world.scorer(), 0).run(print)
+    for version, rate in enumerate(RATES, start=1):
+        step(world, rate)
+        receipt = publish(world.policy, engine, version)
+        assert set(receipt.fingerprints) == {n for n, _ in world.policy.model.named_parameters()}
+        rollouts = list(engine.generate(asked(16), sampling()))
+        assert {v for r in rollouts for v in r.policy_version} == {version}
+        gap = gap_of(world, rollouts)
+        assert gap.fault(FIRST[dtype_of(world)], "") == ""
+        if dtype_of(world) == torch.float32:
+            assert gap.size < 1e-4, "float32's noise"
+    assert written == {path: path.stat().st_mtime_ns for path in world.folder.iterdir()}
+
+
+@pytest.mark.parametrize("wrong", WRONG_WIRES)
+def test_wrong_bits_from_memory_are_found_at_the_first_publish(world: Served, wrong: type[Broadcast]) -> None:
+    engine = world.engine(broadcast=wrong)
+    assert engine.publisher is not None
+    engine.publisher.keeps = False  # a server that is not sent anything cannot load it from files
+    publish(world.policy, engine, 0)
+    step(world, 1e-6 if dtype_of(world) == torch.float32 else 1e-3)
+    with pytest.raises(StaleWeightsError, match="version 1 was published, but"):
+        publish(world.policy, engine, 1)
+
+
+def test_a_server_that_dies_in_a_transfer_loads_the_files(world: Served) -> None:
+    """kill −9 between two updates and in one: it is started again, and the next update goes from memory again."""
+    engine = world.engine(broadcast=Broadcast)
+    assert engine.publisher is not None
+    assert engine.publisher.broadcast is not None
+    publish(world.policy, engine, 0)
+    for version, wait in ((1, 0.0), (2, 0.05)):
+        process = world.servers.processes[0].process
+
+        def kill(process: Any = process, wait: float = wait) -> None:
+            time.sleep(wait)
+            os.killpg(process.pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        step(world, 1e-2)
+        killer.start()
+        if not wait:
+            killer.join()
+        publish(world.policy, engine, version)
+        killer.join()
+        assert world.servers.processes[0].process is not process or wait
+        rollouts = list(engine.generate(asked(8), sampling()))
+        assert gap_of(world, rollouts).fault(FIRST[dtype_of(world)], "") == ""
+        step(world, 1e-2)
+        publish(world.policy, engine, version)
+        assert list(engine.publisher.broadcast.groups) == world.servers.urls
 
 
 @pytest.mark.parametrize("rate", RATES)

@@ -19,6 +19,7 @@ from truestep.model.load import LoadedModel, load_model
 from truestep.model.tiny import tiny_tokenizer
 from truestep.pipeline.vllm import tied, untied_config
 from truestep.rollout.engine_vllm import Publisher, VllmEngine, client_of
+from truestep.rollout.vllm_broadcast import Broadcast
 from truestep.rollout.vllm_server import ENVIRONMENT, Servers, VllmServer
 from truestep.rollout.vllm_weights import Abilities, FileDelivery, negotiate, write_weights
 from truestep.settings import ModelSettings
@@ -72,11 +73,18 @@ class Served:
         self, delivery: type[FileDelivery] = FileDelivery, *, tells_bits: bool = True, **more: Any
     ) -> VllmEngine:
         found = {u: replace(a, tells_bits=tells_bits) for u, a in self.abilities.items()}
-        publisher = Publisher(
+        copies, handed, kind = (
+            tied(self.policy.model),
             delivery(str(self.folder), found),
+            more.get("broadcast"),
+        )
+        tensors = {n: (p.dtype, p.shape) for n, p in self.policy.model.named_parameters()}
+        publisher = Publisher(
+            handed,
             self.folder,
             servers=self.servers,
-            copies=more.get("copies", tied(self.policy.model)),
+            copies=more.get("copies", copies),
+            broadcast=kind and kind(handed, torch.device("cpu"), tensors, copies),
         )
         return more.get("kind", VllmEngine)(self.servers.urls, 16, publisher)
 
@@ -142,6 +150,55 @@ class HalfStale(Tampered):
     def tampered(self, now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert self.previous is not None
         return {n: torch.cat([t[: len(t) // 2], self.previous[n][len(t) // 2 :]]) for n, t in now.items()}
+
+
+class Wire(Broadcast):
+    """Changes the tensors between the trainer and the server, from the second version on."""
+
+    previous: dict[str, torch.Tensor] | None = None
+
+    def send(self, weights: Any, *more: Any, **options: Any) -> Any:
+        now = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        before, self.previous = self.previous, now
+        return super().send(now if before is None else self.tampered(dict(now), before), *more, **options)
+
+    def tampered(
+        self, now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+class WiresThePrevious(Wire):
+    def tampered(
+        self, now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return before
+
+
+class WiresOneOld(Wire):
+    def tampered(
+        self, now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        name = "model.layers.1.mlp.down_proj.weight"
+        return now | {name: before[name]}
+
+
+class WiresExchanged(Wire):
+    def tampered(
+        self, now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        up, gate = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+        return now | {up: now[gate], gate: now[up]}
+
+
+class WiresHalfStale(Wire):
+    def tampered(
+        self, now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return {n: torch.cat([t[: len(t) // 2], before[n][len(t) // 2 :]]) for n, t in now.items()}
+
+
+WRONG_WIRES = (WiresThePrevious, WiresOneOld, WiresExchanged, WiresHalfStale)
 
 
 class _Without:

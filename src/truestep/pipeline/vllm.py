@@ -13,6 +13,7 @@ from truestep.errors import UserError
 from truestep.pipeline.models import Session
 from truestep.pipeline.prepare import longest_sample
 from truestep.rollout.engine_vllm import Publisher, VllmEngine, client_of
+from truestep.rollout.vllm_broadcast import Broadcast, require_transfer
 from truestep.rollout.vllm_server import Servers, VllmServer
 from truestep.rollout.vllm_weights import Abilities, FileDelivery, negotiate, weights_folder, write_weights
 from truestep.settings import RlSettings
@@ -31,6 +32,7 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     ``vllm.attach``, asks running ones what they can do. Raises UserError if they cannot be used."""
     own, ranks, is_first = session.prepared.settings.vllm, session.ranks, session.ranks.rank == 0
     parameters = dict(policy.model.named_parameters())
+    device = next(policy.parameters()).device
     copies, told = tied(policy.model), dict[str, Any]()
     hosts = set(ranks.exchange(socket.gethostname()))
     if len(hosts) > 1 and not own.attach:
@@ -61,12 +63,20 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
             )
             urls = servers.urls
         told = {url: asdict(negotiate(client_of(url), dtype, length)) for url in urls}
+        if own.transfer == "broadcast":
+            for url in urls:
+                require_transfer(client_of(url), device)
         told = {"folder": str(folder), "servers": told}
     told = ranks.exchange(told)[0]
     abilities = {url: Abilities(**found) for url, found in told["servers"].items()}
+    delivery, broadcast = FileDelivery(told["folder"], abilities), None
+    if own.transfer == "broadcast":
+        broadcast = Broadcast(
+            delivery, device, {n: (p.dtype, p.shape) for n, p in parameters.items()}, copies
+        )
     publisher = Publisher(
-        FileDelivery(told["folder"], abilities), folder, servers=servers, is_first=is_first, gather=ranks.exchange,
-        sleeps=own.sleep, copies=copies,
+        delivery, folder, servers=servers, is_first=is_first, gather=ranks.exchange, sleeps=own.sleep, copies=copies,
+        broadcast=broadcast,
     )  # fmt: skip
     engine = VllmEngine(list(abilities), stage.sampling.max_running, publisher)
     stack.callback(engine.close)

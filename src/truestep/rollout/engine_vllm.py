@@ -33,6 +33,7 @@ from truestep.rollout.engine import (
     sampled_rollout,
 )
 from truestep.rollout.engine_endpoint import each, text_seed
+from truestep.rollout.vllm_broadcast import Broadcast
 from truestep.rollout.vllm_server import SERVED, START_SECONDS, Servers, VllmServer
 from truestep.rollout.vllm_weights import FileDelivery, Gather, num_cached, write_weights
 
@@ -63,13 +64,16 @@ class Publisher:
 
     ``servers`` are those that truestep has started; without them, all were running before. If ``sleeps``, the
     servers give their memory back from the end of a rollout to the next weights. ``copies`` are tensors that the
-    servers hold twice (see ``write_weights``)."""
+    servers hold twice (see ``write_weights``). With ``broadcast``, weights are sent from memory; then they are written
+    only if a server may be started again (``keeps``)."""
 
     def __init__(
         self, delivery: FileDelivery, folder: Path, *, servers: Servers | None = None, is_first: bool = True,
         gather: Gather = lambda value: [value], sleeps: bool = False, copies: Mapping[str, str] | None = None,
+        broadcast: Broadcast | None = None,
     ) -> None:  # fmt: skip
-        self.copies = copies or {}
+        self.copies, self.broadcast = copies or {}, broadcast
+        self.keeps = broadcast is None or (servers is not None and servers.restarts > 0)
         self.delivery, self.folder, self.servers = delivery, folder, servers
         self.is_first, self.gather, self.sleeps = is_first, gather, sleeps
         self.lock = servers.lock if servers is not None else threading.Lock()
@@ -84,9 +88,15 @@ class Publisher:
         """Write the weights and make every server load them (a collective)."""
         with self.lock:
             self.gather(None)  # the first rank may have waited for the lock
-            write_weights(self.folder, weights, self.copies, writes=self.is_first)
             self.delivery.version, self.delivery.told = version, {}
-        told = [self._sent(client) for client in clients] if self.is_first else []
+            found: dict[str, Any] = {}
+            if self.broadcast is None or not self.is_first:
+                self._write(weights)
+            else:
+                found = self.broadcast.send(
+                    weights, clients, PUBLISH_SECONDS, wakes=self.sleeps, write=self._write
+                )
+        told = [self._received(client, found.get(client.base)) for client in clients] if self.is_first else []
         self.delivery.told = _merged(self.gather(told)[0])
         held = dict(self.delivery.told)
         for name, second in self.copies.items():
@@ -95,6 +105,21 @@ class Publisher:
         tells = all(one.tells_bits for one in self.delivery.abilities.values())
         why = "" if tells else "a server without truestep's worker extension cannot tell which bits it loaded"
         return Receipt(version=version, fingerprints=held, is_received=True, unread=why)
+
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        write_weights(self.folder, weights, self.copies, writes=self.is_first and self.keeps)
+
+    def _received(self, client: Client, found: dict[str, int] | Exception | None) -> dict[str, int]:
+        """Return what a server told of the weights. If it was not sent any, or was lost, it loads them."""
+        if isinstance(found, dict):
+            return found
+        if isinstance(found, Exception) and not self.keeps:
+            raise UserError(
+                f"the vLLM server {client.base} did not take the weights: {client.words(found)}"
+            ) from None
+        if isinstance(found, Exception) and self.servers is not None:
+            self.servers.say(f"{client.base} was lost while weights were sent; it loads them as files")
+        return self._sent(client)
 
     def rest(self, clients: Sequence[Client]) -> None:
         """Let the servers sleep after every rank has its samples (a collective)."""

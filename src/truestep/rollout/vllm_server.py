@@ -50,9 +50,11 @@ TRAINABLE = (
     "--enable-prompt-tokens-details",
     "--worker-extension-cls",
     "truestep_vllm_worker.Receiver",
+    "--weight-transfer-config",
+    '{"backend": "truestep"}',
 )
-COPIED = {"vllm_worker.py": "truestep_vllm_worker.py", "fingerprints.py": "truestep_fingerprints.py",
-          "vllm_start.py": "truestep_vllm_start.py"}  # fmt: skip
+COPIED = {name: f"truestep_{name}" for name in
+          ("vllm_worker.py", "vllm_transfer.py", "vllm_start.py", "fingerprints.py", "tensor_group.py")}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Gives weights to vLLM servers: as files in a folder that the servers can read.
+"""Gives weights to vLLM servers as files in a folder that the servers can read, and asks what servers can do.
 
 The folder is a Hugging Face model folder, from which a server can also be started. By default it lies in shared
 memory (/dev/shm), so nothing is written to a disk. While weights change, a server is paused and its requests are
@@ -45,6 +45,7 @@ class Abilities:
     version: str
     tells_bits: bool
     length: int = 2  # tokens that it takes
+    workers: int = 1  # processes that have weights
 
 
 def require_server(client: Client) -> str:
@@ -96,8 +97,12 @@ def negotiate(client: Client, dtype: str, context_length: int) -> Abilities:
             "sampling.max_new_tokens"
         )
     named = str(parallel.get("worker_extension_cls") or "")
+    workers = int(parallel.get("world_size", 1)) * int(parallel.get("data_parallel_size", 1))
     return Abilities(
-        version=version, tells_bits=named.endswith("truestep_vllm_worker.Receiver"), length=length
+        version=version,
+        tells_bits=named.endswith("truestep_vllm_worker.Receiver"),
+        length=length,
+        workers=workers,
     )
 
 
@@ -193,15 +198,25 @@ class FileDelivery:
         Raises OSError if the server does not answer, BadAnswer if it refuses, and StaleWeightsError if it has another
         version or an old cache."""
         ask = self.asks(client, seconds)
-        ask("/pause?mode=abort", {})
-        if wakes:
-            ask("/wake_up?tags=weights", {})
-        tells = self.abilities[client.base].tells_bits
+        self.pause(ask, wakes=wakes)
         call: dict[str, Any] = {"method": "truestep_load", "kwargs": {"folder": self.folder}}
-        if not tells:
+        if not self.abilities[client.base].tells_bits:
             call = {"method": "reload_weights", "kwargs": {"weights_path": self.folder}}
         results = ask("/collective_rpc", call)["results"]
         ask("/update_weight_version", {"new_version": str(self.version)})
+        return self.resume(client, ask, results, wakes=wakes)
+
+    def pause(self, ask: Callable[..., Any], *, wakes: bool) -> None:
+        """Make a server drop its requests and take no others. If ``wakes``, it gets memory for the weights."""
+        ask("/pause?mode=abort", {})
+        if wakes:
+            ask("/wake_up?tags=weights", {})
+
+    def resume(
+        self, client: Client, ask: Callable[..., Any], results: list[dict[str, int]], *, wakes: bool
+    ) -> dict[str, int]:
+        """Make a server with new weights reset its cache and take requests. Return the fingerprints that its workers
+        told in ``results``."""
         if wakes:
             ask("/wake_up?tags=kv_cache", {})
         if ask("/reset_prefix_cache", {})["success"] is not True:
@@ -209,8 +224,9 @@ class FileDelivery:
         if (said := ask("/weight_info")["weight_version"]) != str(self.version):
             raise StaleWeightsError(f"the vLLM server says that it has version {said}, not {self.version}")
         ask("/resume", {})
-        self._require_empty_cache(ask, self.abilities[client.base].length)
-        return _same(results) if tells else {}
+        able = self.abilities[client.base]
+        self._require_empty_cache(ask, able.length)
+        return _same(results) if able.tells_bits else {}
 
     def _require_empty_cache(self, ask: Callable[..., Any], length: int) -> None:
         """Raise StaleWeightsError if a prompt, the same after every update, comes from the cache of older weights."""

@@ -11,11 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # type: ignore[import-not-found]
+
+WeightTransferEngineFactory.register_engine("truestep", "truestep_vllm_transfer", "Transfer")
+
 
 class Receiver:
     """Methods that are added to vLLM's worker class; ``model_runner`` is the worker's."""
 
     model_runner: Any
+    weight_transfer_engine: Any
+
+    def truestep_received(self) -> dict[str, int]:
+        """Return the fingerprint of every tensor of the last weight transfer, as it was given to the model."""
+        return dict(self.weight_transfer_engine.received)
 
     def truestep_load(self, folder: str) -> dict[str, int]:
         """Load the weights in a folder. Return the fingerprint of every tensor that was given to the model."""

@@ -1,0 +1,164 @@
+"""Sends weights to vLLM servers from memory to memory, by vLLM's own interface for weight transfer.
+
+Each server is in a group of its own with the trainer's first rank (``tensor_group``), so a server that is lost
+breaks no other's. vLLM's workers receive in ``vllm_transfer``. While a server takes an update, it is paused, as with
+files. What it received is compared by fingerprints.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from truestep.errors import UserError
+from truestep.http_client import BadAnswer, Client
+from truestep.rollout.engine import StaleWeightsError
+from truestep.rollout.tensor_group import SENDER, TensorGroup
+from truestep.rollout.vllm_weights import FileDelivery
+
+BACKEND = "truestep"  # of vLLM's --weight-transfer-config
+Told = dict[str, int]
+Lost = (OSError, RuntimeError, BadAnswer)  # torch raises RuntimeError if a process of a group is gone
+
+
+class _Passing(UserDict[str, Tensor]):
+    """Weights that are also given to ``send`` when they are read, one at a time."""
+
+    def __init__(self, weights: Mapping[str, Tensor], send: Callable[[str, Tensor], None]) -> None:
+        self.data, self.send = weights, send  # type: ignore[assignment]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.data[name]
+        self.send(name, tensor)
+        return tensor
+
+
+@dataclass
+class _Update:
+    """One server's update in progress. ``answers`` is that of its /update_weights."""
+
+    client: Client
+    ask: Callable[..., Any]
+    group: TensorGroup
+    answers: Future[Any]
+
+
+@dataclass
+class Broadcast:
+    """Sends to all servers of ``delivery``. ``tensors`` are (dtype, shape) of what is sent, in order, by name;
+    ``copies`` maps a name to a second one under which it is sent, too."""
+
+    delivery: FileDelivery
+    device: torch.device
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+    copies: Mapping[str, str] = field(default_factory=dict)
+    groups: dict[str, TensorGroup] = field(default_factory=dict)  # by address
+
+    def send(
+        self, weights: Mapping[str, Tensor], clients: Sequence[Client], seconds: float, *, wakes: bool,
+        write: Callable[[Mapping[str, Tensor]], None],
+    ) -> dict[str, Told | Exception]:  # fmt: skip
+        """Read all weights once, through ``write``, which may keep them, and send each to all servers. Return what
+        each server told of them, or why it did not take them, by address. Called by the rank that sends."""
+        found: dict[str, Told | Exception] = {}
+        updates: list[_Update] = []
+
+        def trying(address: str, work: Callable[[], Any]) -> None:
+            if address in found:
+                return  # it was lost before
+            try:
+                work()
+            except StaleWeightsError:
+                raise
+            except Lost as error:
+                found[address] = error
+                self.groups.pop(address, None)
+
+        def send(name: str, tensor: Tensor) -> None:
+            data = tensor.detach().to(self.device).contiguous()
+            for _ in filter(None, (name, self.copies.get(name))):
+                for one in updates:
+                    trying(one.client.base, lambda one=one: one.group.broadcast(data))  # type: ignore[misc]
+
+        def end(one: _Update) -> None:
+            found[one.client.base] = self._ended(one, wakes)
+
+        with ThreadPoolExecutor(max(1, len(clients)), "weights") as threads:
+            for client in clients:
+                begin = partial(self._begun, client, seconds, wakes, threads)
+                trying(client.base, lambda begin=begin: updates.append(begin()))  # type: ignore[misc]
+            write(_Passing(weights, send))
+            for one in updates:
+                trying(one.client.base, partial(end, one))
+        return found
+
+    def _begun(self, client: Client, seconds: float, wakes: bool, threads: ThreadPoolExecutor) -> _Update:
+        ask = self.delivery.asks(client, seconds)
+        if client.base not in self.groups:
+            self.groups[client.base] = self._met(client, ask, seconds, threads)
+        self.delivery.pause(ask, wakes=wakes)
+        ask("/start_weight_update", {})
+        own = [(n, *self.tensors[name]) for name in self.tensors for n in (name, self.copies.get(name)) if n]
+        info = {
+            "names": [name for name, _, _ in own],
+            "dtypes": [str(dtype).removeprefix("torch.") for _, dtype, _ in own],
+            "shapes": [list(shape) for _, _, shape in own],
+        }
+        answers = threads.submit(ask, "/update_weights", {"update_info": info})
+        return _Update(client, ask, self.groups[client.base], answers)
+
+    def _met(
+        self, client: Client, ask: Callable[..., Any], seconds: float, threads: ThreadPoolExecutor
+    ) -> TensorGroup:
+        """Return the group of this process and the server's workers."""
+        host = address_towards(client.base)
+        size = 1 + self.delivery.abilities[client.base].workers
+        group = TensorGroup(host, 0, SENDER, size, seconds)
+        info = {"host": host, "port": group.port, "size": size, "seconds": seconds}
+        ask("/shutdown_weight_transfer_engine", {})  # of a trainer that was here before
+        answer = threads.submit(ask, "/init_weight_transfer_engine", {"init_info": info})
+        group.meet(self.device)
+        answer.result()
+        return group
+
+    def _ended(self, one: _Update, wakes: bool) -> Told:
+        one.answers.result()
+        version = str(self.delivery.version)
+        one.ask("/finish_weight_update", {"weight_version": version})
+        results = one.ask("/collective_rpc", {"method": "truestep_received"})["results"]
+        return self.delivery.resume(one.client, one.ask, results, wakes=wakes)
+
+
+def address_towards(url: str) -> str:
+    """Return the address of this machine that a server at ``url`` can reach. Nothing is sent."""
+    host = urlsplit(url).hostname or ""
+    family = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+
+
+def require_transfer(client: Client, device: torch.device) -> None:
+    """Raise UserError, which says what to start, if a server cannot take weights from memory."""
+    where, start = (
+        f"the vLLM server {client.base}",
+        'start it with truestep vllm, or set vllm.transfer = "file"',
+    )
+    config = client.ask("/server_info?config_format=json")["vllm_config"]
+    backend = (config.get("weight_transfer_config") or {}).get("backend")
+    if backend != BACKEND:
+        raise UserError(
+            f"{where} takes no weights from memory (weight transfer {client.words(backend)}); {start}"
+        )
+    kind = str(config["device_config"]["device_type"])
+    if kind != device.type:
+        raise UserError(f"{where} computes on {client.words(kind)} and the trainer on {device.type}; {start}")
