@@ -4,40 +4,24 @@ engine is told apart from the change of the policy, and a stopped run goes on. S
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_vllm_rl import RECIPE
-from vllm_cases import OPTIONS, SMALL, vllm_python
+from test_vllm_rl import write_run
 
 from truestep.checkpoint.manifest import newest_state
-from truestep.rollout.vllm_server import ENVIRONMENT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 AHEAD = 'engine = "vllm"\nrollout_ahead = 1\nsave_every = 4\nmethod_options = { correction = "truncate" }'
 
 
 def test_a_run_is_one_step_off_also_after_a_stop(tmp_path: Path) -> None:
-    recipe, stage = tmp_path / "recipe.toml", tmp_path / "run/stages/02-rl"
-    text = RECIPE.replace("OPTIONS", json.dumps(list(OPTIONS))).replace('engine = "vllm"', AHEAD)
-    recipe.write_text(text)
-    # The solutions are right half of the time, so there is something to learn from the rewards.
-    (tmp_path / "train.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {"problem": f"{i}+{i * 7 % 4}", "answer": "1", "checker": "exact", "solution": str(i % 2)}
-            )
-            + "\n"
-            for i in range(32)
-        )
-    )
-    told = {**os.environ, **SMALL, ENVIRONMENT: vllm_python()}
-    command = [sys.executable, "-m", "truestep", "run", str(recipe), "--out", str(tmp_path / "run")]
+    # Older samples, so a smaller rate than in the run in sequence.
+    command, told = write_run(tmp_path, ('engine = "vllm"', AHEAD), ("lr = 2e-3", "lr = 1e-3"))
+    stage = tmp_path / "run/stages/02-rl"
     first = subprocess.Popen(command, env=told, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 900
     while first.poll() is None and time.monotonic() < until:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -302,23 +303,34 @@ options = OPTIONS
 """
 
 
-def test_an_rl_run_learns_and_its_samples_are_the_trainers(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.toml"
-    # The solutions are right half of the time, so there is something to learn from the rewards.
+def write_run(folder: Path, *changed: tuple[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Write a recipe and its data; return the command and its environment. The solutions are right half of the time,
+    so there is something to learn from the rewards."""
+    text = RECIPE.replace("OPTIONS", json.dumps(list(OPTIONS)))
+    for old, new in changed:
+        assert old in text
+        text = text.replace(old, new)
     rows = [
-        {
-            "id": f"q{i}",
-            "problem": f"{i}+{i * 7 % 4}",
-            "answer": "1",
-            "checker": "exact",
-            "solution": str(i % 2),
-        }
+        {"id": f"q{i}", "problem": f"{i}+{i * 7 % 4}", "answer": "1", "checker": "exact", "solution": str(i % 2)}
         for i in range(32)
+    ]  # fmt: skip
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.toml").write_text(text)
+    command = [
+        sys.executable,
+        "-m",
+        "truestep",
+        "run",
+        str(folder / "recipe.toml"),
+        "--out",
+        str(folder / "run"),
     ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe.write_text(RECIPE.replace("OPTIONS", json.dumps(list(OPTIONS))))
-    told = {**os.environ, **SMALL, ENVIRONMENT: vllm_python()}
-    command = [sys.executable, "-m", "truestep", "run", str(recipe), "--out", str(tmp_path / "run")]
+    return command, {**os.environ, **SMALL, ENVIRONMENT: vllm_python()}
+
+
+@pytest.mark.parametrize("transfer", ["file", "broadcast"])
+def test_an_rl_run_learns_and_its_samples_are_the_trainers(tmp_path: Path, transfer: str) -> None:
+    command, told = write_run(tmp_path, ("[vllm]", f'[vllm]\ntransfer = "{transfer}"\nrestarts = 0'))
     done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the engine's self-test passed" in done.stderr
@@ -330,3 +342,32 @@ def test_an_rl_run_learns_and_its_samples_are_the_trainers(tmp_path: Path) -> No
     assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.1
     assert max(gaps) < 1e-3, "float32's noise at every step"
     assert not list(Path("/dev/shm").glob("truestep-weights-*")), "nothing is left behind"
+
+
+def servers_of(folder: Path) -> list[int]:
+    """Return the processes that have this folder's run in their environment, except for this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"OF_THIS_RUN={folder}".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_servers_end_with_their_trainer(tmp_path: Path, how: int) -> None:
+    command, told = write_run(tmp_path, ("steps = 24", "steps = 3000"))
+    log = (tmp_path / "log").open("w")
+    run = subprocess.Popen(command, env={**told, "OF_THIS_RUN": str(tmp_path)}, stderr=log, stdout=log)
+    metrics, until = tmp_path / "run/stages/02-rl/metrics.jsonl", time.monotonic() + 600
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert run.poll() is None, (tmp_path / "log").read_text()[-2000:]
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert len(servers_of(tmp_path)) > 2, "the trainer, a server and its worker"
+    run.send_signal(how)
+    run.wait(60)
+    until = time.monotonic() + 60
+    while (left := servers_of(tmp_path)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert left == [], [Path(f"/proc/{pid}/cmdline").read_text()[:200] for pid in left]

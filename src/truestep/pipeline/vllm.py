@@ -62,11 +62,11 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
                 Servers(server, own.servers, own.devices, restarts=own.restarts, say=say)
             )
             urls = servers.urls
-        told = {url: asdict(negotiate(client_of(url), dtype, length)) for url in urls}
-        if own.transfer == "broadcast":
-            for url in urls:
-                require_transfer(client_of(url), device)
-        told = {"folder": str(folder), "servers": told}
+        found = {url: negotiate(client_of(url), dtype, length) for url in urls}
+        for url, able in found.items():
+            if own.transfer == "broadcast":
+                require_transfer(url, able, device)
+        told = {"folder": str(folder), "servers": {url: asdict(able) for url, able in found.items()}}
     told = ranks.exchange(told)[0]
     abilities = {url: Abilities(**found) for url, found in told["servers"].items()}
     delivery, broadcast = FileDelivery(told["folder"], abilities), None

@@ -23,7 +23,7 @@ from truestep.errors import UserError
 from truestep.http_client import BadAnswer, Client
 from truestep.rollout.engine import StaleWeightsError
 from truestep.rollout.tensor_group import SENDER, TensorGroup
-from truestep.rollout.vllm_weights import FileDelivery
+from truestep.rollout.vllm_weights import Abilities, FileDelivery
 
 BACKEND = "truestep"  # of vLLM's --weight-transfer-config
 Told = dict[str, int]
@@ -147,18 +147,13 @@ def address_towards(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def require_transfer(client: Client, device: torch.device) -> None:
-    """Raise UserError, which says what to start, if a server cannot take weights from memory."""
-    where, start = (
-        f"the vLLM server {client.base}",
-        'start it with truestep vllm, or set vllm.transfer = "file"',
-    )
-    config = client.ask("/server_info?config_format=json")["vllm_config"]
-    backend = (config.get("weight_transfer_config") or {}).get("backend")
-    if backend != BACKEND:
+def require_transfer(url: str, able: Abilities, device: torch.device) -> None:
+    """Raise UserError, which says what to do, if a server cannot take weights from the memory of a device."""
+    start = 'start it with truestep vllm, or set vllm.transfer = "file"'
+    if able.transfer != BACKEND:
+        raise UserError(f"the vLLM server {url} takes no weights from memory; {start}")
+    if able.device not in (device.type, ""):
         raise UserError(
-            f"{where} takes no weights from memory (weight transfer {client.words(backend)}); {start}"
+            f"the vLLM server {url} and the trainer compute on different kinds of devices; "
+            'set vllm.transfer = "file"'
         )
-    kind = str(config["device_config"]["device_type"])
-    if kind != device.type:
-        raise UserError(f"{where} computes on {client.words(kind)} and the trainer on {device.type}; {start}")

@@ -46,6 +46,8 @@ class Abilities:
     tells_bits: bool
     length: int = 2  # tokens that it takes
     workers: int = 1  # processes that have weights
+    transfer: str = ""  # its backend of weight transfer
+    device: str = ""  # its kind: "cpu"; "" if it does not say
 
 
 def require_server(client: Client) -> str:
@@ -96,14 +98,13 @@ def negotiate(client: Client, dtype: str, context_length: int) -> Abilities:
             f"{where} takes {length} tokens; start it with --max-model-len {context_length}, or set a smaller "
             "sampling.max_new_tokens"
         )
-    named = str(parallel.get("worker_extension_cls") or "")
-    workers = int(parallel.get("world_size", 1)) * int(parallel.get("data_parallel_size", 1))
+    named, device = str(parallel.get("worker_extension_cls") or ""), config.get("device_config") or {}
     return Abilities(
-        version=version,
-        tells_bits=named.endswith("truestep_vllm_worker.Receiver"),
-        length=length,
-        workers=workers,
-    )
+        version=version, tells_bits=named.endswith("truestep_vllm_worker.Receiver"), length=length,
+        workers=int(parallel.get("world_size", 1)) * int(parallel.get("data_parallel_size", 1)),
+        transfer=str((config.get("weight_transfer_config") or {}).get("backend") or ""),
+        device=str(device.get("device_type") or device.get("device") or "").partition(":")[0],
+    )  # fmt: skip
 
 
 def _is_tested(version: str) -> bool:
