@@ -330,7 +330,11 @@ class EvaluateSettings(Frozen):
     samples_per_problem: Positive | Pinned = 1
     pass_at: tuple[int, ...] = (1,)  # for data sets; a benchmark gets every k
     sampling: EvaluationSampling = EvaluationSampling(temperature=0.6, max_new_tokens=256)
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = ()  # ids, or files and folders of one's own: PATH or NAME=PATH
+    benchmark_checker: Checker | Literal["auto"] = "auto"  # of one's own benchmarks, instead of a row's
+    scorers: tuple[
+        RewardSettings, ...
+    ] = ()  # rewards that every sample of a benchmark gets, next to its verdict
     folder: str = ""  # contains ID.jsonl, .parquet or .csv for each benchmark; "": the Hugging Face hub
     engine: str = (
         "torch"  # one of cli/evaluation_actions.py's ENGINES, or the URL of an OpenAI-compatible endpoint
@@ -351,6 +355,12 @@ class EvaluateSettings(Frozen):
         samples, limit = self.samples_per_problem, self.sampling.max_new_tokens
         if self.data and self.benchmarks:
             raise ValueError("data and benchmarks cannot be evaluated together; remove one of them")
+        if self.scorers:
+            reward_entries("", self.scorers)
+            if not self.benchmarks:
+                raise ValueError(
+                    "scorers: only samples of benchmarks are scored; set benchmarks, or remove scorers"
+                )
         for key, value in (("samples_per_problem", samples), ("sampling.max_new_tokens", limit)):
             if value == "benchmark" and not self.benchmarks:
                 raise ValueError(f"{key}: expected a whole number, because no benchmarks are given")
@@ -536,7 +546,7 @@ def _child(node: Any, part: str, item: str) -> Any:
 
 
 _NEWER: tuple[tuple[str, Any], ...] = (
-    ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0),
+    ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0), ("benchmark_checker", "auto"), ("scorers", []),
     ("vllm", VllmSettings().model_dump(mode="json")),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))

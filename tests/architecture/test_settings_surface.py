@@ -17,7 +17,7 @@ model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.int
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
 chat.system chat.user chat.generation_suffix chat.date
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
-evaluate.data evaluate.samples_per_problem evaluate.pass_at evaluate.before
+evaluate.data evaluate.benchmark_checker evaluate.scorers evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.few_shot evaluate.limit evaluate.limits
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
 evaluate.sampling.max_new_tokens evaluate.sampling.max_running

@@ -30,7 +30,11 @@ def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any
 
 
 _MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
-_IDS = "Comma-separated ids; truestep eval list shows them all."
+_IDS = "Comma-separated ids (truestep eval list shows them all), or files and folders of your own: PATH or NAME=PATH."
+_OWN_FILE = "A benchmark of your own: a file or folder, PATH or NAME=PATH. Can be repeated."
+_SCORER = (
+    "Also score every sample with a reward: FILE.py:FUNCTION, or a name such as format. Can be repeated."
+)
 _TEMPLATES = "Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd."
 _SHOTS = "How many worked examples to show before each problem."
 _DATA = "Folder with one file per benchmark: ID.jsonl, ID.parquet or ID.csv."
@@ -55,6 +59,8 @@ def words_of(text: str) -> list[str]:
 def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)],
     benchmarks: Annotated[str, option("--benchmarks", _IDS)] = "",
+    benchmark: Annotated[list[str] | None, option("--benchmark", _OWN_FILE, False)] = None,
+    scorer: Annotated[list[str] | None, option("--scorer", _SCORER, False)] = None,
     data: Annotated[str, option("--data", _DATA, "the Hugging Face hub")] = "",
     limit: Annotated[int | None, option("--limit", _LIMIT, "all", min=1)] = None,
     samples: Annotated[int | None, option("--samples", "Samples per problem.", _OWN, min=1)] = None,
@@ -72,7 +78,8 @@ def evaluate(
     from truestep.cli import evaluation_actions
 
     given: dict[str, Any] = {
-        "benchmarks": words_of(benchmarks), "folder": data, "limit": limit, "samples_per_problem": samples,
+        "benchmarks": [*words_of(benchmarks), *(benchmark or ())], "folder": data, "limit": limit,
+        "scorers": [{"function": name} for name in scorer or ()], "samples_per_problem": samples,
         "prompts": words_of(prompts), "few_shot": few_shot, "engine": engine,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value not in (None, "", [])}

@@ -24,6 +24,7 @@ from truestep.evaluate.model_adapters import EndpointAdapter, ModelAdapter, Toke
 from truestep.evaluate.suite import make_plans, run_suite
 from truestep.grade.score import Grader
 from truestep.report.evaluation import write_evaluation_report
+from truestep.rewards.scorer import RewardScorer, sources
 from truestep.rollout.engine import Engine
 from truestep.rollout.engine_endpoint import EndpointEngine, connect
 from truestep.settings import Settings, load_settings, override, read_recipe, settings_hash
@@ -67,14 +68,22 @@ def _execute(
             return
         stack.enter_context(rundir.locked(folder))
         _check_folder(settings, folder, resume=resume)  # another process may have used it in the meantime
-        plans, notes = make_plans(settings, jobs, adapter, folder, content)
+        # A sample that a function cannot score is a record of its own, so no share of them stops an evaluation.
+        entries = [e.model_copy(update={"max_failure_share": 1.0}) for e in settings.evaluate.scorers]
+        code = "".join(source.sha256 for source in sources(entries, base_dir).values())
+        plans, notes = make_plans(settings, jobs, adapter, folder, content, code)
         try:
-            with signals.deferred(), Grader() as grader:
+            with signals.deferred(), Grader() as grader, ExitStack() as inner:
+                scorer = RewardScorer(
+                    entries, grade=grader.score_many, base=base_dir, folder=folder / "scorers"
+                )
+                if entries:
+                    inner.enter_context(scorer)
                 rundir.open_run(folder, settings.model_dump(mode="json"))
                 rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
                 summary = run_suite(
                     settings, plans, notes, adapter=adapter, judge=grader.judge, folder=folder,
-                    reporter=reporter, check_stop=signals.check,
+                    reporter=reporter, check_stop=signals.check, reward=scorer.score if entries else None,
                 )  # fmt: skip
         except signals.Interrupted as stop:
             reporter.close()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from truestep.errors import UserError
-from truestep.evaluate.interval import Interval, mean_interval, standard_error
+from truestep.evaluate.interval import NORMAL_QUANTILE, Interval, mean_interval, standard_error
 from truestep.grade.equivalent import ballot
 from truestep.records import RecordError, Stop, Verdict
 
@@ -155,3 +155,25 @@ def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
         for (used, ties), count in ways.items():
             total += math.comb(right, j) * count * math.comb(silent, k - j - used) / (1 + ties)
     return total / math.comb(right + sum(wrong) + silent, k)
+
+
+def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, float | int | None]]:
+    """Return the mean of every reward over problems, with its standard error (None for one problem) and 95 % interval,
+    and the number of samples without it, which are in no mean. Rewards may have any size, so the interval is
+    the mean ± 1.96 standard errors."""
+    groups = by_problem(rows)
+    names = sorted({name for group in groups.values() for row in group for name in row.get("rewards") or {}})
+    found: dict[str, dict[str, float | int | None]] = {}
+    for name in names:
+        every = [[row["rewards"].get(name) for row in group] for group in groups.values()]
+        known = [[value for value in group if value is not None] for group in every]
+        means = np.array([np.mean(group) for group in known if group])
+        error = standard_error(means) if len(means) > 1 else None
+        width = None if error is None else NORMAL_QUANTILE * error
+        mean = float(means.mean())
+        found[name] = {
+            "value": mean, "stderr": error, "low": None if width is None else mean - width,
+            "high": None if width is None else mean + width, "num_problems": len(means),
+            "missing": sum(map(len, every)) - sum(map(len, known)),
+        }  # fmt: skip
+    return found

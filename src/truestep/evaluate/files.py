@@ -110,7 +110,8 @@ def score_row(data: str, results: Mapping[str, Any], **group: str) -> Row:
     metric = f"avg@{results['samples_per_problem']}"
     known = {"whole": True, "private": False, "published": {}, "metric": metric}
     facts = {key: results.get(key, default) for key, default in known.items()}
-    return {"data": data, **group, **facts, **results["estimate"]}
+    rewards = {"rewards": results["rewards"]} if "rewards" in results else {}
+    return {"data": data, **group, **facts, **results["estimate"], **rewards}
 
 
 def read_score_row(row: Mapping[str, Any]) -> Row:

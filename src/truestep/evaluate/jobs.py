@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 
 from truestep.errors import UserError
 from truestep.evaluate import benchmarks, prompts
+from truestep.evaluate.own import is_own, load_own
 from truestep.records import Problem
 from truestep.settings import SamplingSettings, Settings, parse, settings_hash
 
 # Short keys in `truestep eval` recipes (and in --set), and the keys that they stand for.
 SHORT = {
-    "benchmarks": "evaluate.benchmarks", "prompts": "evaluate.prompts", "few_shot": "evaluate.few_shot",
+    "benchmarks": "evaluate.benchmarks", "checker": "evaluate.benchmark_checker", "scorers": "evaluate.scorers",
+    "prompts": "evaluate.prompts", "few_shot": "evaluate.few_shot",
     "limit": "evaluate.limit", "limits": "evaluate.limits", "engine": "evaluate.engine",
     "samples": "evaluate.samples_per_problem", "temperature": "evaluate.sampling.temperature",
     "top_p": "evaluate.sampling.top_p", "max_new_tokens": "evaluate.sampling.max_new_tokens",
@@ -64,11 +66,12 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
             _put(table, SHORT.get(key, key), value)
     if not table.get("evaluate", {}).get("benchmarks"):
         raise UserError(
-            f"{where}: no benchmarks are given; pass --benchmarks (truestep eval list shows them)"
+            f"{where}: no benchmarks are given; pass --benchmarks (truestep eval list shows them) or a file of your own"
         )
     settings = parse(Settings, table, where=where)
     for id in settings.evaluate.benchmarks:
-        benchmarks.find(id)
+        if not is_own(id):
+            benchmarks.find(id)
     prompts.chosen([p for p in settings.evaluate.prompts if p != "benchmark"])
     if settings.compute.dtype == "float64":
         raise UserError(
@@ -99,10 +102,9 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
     if folder and (base_dir / folder).is_dir():  # in the recipe's folder, otherwise in the current one
         folder = base_dir / folder
     jobs = []
-    for id in dict.fromkeys(evaluate.benchmarks):
-        benchmark = benchmarks.find(id)
-        every = benchmarks.load(benchmark, folder)
-        problems = benchmarks.take(every, evaluate.limits.get(id, evaluate.limit), id)
+    for id, benchmark, every in _loaded(settings, folder, base_dir):
+        limit = evaluate.limits.get(id, evaluate.limit)
+        problems = benchmarks.take(every, limit, benchmark.id)
         names = [benchmark.prompt if name == "benchmark" else name for name in evaluate.prompts]
         sampling = evaluate.sampling.resolved(benchmark.temperature, benchmark.max_new_tokens)
         wanted = evaluate.samples_per_problem
@@ -116,6 +118,25 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
     return jobs
 
 
+def _loaded(
+    settings: Settings, folder: Path | None, base_dir: Path
+) -> Iterator[tuple[str, benchmarks.Benchmark, list[Problem]]]:
+    """Yield every entry of evaluate.benchmarks with its benchmarks and all their problems."""
+    seen: dict[str, str] = {}
+    for id in dict.fromkeys(settings.evaluate.benchmarks):
+        if not is_own(id):
+            benchmark = benchmarks.find(id)
+            found = [(benchmark, benchmarks.load(benchmark, folder))]
+        else:
+            found = load_own(id, base_dir, settings.evaluate.benchmark_checker)
+        for benchmark, every in found:
+            if (other := seen.setdefault(benchmark.id, id)) != id:
+                raise UserError(
+                    f"benchmarks: {other} and {id} are both called {benchmark.id}; name one of them: NAME={id}"
+                )
+            yield id, benchmark, every
+
+
 def _hash(problems: Sequence[Problem]) -> str:
     text = "".join(f"{p.id}\x1f{p.messages[-1].content}\x1f{p.answer}\x1c" for p in problems)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -126,14 +147,15 @@ def engine_kind(settings: Settings) -> str:
     return "endpoint" if settings.evaluate.is_endpoint else settings.evaluate.engine
 
 
-def job_identity(settings: Settings, job: Job, model_content: str) -> str:
-    """Return a hash of everything that a sample of this job depends on. The number of samples is not
-    included."""
+def job_identity(settings: Settings, job: Job, model_content: str, scorers: str = "") -> str:
+    """Return a hash of everything that a sample of this job depends on, with its scores. The number of samples is not
+    included. ``scorers`` is a hash of the scorers' files."""
     t, s = job.template, job.sampling
     asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
     sampling = (s.temperature, s.top_p, s.top_k, s.max_new_tokens, settings.seed, settings.evaluate.few_shot)
     own = (settings.compute.dtype, engine_kind(settings), job.benchmark.id, job.benchmark.scorer, job.source)
-    return settings_hash(settings.model, *asked, *map(str, sampling), *own, model_content)
+    scored: list[Any] = [*settings.evaluate.scorers, scorers] if settings.evaluate.scorers else []
+    return settings_hash(settings.model, *asked, *map(str, sampling), *own, model_content, *scored)
 
 
 def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:

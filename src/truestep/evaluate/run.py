@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from truestep.errors import UserError
-from truestep.evaluate.estimate import Estimate, estimate
+from truestep.evaluate.estimate import Estimate, estimate, mean_rewards
 from truestep.evaluate.files import (
     SCHEMA_VERSION,
     Row,
@@ -31,7 +31,7 @@ from truestep.evaluate.files import (
 from truestep.evaluate.interval import mean_interval
 from truestep.grade.policy import Judgment
 from truestep.progress import Reporter
-from truestep.records import Message, Problem, Prompt, RecordError, Stop, Verdict
+from truestep.records import Message, Problem, Prompt, RecordError, RewardInput, Score, Stop, Verdict
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, jsonl, jsonl_lines, write_atomic, write_json
@@ -43,6 +43,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 Key = tuple[str, int]  # problem id, sample index
 Judge = Callable[[Problem, str], Judgment]
 Answer = Callable[[Sequence[Key]], Iterator[TextSample]]
+Reward = Callable[[Sequence[RewardInput]], Sequence[Score]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class EvaluationPlan:
     private: bool = False  # if True, only ids, verdicts and counts are written, and no text
     opening: str = ""  # the part of the model's own text that is in the prompt; graded with every completion
     facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the results file
+    reward: Reward | None = None  # scores every sample, next to its verdict
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -170,7 +172,8 @@ def conclude(plan: EvaluationPlan) -> dict[str, Any]:
         )
     ordered = [rows[key] for key in keys]
     _write_all(plan, ordered)
-    return write_json(plan.results_path, _results(plan, estimate(ordered, plan.pass_at)))
+    rewards = {} if plan.reward is None else {"rewards": mean_rewards(ordered)}
+    return write_json(plan.results_path, {**_results(plan, estimate(ordered, plan.pass_at)), **rewards})
 
 
 class RunningScore:
@@ -236,6 +239,8 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
             "prompt": problem.messages[-1].content, "completion": sample.text, "extracted": extracted,
             "gold": problem.answer, "reason": judged.reason if judged else f"engine: {sample.error}",
         }  # fmt: skip
+    if plan.reward is not None:
+        row["rewards"] = dict(_rewarded(plan, plan.reward, problem, sample).parts) if judged else {}
     if judged:
         row |= {"verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value,
                 "unreadable": judged.score.unreadable}  # fmt: skip
@@ -245,6 +250,15 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
             **dict.fromkeys(("verdict", "strict", "lenient"), Verdict.UNSCORED.value),
         }
     return row | {"stop": sample.stop.value, "num_tokens": sample.num_tokens}
+
+
+def _rewarded(plan: EvaluationPlan, reward: Reward, problem: Problem, sample: TextSample) -> Score:
+    given = RewardInput(
+        problem=problem, messages=problem.messages, completion=plan.opening + sample.text,
+        completion_ids=sample.token_ids, stop=sample.stop, seed=plan.seed, step=0, sample=sample.sample_index,
+        limit=plan.sampling.max_new_tokens,
+    )  # fmt: skip
+    return reward([given])[0]
 
 
 def check_kept(plan: EvaluationPlan) -> None:

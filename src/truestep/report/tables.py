@@ -98,6 +98,7 @@ class ScoreRow:
     whole: bool = True
     private: bool = False
     published: Mapping[str, float] = field(default_factory=dict)
+    rewards: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # by scorer
 
     @property
     def samples(self) -> str:
@@ -201,8 +202,22 @@ def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
         ("Unreadable", lambda r: percent(r.unreadable_rate)),
         ("Mean tokens", lambda r: whole(r.mean_tokens)), (_PUBLISHED, lambda r: f"{r.published.get('SFT→RL', NONE)}"),
     ]  # fmt: skip
+    columns += [(f"Mean {name}", _reward_cell(name)) for name in sorted({n for r in rows for n in r.rewards})]
     score: Column = ("Score [95 % interval]", lambda r: with_interval(r.score, r.low, r.high))
     return [*_names(rows), score, *(c for c in columns if any(c[1](row) != NONE for row in rows))]
+
+
+def _reward_cell(name: str) -> Callable[[ScoreRow], str]:
+    return lambda row: mean_reward(row.rewards.get(name))
+
+
+def mean_reward(found: Mapping[str, float | None] | None) -> str:
+    """Return text such as 0.42 [0.31, 0.53]."""
+    if not found or found["value"] is None:
+        return NONE
+    ends = "" if found["low"] is None else f" [{found['low']:.3g}, {found['high']:.3g}]"
+    missing = f" ({found['missing']} samples without it)" if found["missing"] else ""
+    return f"{found['value']:.3g}{ends}{missing}"
 
 
 def _sizes(row: ScoreRow) -> str:
@@ -252,8 +267,12 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = Tr
     unread = [
         f"{r.prompt or r.checkpoint} {r.data} {percent(r.unreadable_rate)}" for r in rows if r.unreadable_rate
     ]
-    if unread:
-        table.caption = Text(visible(f"unreadable answers (incorrect): {', '.join(unread)}"), justify="left")
+    told = [f"unreadable answers (incorrect): {', '.join(unread)}"] if unread else []
+    told += [
+        f"mean {name}, {r.title}: {mean_reward(found)}" for r in rows for name, found in r.rewards.items()
+    ]
+    if told:
+        table.caption = Text("\n".join(map(visible, told)), justify="left")
     for row in cells:
         table.add_row(*(Text(cell.replace(" [", "\n[").replace(" (", "\n(")) for cell in row))
     return table

@@ -1,0 +1,97 @@
+"""Benchmarks of one's own: a file or a folder of files in place of a pinned benchmark's id.
+
+    my.jsonl    a/folder    NAME=my.jsonl
+
+A file has rows with a question and an answer, with or without choices, in one of the layouts of published benchmarks,
+or problems as for training. Its name is NAME or the file's, and its content is identified by a hash, as that of the
+pinned ones is. Held by: tests/evaluate/test_own_benchmark.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from truestep.data.problems import load_problems
+from truestep.data.rows import read_rows
+from truestep.errors import UserError
+from truestep.evaluate.benchmarks import BY_ID, Benchmark, problem_of
+from truestep.evaluate.sources import Item, content_hash, file_items
+from truestep.records import Problem
+from truestep.settings import DataSettings
+
+SUFFIXES = (".jsonl", ".parquet", ".csv")
+# Columns of published layouts (sources.item_of) that rows of problems do not have.
+_OF_ITEMS = {"question", "Question", "choices", "options", "Correct Answer", "Body"}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def is_own(entry: str) -> bool:
+    """Return whether an entry of evaluate.benchmarks names a file or a folder, not a pinned benchmark."""
+    return entry not in BY_ID and (
+        "=" in entry or "/" in entry or "\\" in entry or Path(entry).suffix != "" or Path(entry).is_dir()
+    )
+
+
+def load_own(entry: str, base_dir: Path, checker: str) -> list[tuple[Benchmark, list[Problem]]]:
+    """Return the benchmarks of an entry, with all their problems. ``checker`` is one of settings.CHECKERS, or "auto":
+    a row's own, "exact" for choices and otherwise "math". A path is relative to ``base_dir`` or the current folder.
+
+    Raises UserError that names file, row and field."""
+    name, _, place = entry.rpartition("=")
+    path = _found(Path(place).expanduser(), base_dir)
+    if name and not _NAME.fullmatch(name):
+        raise UserError(f'benchmarks: "{name}" is not a name; use only letters, digits, ".", "_" and "-"')
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+        if not files:
+            raise UserError(f"benchmarks: the folder {path} has no {', '.join(SUFFIXES)} file")
+        return [_load(f, f"{name}-{f.stem}" if name else f.stem, checker) for f in files]
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"benchmarks: {path}: expected a file with the ending {', '.join(SUFFIXES)}")
+    return [_load(path, name or path.stem, checker)]
+
+
+def _found(place: Path, base_dir: Path) -> Path:
+    for path in (base_dir / place, place):
+        if path.exists():
+            return path
+    raise UserError(
+        f"benchmarks: no such file or folder: {place}; truestep eval list shows the pinned benchmarks"
+    )
+
+
+def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]]:
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-") or "own"
+    if name in BY_ID:
+        raise UserError(
+            f"benchmarks: {path} has the name of a pinned benchmark; give it another: my-{name}={path}"
+        )
+    first = next(iter(read_rows(path)), (0, {}))[1] if path.suffix != ".csv" else {"question": ""}
+    items: Sequence[Item] = ()
+    if isinstance(first, dict) and _OF_ITEMS & first.keys():
+        items = file_items(path)
+        is_choice = bool(items) and all(item.choices for item in items)
+        if not is_choice and (mixed := [n for n, item in enumerate(items, start=1) if item.choices]):
+            raise UserError(
+                f"{path}:{mixed[0]}: choices: some rows have choices and some have none; use two files"
+            )
+        scorer = ("exact" if is_choice else "math") if checker == "auto" else checker
+        own = _benchmark(name, items, "choice" if is_choice else "math", scorer)
+        problems = [problem_of(own, item, f"{path}:{n}") for n, item in enumerate(items, start=1)]
+    else:
+        settings = DataSettings.model_validate({"source": str(path), "checker": checker})
+        problems = load_problems(name, settings, seed=0, base_dir=Path())
+        items = [Item(id=p.id, question=p.messages[-1].content, answer=p.answer) for p in problems]
+        own = _benchmark(name, items, "math", ",".join(sorted({p.checker for p in problems})))
+    if not problems:
+        raise UserError(f"{path}: expected at least one row, got none")
+    return own, problems
+
+
+def _benchmark(name: str, items: Sequence[Item], kind: str, scorer: str) -> Benchmark:
+    return Benchmark(
+        id=name, title=name, num_rows=len(items), content=content_hash(items), hub="",
+        kind="choice" if kind == "choice" else "math", scorer=scorer,
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Benchmarks of one's own: files and folders in the place of a pinned benchmark's id, with checkers, choices and
+rewards as scorers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from truestep.cli.main import _app
+from truestep.errors import UserError
+from truestep.evaluate.benchmarks import TABLE
+from truestep.evaluate.estimate import mean_rewards
+from truestep.evaluate.own import is_own, load_own
+from truestep.rundir import read_jsonl
+
+pytest.importorskip("torch")
+SMALL = ["model.context_length=1024", "model.tiny.hidden_size=16", "model.tiny.num_layers=1",
+         "model.tiny.num_heads=2", "max_new_tokens=12"]  # fmt: skip
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def call(*words: str, code: int = 0) -> Any:
+    sets = [word for pair in SMALL for word in ("--set", pair)]
+    result = CliRunner().invoke(_app(), ["eval", "model", "tiny", "--json", *sets, *words])
+    if isinstance(result.exception, UserError):
+        assert code == 2
+        return str(result.exception)
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def test_what_is_a_path() -> None:
+    assert not any(is_own(b.id) for b in TABLE)
+    assert not is_own("aime2024")
+    for entry in ("my.jsonl", "./folder", "data/x", "mine=x.csv", "."):
+        assert is_own(entry), entry
+
+
+def test_layouts_give_the_same_problems(tmp_path: Path) -> None:
+    """The same two questions in six layouts have the same texts, answers and content hash."""
+    plain = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
+    layouts = {
+        "problem": plain,
+        "question": [{"question": r["problem"], "answer": r["answer"]} for r in plain],
+        "gsm8k": [{"question": r["problem"], "answer": f"think #### {r['answer']}"} for r in plain],
+        "messages": [
+            {"messages": [{"role": "user", "content": r["problem"]}], "answer": r["answer"]} for r in plain
+        ],
+    }
+    found = [
+        load_own(str(jsonl(tmp_path / f"{n}.jsonl", *rows)), tmp_path, "auto") for n, rows in layouts.items()
+    ]
+    path = tmp_path / "table.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["question", "answer"], *([r["problem"], r["answer"]] for r in plain)])
+    found.append(load_own(f"mine={path.name}", tmp_path, "auto"))
+    for [(benchmark, problems)] in found:
+        assert [p.messages[-1].content for p in problems] == ["1+1?", "2+2?"]
+        assert [p.answer.strip() for p in problems] == ["2", "4"]
+        assert benchmark.content == found[0][0][0].content
+        assert benchmark.kind == "math"
+    assert [found[i][0][0].id for i in (0, -1)] == ["problem", "mine"]
+    other = load_own(str(jsonl(tmp_path / "o.jsonl", {"problem": "1+1?", "answer": "3"})), tmp_path, "auto")
+    assert other[0][0].content != found[0][0][0].content
+
+
+def test_checkers_choices_and_folders(tmp_path: Path) -> None:
+    rows = [{"problem": "a", "answer": "Paris", "checker": "exact"}, {"problem": "b", "answer": "2"}]
+    jsonl(tmp_path / "mixed.jsonl", *rows)
+    jsonl(tmp_path / "pick.jsonl", {"question": "q", "choices": ["x", "y"], "answer": "B"})
+    (tmp_path / "notes.txt").write_text("not a benchmark")
+    both = load_own(str(tmp_path), tmp_path, "auto")
+    assert [b.id for b, _ in both] == ["mixed", "pick"]
+    assert [p.checker for p in both[0][1]] == ["exact", "math"]
+    assert (both[1][0].kind, both[1][0].scorer) == ("choice", "exact")
+    assert "A) " in both[1][1][0].messages[-1].content
+    assert both[1][1][0].answer in "AB"
+    named = load_own(f"all={tmp_path}", tmp_path, "auto")
+    assert [b.id for b, _ in named] == ["all-mixed", "all-pick"]
+    forced = load_own("pick.jsonl", tmp_path, "choice")
+    assert forced[0][1][0].checker == "choice"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"problem": "a"}], r"x\.jsonl:1: answer"),
+        ([{"question": "a", "answer": ""}], r"x\.jsonl:1: answer: expected text"),
+        ([{"problem": "a", "answer": "1", "checker": "mth"}], r'x\.jsonl:1: checker: .*did you mean "math"'),
+        ([{"question": "a", "choices": ["x", "y"], "answer": "C"}], r"x\.jsonl:1: answer"),
+        (
+            [{"question": "a", "choices": ["x", "y"], "answer": "A"}, {"question": "b", "answer": "1"}],
+            r"x\.jsonl:1: choices: some rows have choices and some have none",
+        ),
+        ([], r"x\.jsonl: expected at least one row"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
+    jsonl(tmp_path / "x.jsonl", *rows)
+    with pytest.raises(UserError, match=said):
+        load_own("x.jsonl", tmp_path, "auto")
+
+
+def test_bad_names_are_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "aime24.jsonl", {"problem": "a", "answer": "1"})
+    with pytest.raises(UserError, match=r"name of a pinned benchmark; give it another: my-aime24="):
+        load_own(str(path), tmp_path, "auto")
+    with pytest.raises(UserError, match="no such file or folder: gone"):
+        load_own("gone.jsonl", tmp_path, "auto")
+    with pytest.raises(UserError, match='"a b" is not a name'):
+        load_own(f"a b={path}", tmp_path, "auto")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"the folder .* has no"):
+        load_own("empty", tmp_path, "auto")
+    words = ["--benchmark", f"one={path}", "--benchmark", f"./one={path}", "--dry-run"]
+    assert "is not a name" in call(*words, code=2)
+    copy = jsonl(tmp_path / "one.jsonl", {"problem": "a", "answer": "1"})
+    words = ["--benchmark", f"one={path}", "--benchmark", str(copy), "--dry-run", "--prompts", "brief"]
+    assert "are both called one" in call(*words, code=2)
+
+
+REWARD = """
+def words(completions, answer, **_):
+    return [None if a == "4" else float(len(c.split())) for c, a in zip(completions, answer)]
+"""
+
+
+def test_scored_resumed_compared_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole evaluation with a reward of one's own: a sample that it cannot score is no zero, an interrupted
+    evaluation ends with the same bytes, and the files work as those of a pinned benchmark."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": f"{n}+{n}?", "answer": str(2 * n)} for n in range(4)]
+    jsonl(tmp_path / "sums.jsonl", *rows)
+    (tmp_path / "mine.py").write_text(REWARD)
+    words = ["--benchmark", "sums.jsonl", "--samples", "2", "--prompts", "brief", "--few-shot", "1"]
+    words += ["--scorer", "mine.py:words", "--scorer", "format", "--out", "out"]
+    [score] = call(*words)["scores"]
+    assert (score["data"], score["n"], score["whole"]) == ("sums", 8, True)
+    kept = read_jsonl(tmp_path / "out/evaluations/brief/sums.samples.jsonl")[1:]
+    expected = [len(r["completion"].split()) for r in kept if r["gold"] != "4"]
+    assert [r["rewards"].get("words") for r in kept if r["gold"] == "4"] == [None, None]
+    by_problem = np.array(expected, dtype=float).reshape(3, 2).mean(1)
+    assert score["rewards"]["words"]["value"] == pytest.approx(by_problem.mean())
+    assert score["rewards"]["words"]["stderr"] == pytest.approx(by_problem.std(ddof=1) / 3**0.5)
+    assert score["rewards"]["words"]["missing"] == 2
+    assert score["rewards"]["format"]["missing"] == 0
+    assert "Mean words" in (tmp_path / "out/report.html").read_text()
+
+    path = tmp_path / "out/evaluations/brief/sums.samples.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    call(*words, "--resume")
+    assert path.read_bytes() == whole
+    (tmp_path / "mine.py").write_text(REWARD + "# changed\n")
+    assert "made with a different model, data, settings" in call(*words, "--resume", code=2)
+    export = CliRunner().invoke(_app(), ["eval", "export", "out", "--out", "lm", "--json"])
+    assert export.exit_code == 0, export.output
+    told = json.loads((tmp_path / "lm/brief/results.json").read_text())
+    assert told["results"]["sums"]["exact_match,none"] == score["score"]
+    compared = CliRunner().invoke(_app(), ["eval", "compare", "out", "lm", "--json"])
+    assert json.loads(compared.stdout)["comparisons"][0]["num_problems"] == 4
+
+
+def test_a_recipe_names_files_in_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    jsonl(tmp_path / "r/t.jsonl", {"problem": "1", "answer": "one"})
+    recipe = tmp_path / "r/eval.toml"
+    recipe.write_text(
+        'benchmarks = ["t.jsonl"]\nchecker = "exact"\nlimit = 1\nprompts = ["brief"]\nmax_new_tokens = 8\n'
+        '[model]\npath = "tiny"\ncontext_length = 1024\n'
+    )
+    result = CliRunner().invoke(_app(), ["eval", "model", str(recipe), "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["jobs"][0]["data"] == "t"
+
+
+def test_means_of_rewards() -> None:
+    rows = [
+        {"problem_id": p, "sample_index": i, "rewards": {"r": v} if v is not None else {}}
+        for p, i, v in [("a", 0, 1.0), ("a", 1, 3.0), ("b", 0, 8.0), ("b", 1, None), ("c", 0, None)]
+    ]
+    found = mean_rewards(rows)["r"]
+    assert found["value"] == 5.0
+    assert found["stderr"] == pytest.approx(np.std([2.0, 8.0], ddof=1) / 2**0.5)
+    assert (found["num_problems"], found["missing"]) == (2, 2)
+    assert mean_rewards(rows[:2])["r"] | {"value": 0} == {
+        "value": 0, "stderr": None, "low": None, "high": None, "num_problems": 1, "missing": 0,
+    }  # fmt: skip
