@@ -271,7 +271,7 @@ class VllmSettings(Frozen):
     servers: int = Field(1, ge=1)  # number of servers to start
     devices: tuple[str, ...] = ()  # GPUs of each server, e.g. ["2,3", "4,5"]; (): all that truestep may use
     options: tuple[str, ...] = ()  # further arguments for vLLM's command line
-    transfer: Literal["file", "broadcast"] = "file"  # weights as files, or from memory to memory (gloo, NCCL)
+    transfer: Literal["file", "broadcast"] = "file"  # weights as files, or from memory to memory
     folder: str = ""  # where weights are handed over, readable by the servers; "": shared memory
     sleep: bool = False  # servers give up their memory while the trainer updates (same accelerator)
     restarts: int = Field(3, ge=0)  # of servers that die, in one stage

@@ -17,10 +17,13 @@ model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.int
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
 chat.system chat.user chat.generation_suffix chat.date
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
-evaluate.data evaluate.benchmark_checker evaluate.scorers evaluate.samples_per_problem evaluate.pass_at evaluate.before
+evaluate.data evaluate.benchmark_checker evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.few_shot evaluate.limit evaluate.limits
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
 evaluate.sampling.max_new_tokens evaluate.sampling.max_running
+evaluate.scorers.function evaluate.scorers.weight evaluate.scorers.name evaluate.scorers.options
+evaluate.scorers.timeout_seconds evaluate.scorers.memory_mb evaluate.scorers.workers evaluate.scorers.batch_size
+evaluate.scorers.max_failure_share
 vllm.attach vllm.servers vllm.devices vllm.options vllm.transfer vllm.folder vllm.sleep vllm.restarts
 
 stage.kind stage.name stage.data stage.tokens_per_microbatch stage.save_every stage.save_every_minutes

@@ -33,7 +33,7 @@ def call(*words: str, code: int = 0) -> Any:
     sets = [word for pair in SMALL for word in ("--set", pair)]
     result = CliRunner().invoke(_app(), ["eval", "model", "tiny", "--json", *sets, *words])
     if isinstance(result.exception, UserError):
-        assert code == 2
+        assert code == 2, result.exception
         return str(result.exception)
     assert result.exit_code == code, result.output
     return json.loads(result.stdout)
@@ -52,7 +52,7 @@ def test_layouts_give_the_same_problems(tmp_path: Path) -> None:
     layouts = {
         "problem": plain,
         "question": [{"question": r["problem"], "answer": r["answer"]} for r in plain],
-        "gsm8k": [{"question": r["problem"], "answer": f"think #### {r['answer']}"} for r in plain],
+        "worked": [{"question": r["problem"], "answer": f"think #### {r['answer']}"} for r in plain],
         "messages": [
             {"messages": [{"role": "user", "content": r["problem"]}], "answer": r["answer"]} for r in plain
         ],
@@ -103,7 +103,7 @@ def test_checkers_choices_and_folders(tmp_path: Path) -> None:
             [{"question": "a", "choices": ["x", "y"], "answer": "A"}, {"question": "b", "answer": "1"}],
             r"x\.jsonl:1: choices: some rows have choices and some have none",
         ),
-        ([], r"x\.jsonl: expected at least one row"),
+        ([], r"x\.jsonl: expected one JSON object per line, got an empty file"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
@@ -131,8 +131,8 @@ def test_bad_names_are_refused(tmp_path: Path) -> None:
 
 
 REWARD = """
-def words(completions, answer, **_):
-    return [None if a == "4" else float(len(c.split())) for c, a in zip(completions, answer)]
+def words(samples):
+    return [None if s.problem.columns["answer"] == "4" else float(len(s.completion.split())) for s in samples]
 """
 
 

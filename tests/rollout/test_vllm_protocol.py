@@ -466,7 +466,9 @@ def test_vllms_processes_get_their_files_and_none_of_a_ranks_variables(
     assert not set(gone) & set(found)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "truestep_fingerprints.py",
+        "truestep_tensor_group.py",
         "truestep_vllm_start.py",
+        "truestep_vllm_transfer.py",
         "truestep_vllm_worker.py",
     ]
     for path in tmp_path.iterdir():

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,17 @@ def _execute(
         plans, notes = make_plans(settings, jobs, adapter, folder, content, code)
         try:
             with signals.deferred(), Grader() as grader, ExitStack() as inner:
-                scorer = RewardScorer(
-                    entries, grade=grader.score_many, base=base_dir, folder=folder / "scorers"
-                )
                 if entries:
-                    inner.enter_context(scorer)
+                    made = RewardScorer(
+                        entries, grade=grader.score_many, base=base_dir, folder=folder / "scorers"
+                    )
+                    score = inner.enter_context(made).score
+                    plans = [(job, replace(plan, reward=score)) for job, plan in plans]
                 rundir.open_run(folder, settings.model_dump(mode="json"))
                 rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
                 summary = run_suite(
                     settings, plans, notes, adapter=adapter, judge=grader.judge, folder=folder,
-                    reporter=reporter, check_stop=signals.check, reward=scorer.score if entries else None,
+                    reporter=reporter, check_stop=signals.check,
                 )  # fmt: skip
         except signals.Interrupted as stop:
             reporter.close()

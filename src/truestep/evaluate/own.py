@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from truestep.data.problems import load_problems
-from truestep.data.rows import read_rows
+from truestep.data.rows import RowError
 from truestep.errors import UserError
 from truestep.evaluate.benchmarks import BY_ID, Benchmark, problem_of
-from truestep.evaluate.sources import Item, content_hash, file_items
+from truestep.evaluate.sources import Item, content_hash, file_items, file_rows
 from truestep.records import Problem
 from truestep.settings import DataSettings
 
@@ -68,9 +69,9 @@ def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]
         raise UserError(
             f"benchmarks: {path} has the name of a pinned benchmark; give it another: my-{name}={path}"
         )
-    first = next(iter(read_rows(path)), (0, {}))[1] if path.suffix != ".csv" else {"question": ""}
+    first = next(iter(file_rows(path)), (0, {}))[1]
     items: Sequence[Item] = ()
-    if isinstance(first, dict) and _OF_ITEMS & first.keys():
+    if path.suffix == ".csv" or (isinstance(first, dict) and _OF_ITEMS & first.keys()):
         items = file_items(path)
         is_choice = bool(items) and all(item.choices for item in items)
         if not is_choice and (mixed := [n for n, item in enumerate(items, start=1) if item.choices]):
@@ -79,7 +80,11 @@ def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]
             )
         scorer = ("exact" if is_choice else "math") if checker == "auto" else checker
         own = _benchmark(name, items, "choice" if is_choice else "math", scorer)
-        problems = [problem_of(own, item, f"{path}:{n}") for n, item in enumerate(items, start=1)]
+        rows = [dict(row) for _, row in file_rows(path) if not isinstance(row, RowError)]
+        problems = [
+            replace(problem_of(own, item, f"{path}:{number}"), columns=row)
+            for number, (item, row) in enumerate(zip(items, rows, strict=True), start=1)
+        ]
     else:
         settings = DataSettings.model_validate({"source": str(path), "checker": checker})
         problems = load_problems(name, settings, seed=0, base_dir=Path())

@@ -109,8 +109,12 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
 
 def file_items(path: Path) -> list[Item]:
     """Return the items in a .jsonl, .parquet or .csv file. Raises UserError with file, row and field."""
-    rows: Iterable[tuple[int, Row | RowError]] = _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
-    return _items(str(path), path.stem, rows)
+    return _items(str(path), path.stem, file_rows(path))
+
+
+def file_rows(path: Path) -> Iterable[tuple[int, Row | RowError]]:
+    """Yield the number and the content of every row of a .jsonl, .parquet or .csv file."""
+    return _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
 
 
 def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]:

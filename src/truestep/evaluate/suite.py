@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from truestep.evaluate.compare import compare
 from truestep.evaluate.files import read_samples, samples_of, score_row
 from truestep.evaluate.jobs import Job, engine_kind, job_identity, remarks
 from truestep.evaluate.model_adapters import ModelAdapter, ReadyJob
-from truestep.evaluate.run import EvaluationPlan, Judge, Reward, check_kept, run_evaluation
+from truestep.evaluate.run import EvaluationPlan, Judge, check_kept, run_evaluation
 from truestep.progress import Reporter
 from truestep.rollout.engine import SamplingParameters
 from truestep.settings import Settings
@@ -44,7 +44,6 @@ def make_plans(
 def run_suite(
     settings: Settings, plans: Sequence[tuple[Job, EvaluationPlan]], notes: list[str], *,
     adapter: ModelAdapter, judge: Judge, folder: Path, reporter: Reporter, check_stop: Callable[[], None],
-    reward: Reward | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate all jobs that are not yet finished, then write and return the summary."""
     for note in notes:
@@ -65,9 +64,7 @@ def run_suite(
     for number, (job, plan) in enumerate(plans, start=1):
         answer = adapter.answers(plan, job.template, check_stop)
         title = f"[{number}/{len(plans)}] {job.title}"
-        results = run_evaluation(
-            replace(plan, reward=reward), answer=answer, judge=judge, reporter=reporter, title=title
-        )
+        results = run_evaluation(plan, answer=answer, judge=judge, reporter=reporter, title=title)
         scores.append(score_row(plan.name, results, prompt=job.template.id))
         if (rate := scores[-1]["extracted_rate"]) < FEW_EXTRACTED:
             few = f"an answer was found in only {rate:.0%} of the samples"

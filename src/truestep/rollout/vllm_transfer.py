@@ -1,8 +1,8 @@
 """Runs inside vLLM's worker processes: receives weights from the trainer, by vLLM's interface for that.
 
 vLLM calls it for its routes /init_weight_transfer_engine, /start_weight_update, /update_weights and
-/finish_weight_update if it is started with --weight-transfer-config '{"backend": "truestep"}'. Its own backend for NCCL
-exchanges pickled objects.
+/finish_weight_update if it is started with --weight-transfer-config '{"backend": "truestep"}'. Its own backends
+exchange pickled objects.
 Source: vLLM 0.32, distributed/weight_transfer/base.py. Held by: tests/rollout/test_vllm_rl.py
 """
 
