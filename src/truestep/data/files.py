@@ -21,6 +21,7 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SHARD = re.compile(r"-\d+(?:-of-\d+)?$")
 # Suffixes of files that may contain data. Such a file in a folder is named if it is not read.
 _DATA_SUFFIXES = (*SUFFIXES, ".json", ".csv", ".tsv", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".zip")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w-]*")
 _SHOWN = 10  # files that are named; the others are counted
 
 
@@ -38,6 +39,8 @@ def find_source(name: str, source: str, base_dir: Path) -> Path:
     beside = [p for c in candidates if c.parent.is_dir() for p in c.parent.iterdir()]
     siblings = [str(p) for p in beside if p.is_dir() or p.suffix in SUFFIXES]
     near = [m for c in candidates for m in difflib.get_close_matches(str(c), siblings, n=1, cutoff=0.6)]
+    if not near and colon == "" and _HUB_ID.fullmatch(source):
+        near = [f"hub:{source}"]
     hint = f'; did you mean "{near[0]}"?' if near else ""
     raise UserError(f"{candidates[0]}: no such file or folder (data.{name}.source){hint}")
 
