@@ -19,7 +19,7 @@ from truestep.rundir import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/run.md"
-WORTHLESS = ("--set", "stages.rl.sampling.max_new_tokens=4")  # too few for an answer
+WORTHLESS = ("--set", "stages.sft.optimizer.lr=1.0")  # much too large
 PARTS = {"right": (), "worthless": WORTHLESS}
 
 
@@ -46,7 +46,9 @@ def printed(text: str, *words: str) -> str:
             if columns is not None:
                 os.environ["COLUMNS"] = columns
     command = " ".join(["$ truestep run sums.toml --out runs/sums", *words])
-    return "\n".join([command, *(line.rstrip() for line in said.getvalue().splitlines() if line.strip())])
+    lines = [line.rstrip() for line in said.getvalue().splitlines() if line.strip()]
+    start = next((i for i, line in enumerate(lines) if words and line.startswith("sft: method")), 0)
+    return "\n".join([command, *(["..."] if start else []), *lines[start:]])
 
 
 def filled(page: str) -> str:

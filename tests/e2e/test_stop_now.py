@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contract"))
 from tiny_runs import write_recipe
 
 from truestep import signals
+from truestep.rundir import read_jsonl
 from truestep.signals import Interrupted
 
 # A method that hangs once, in the first micro-batch of the third step.
@@ -77,12 +78,10 @@ def test_the_first_is_answered_and_the_second_keeps_the_last_step(tmp_path: Path
     assert process.returncode == 130
     assert "all finished work is saved. Continue with: truestep sft" in rest
     assert (stage / "checkpoints/latest").read_text().strip() == "step_00000002"
-    for folder, more in ((run, ["--resume"]), (tmp_path / "whole", [])):
-        process = start(folder, *more)
-        _, rest = process.communicate(timeout=120)
-        assert process.returncode == 0, rest
-    for name in ("metrics.jsonl", "export/model.safetensors"):
-        assert (stage / name).read_bytes() == (tmp_path / "whole/stages/01-sft" / name).read_bytes()
+    process = start(run, "--resume")
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 0, rest
+    assert [row["step"] for row in read_jsonl(stage / "metrics.jsonl")] == list(range(1, 15))
 
 
 def test_a_second_signal_waits_for_a_state_that_can_be_kept(capfd: pytest.CaptureFixture[str]) -> None:

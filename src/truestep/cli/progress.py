@@ -28,7 +28,7 @@ class ConsoleReporter:
         self.live: bars.Progress | None = None
         self.task: bars.TaskID | None = None
         self.what, self.total, self.first, self.began, self.spoke = "", 0, 0, 0.0, 0.0
-        self.done, self.has_rows = 0, False
+        self.done, self.head, self.has_rows = 0, "", False
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -40,7 +40,7 @@ class ConsoleReporter:
         self.close()
         self.what, self.total, self.first, self.done = what, total, done, done
         self.began = self.spoke = time.monotonic()
-        self.has_rows = bool(head)
+        self.head, self.has_rows = head, bool(head)
         if self.quiet:
             return
         if sys.stderr.isatty():
@@ -55,9 +55,7 @@ class ConsoleReporter:
             self.live = bars.Progress(*columns, console=self.console)
             self.live.start()
             self.task = self.live.add_task(plain(what), total=total, completed=done, note="")
-        if head:
-            self.say(f"{'step':>{self._step_width()}} {head} {'left':>7}")
-        elif self.live is None:
+        if not head and self.live is None:
             self.say(f"{what}: {done}/{total}")
 
     def place(self) -> str:
@@ -81,6 +79,9 @@ class ConsoleReporter:
             rate = (done - self.first) / max(1e-9, now - self.began)
             left = (self.total - done) / rate if rate > 0 else 0.0
             if self.has_rows:
+                if self.head:  # only now, because more may have been said since the beginning
+                    self.say(f"{'step':>{self._step_width()}} {self.head} {'left':>7}")
+                    self.head = ""
                 self.say(f"{f'{done}/{self.total}':>{self._step_width()}} {note} {_in_words(left):>7}")
                 return
             self.say(f"{self.what}: {done}/{self.total}  {now - self.began:.0f} s, {left:.0f} s left  {note}")

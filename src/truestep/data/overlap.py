@@ -113,9 +113,9 @@ def overlap_report(
 def overlap_lines(report: Mapping[str, Any]) -> list[str]:
     """Return one sentence for each pair of sets in a report."""
     return [
-        f"overlap of {pair['train']} with {pair['evaluation']}: of {pair['num_evaluation']} problems, "
-        f"{pair['exact']['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share "
-        f"{report.get('ngram_words', NGRAM_WORDS)} words in a row"
+        f"overlap of {pair['train']} with {pair['evaluation']}: {pair['exact']['num_evaluation']} of "
+        f"{pair['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share "
+        f"{report.get('ngram_words', NGRAM_WORDS)} words"
         for pair in report.get("pairs", ())
     ]
 
