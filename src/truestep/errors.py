@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
@@ -23,39 +24,89 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
-def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """Describe the first problem in a table that ``model`` rejected, with key, expected and given value."""
-    first = error.errors(include_url=False)[0]
-    loc = [str(p) for p in first["loc"] if p not in ("sft", "rl", "rejection") or first["type"] == "missing"]
-    where = ".".join(p for p in loc if not p.startswith(("function-", "constrained-")))
+# Names that other frameworks use, and keys that set the same. The first one that the table has is suggested.
+_ALIASES = {
+    "learning_rate": ("optimizer.lr",), "max_steps": ("steps",), "num_train_epochs": ("epochs",),
+    "batch_size": ("sequences_per_step", "prompts_per_step"), "num_generations": ("samples_per_prompt",),
+    "train_batch_size": ("sequences_per_step", "prompts_per_step"),
+    "per_device_train_batch_size": ("tokens_per_microbatch",), "max_tokens": ("sampling.max_new_tokens",),
+    "max_completion_length": ("sampling.max_new_tokens",), "model_name_or_path": ("model.path",),
+}  # fmt: skip
+
+
+def one_line(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
+    """Describe one problem of the table ``raw``, which ``model`` rejected, with key, expected and given value.
+    An unknown key comes first, because it explains a missing one. A stage is called by its name, as in --set."""
+    found = error.errors(include_url=False)
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    key, tables = _place(model, raw, first["loc"])
+    kind, given = first["type"], first.get("input")
     message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown key" + _right_key(loc, list(_keys(model)))
-    elif first["type"] == "missing":
+    if kind == "extra_forbidden":
+        message = "unknown key" + _right_key(key, tables, model)
+    elif kind == "missing":
         message = "the key is missing and has no default; set it"
-    elif first["type"] == "union_tag_not_found":
+    elif kind == "union_tag_not_found":
         message = 'each stage needs kind = "sft", "rl" or "rejection"'
-    elif first["type"] == "union_tag_invalid":
+    elif kind == "union_tag_invalid":
         message = f'kind = {first["input"].get("kind")!r} is not a stage; set "sft", "rl" or "rejection"'
-    elif "input" in first and not isinstance(first["input"], dict | list | tuple):
-        message += f", got {first['input']!r}"
+    elif kind == "tuple_type":
+        message = f"expected a list, got {given!r}; write {json.dumps([given], default=str)}"
+    elif kind in ("dict_type", "model_type"):
+        message = f"expected a table, got {given!r}"
+    elif "input" in first and not isinstance(given, dict | list | tuple):
+        message += f", got {given!r}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return (f"{where}: " if where else "") + message + more
+    return (f"{'.'.join(key)}: " if key else "") + message + more
 
 
-def _right_key(loc: Sequence[str], keys: Sequence[str]) -> str:
-    """Suggest a similar known key (with its table if that is a different one), or list the expected keys."""
-    here = [part for part in loc[:-1] if not part.isdigit()]
+def _place(
+    model: type[BaseModel], raw: Any, loc: Sequence[str | int]
+) -> tuple[list[str], list[type[BaseModel]]]:
+    """Return the key that pydantic calls ``loc``, and what the table that contains it can be."""
+    key = list[str]()
+    tables = inside = [model]
+    for part in loc:
+        if str(part).startswith(("function-", "constrained-")):
+            continue
+        if tagged := [m for m in inside if part == _tag(m)]:  # the kind of a stage, which is not a key
+            inside = tagged
+            continue
+        held = [m.model_fields[part].annotation for m in inside if part in m.model_fields]
+        tables, inside = inside, [m for annotation in held for m in _models(annotation)] if held else inside
+        raw = raw[int(part)] if isinstance(raw, list) else raw.get(part) if isinstance(raw, dict) else None
+        name = raw.get("name") or raw.get("kind") if isinstance(part, int) and isinstance(raw, dict) else ""
+        key.append(str(name or part))
+    return key, tables
 
-    def is_here(table: list[str]) -> bool:
-        return len(table) == len(here) and all(a in (b, "NAME") for a, b in zip(table, here, strict=True))
 
-    siblings = [name for *table, name in (key.split(".") for key in keys) if is_here(table)]
-    if hint := did_you_mean(loc[-1], siblings):
+def _right_key(key: Sequence[str], tables: Sequence[type[BaseModel]], model: type[BaseModel]) -> str:
+    """Suggest the right key (with its table if that is a different one), or list the expected keys."""
+    *here, name = key
+    siblings = [field for table in tables for field in table.model_fields]
+    below = [".".join([*here, k]) for table in tables for k in _keys(table)]
+    pools, aliases = (siblings, below, list(_keys(model))), _ALIASES.get(name, ())
+    for known, alias in ((k, a) for pool in pools for a in aliases for k in pool):
+        if known == alias.rpartition(".")[2] or known.endswith(f".{alias}"):
+            return f'; did you mean "{known}"?'
+    if hint := did_you_mean(name, siblings):
         return hint
-    elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    close = difflib.get_close_matches(loc[-1], elsewhere, n=1, cutoff=0.7)
+    elsewhere = {k.rpartition(".")[2]: k for k in reversed([*below, *pools[2]])}
+    close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.7)
     return f'; did you mean "{elsewhere[close[0]]}"?' if close else f"; expected one of {', '.join(siblings)}"
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the settings models that an annotation contains (a union, a tuple of models, a table of models)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """Return the one kind that the model is for, or ""."""
+    values = get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
+    return str(values[0]) if len(values) == 1 else ""
 
 
 def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
@@ -67,4 +118,5 @@ def _keys(annotation: Any, prefix: str = "") -> Iterator[str]:
     else:
         named = "NAME." if get_origin(annotation) is dict else ""  # [data.NAME]
         for part in get_args(annotation):
-            yield from _keys(part, prefix + named)
+            tag = _tag(part) if isinstance(part, type) and issubclass(part, BaseModel) else ""
+            yield from _keys(part, prefix + (f"{tag}." if tag else named))

@@ -9,8 +9,9 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """Report one line of information."""
 
-    def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Start a piece of work of ``total`` units, of which ``done`` are already finished."""
+    def begin(self, what: str, total: int, done: int = 0, head: str = "") -> None:
+        """Start a piece of work of ``total`` units, of which ``done`` are already finished. With ``head``, its notes
+        are the rows of a table under these headings."""
 
     def advance(self, done: int, note: str = "") -> None:
         """Report that ``done`` units of the current work are finished."""

@@ -531,7 +531,7 @@ def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: " + one_line(error, model)) from None
+        raise UserError(f"{where}: " + one_line(error, model, raw)) from None
 
 
 def _child(node: Any, part: str, item: str) -> Any:

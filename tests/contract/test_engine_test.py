@@ -235,7 +235,7 @@ def test_a_temperature_is_named(times: float) -> None:
     test = GapTest(torch.bfloat16)
     assert judged(test, gaps(2000, 0, 0.02)) == ""
     found = judged(test, gaps(2000, 1, 0.02, slope=1 - 1 / times))
-    assert f"step 3, the engine sampled at {times:.1f}" in found.replace("0.899", "0.9").replace(
+    assert f"step 4, the engine sampled at {times:.1f}" in found.replace("0.899", "0.9").replace(
         "1.099", "1.1"
     )
     assert found.endswith("no update was made")
@@ -345,5 +345,5 @@ def test_a_run_stops_before_it_trains_on_another_temperature(
     wider = "stages.rl.samples_per_prompt=24"
     go(prepared(recipe, wider), tmp_path / "right")
     monkeypatch.setattr(TorchEngine, "generate", warmer)
-    with pytest.raises(StaleWeightsError, match=r"step 0, .*; no update was made"):
+    with pytest.raises(StaleWeightsError, match=r"step 1, .*; no update was made"):
         go(prepared(recipe, wider), tmp_path / "wrong")

@@ -119,7 +119,7 @@ def test_an_entropy_that_is_not_finite_names_its_step_and_leaves_its_batch(
         go(prepared(recipe_of(tmp_path, model, "exgrpo", steps=9)), tmp_path / "run")
     stage = tmp_path / "run/stages/01-rl"
     saved = stage / "nonfinite-rank-0.safetensors"
-    message = "step 7, micro-batch 0: proximal entropy is not finite; the batch is saved in"
+    message = "step 8, micro-batch 0: proximal entropy is not finite; the batch is saved in"
     assert str(caught.value) == f"{message} {saved}"
     assert set(load_file(saved)["0.origin"].tolist()) == {int(Origin.STORED)}
     assert [row["step"] for row in rundir.read_jsonl(stage / "metrics.jsonl")] == list(range(1, 8))

@@ -93,7 +93,7 @@ class Silent:
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def begin(self, what: str, total: int, done: int = 0) -> None:
+    def begin(self, what: str, total: int, done: int = 0, head: str = "") -> None:
         self.said.append(what)
 
     def advance(self, done: int, note: str = "") -> None:

@@ -149,7 +149,7 @@ CASES = [
     Case(
         "unknown key",
         recipe("steps = 2", "stepz = 2"),
-        ("stages.0.stepz", "unknown key", 'did you mean "steps"'),
+        ("stages.sft.stepz", "unknown key", 'did you mean "steps"'),
     ),
     Case(
         "unknown table",
@@ -157,28 +157,30 @@ CASES = [
         ("computer", "unknown key", 'did you mean "compute"'),
     ),
     Case("wrong type", recipe("threads = 1", 'threads = "two"'), ("compute.threads", "integer", "'two'")),
-    Case("missing key", recipe('data = "train"\n', ""), ("stages.0", "data", "missing")),
+    Case("missing key", recipe('data = "train"\n', ""), ("stages.sft.data", "missing")),
     Case("missing table", recipe('[model]\npath = "tiny"\n', "[model]\n"), ("model.path", "missing")),
     Case(
         "negative number",
         recipe("lr = 1e-3", "lr = -1e-3"),
-        ("stages.0", "optimizer.lr", "greater than 0", "-0.001"),
+        ("stages.sft.optimizer.lr", "greater than 0", "-0.001"),
     ),
-    Case("not a number", recipe("lr = 1e-3", "lr = nan"), ("stages.0", "optimizer.lr", "nan")),
+    Case("not a number", recipe("lr = 1e-3", "lr = nan"), ("stages.sft.optimizer.lr", "nan")),
     Case(
         "epochs and steps",
         recipe("steps = 2", "steps = 2\nepochs = 1"),
-        ("stages.0", "exactly one of epochs and steps"),
+        ("stages.sft", "exactly one of epochs and steps"),
     ),
     Case(
-        "neither epochs nor steps", recipe("steps = 2\n", ""), ("stages.0", "exactly one of epochs and steps")
+        "neither epochs nor steps",
+        recipe("steps = 2\n", ""),
+        ("stages.sft", "exactly one of epochs and steps"),
     ),
     Case(
         "two stages of one name",
         rl('data = "train"', 'name = "sft"\ndata = "train"'),
         ('two stages are called "sft"',),
     ),
-    Case("no such kind", recipe('kind = "sft"', 'kind = "stf"'), ("stages.0", "'stf'", '"sft"')),
+    Case("no such kind", recipe('kind = "sft"', 'kind = "stf"'), ("stages.stf", "'stf'", '"sft"')),
     Case(
         "unknown data set",
         rl('data = "train"', 'data = "trian"'),
@@ -192,7 +194,7 @@ CASES = [
     Case(
         "dev without every_steps",
         recipe("steps = 2", 'steps = 2\ndev = { data = "test" }'),
-        ("stages.0", "dev", "every_steps"),
+        ("stages.sft", "dev", "every_steps"),
     ),
     Case(
         "chat.user without problem",
@@ -200,19 +202,50 @@ CASES = [
         ("chat", "{problem}"),
     ),
     Case("bad name", recipe('name = "bad"', 'name = "../up"'), ("name", "../up")),
+    Case(
+        "learning rate by its long name",
+        rl("lr = 1e-3", "learning_rate = 1e-3"),
+        ("stages.rl.optimizer.learning_rate", 'did you mean "lr"'),
+    ),
+    Case(
+        "learning rate of a stage",
+        recipe("steps = 2", "steps = 2\nlearning_rate = 1e-3"),
+        ("stages.sft.learning_rate", 'did you mean "stages.sft.optimizer.lr"'),
+    ),
+    Case(
+        "batch size of an rl stage",
+        rl("steps = 2", "steps = 2\nbatch_size = 4"),
+        ("stages.rl.batch_size", 'did you mean "prompts_per_step"'),
+    ),
+    Case(
+        "batch size of an sft stage",
+        recipe("steps = 2", "steps = 2\nbatch_size = 4"),
+        ("stages.sft.batch_size", 'did you mean "sequences_per_step"'),
+    ),
+    Case("max_steps", rl("steps = 2", "max_steps = 2"), ("stages.rl.max_steps", 'did you mean "steps"')),
+    Case(
+        "a name for a list",
+        recipe('data = ["test"]', 'data = "test"'),
+        ("evaluate.data", "expected a list, got 'test'", 'write ["test"]'),
+    ),
+    Case(
+        "a number for a table",
+        rl("optimizer = { lr = 1e-3 }", "optimizer = 1e-3"),
+        ("stages.rl.optimizer", "expected a table, got 0.001"),
+    ),
     # batches and sampling that contradict each other
     Case(
         "prompts not divisible",
         rl("prompts_per_step = 2", "prompts_per_step = 3"),
-        ("stages.1", "prompts_per_step = 3", "set prompts_per_step = 4"),
+        ("stages.rl", "prompts_per_step = 3", "set prompts_per_step = 4"),
     ),
     Case(
         "temperature 0 in rl",
         rl("8 }", "8, temperature = 0 }"),
-        ("stages.1", "temperature 0", "set temperature = 1.0"),
+        ("stages.rl", "temperature 0", "set temperature = 1.0"),
     ),
-    Case("top_p in rl", rl("8 }", "8, top_p = 0.9 }"), ("stages.1", "top_p", "set top_p = 1.0")),
-    Case("top_k in rl", rl("8 }", "8, top_k = 5 }"), ("stages.1", "top_k", "top_k = 0")),
+    Case("top_p in rl", rl("8 }", "8, top_p = 0.9 }"), ("stages.rl", "top_p", "set top_p = 1.0")),
+    Case("top_k in rl", rl("8 }", "8, top_k = 5 }"), ("stages.rl", "top_k", "top_k = 0")),
     Case(
         "pass_at too great",
         recipe("[evaluate]", "[evaluate]\npass_at = [1, 8]\nsamples_per_problem = 4"),
@@ -307,6 +340,11 @@ CASES = [
         "missing data file",
         recipe("train.jsonl", "trian.jsonl"),
         ("trian.jsonl", "no such file", "data.train.source", "did you mean", "train.jsonl"),
+    ),
+    Case(
+        "hub id without hub:",
+        recipe("train.jsonl", "openai/gsm8k"),
+        ("openai/gsm8k", "data.train.source", 'did you mean "hub:openai/gsm8k"'),
     ),
     Case("bad JSON", row(2, '{"problem": "2+1=?", '), ("train.jsonl:2", "JSON")),
     Case("not an object", row(2, "[1, 2]"), ("train.jsonl:2", "JSON", "object")),
@@ -419,6 +457,20 @@ def test_bad_input_is_one_line(
     for words in case.expect:
         assert words in line
     assert sorted(folder.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_unknown_key_of_a_stage_names_the_stage_and_only_its_keys(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, other in (("rl", "sequences_per_step"), ("sft", "prompts_per_step")):
+        assert call(monkeypatch, "run", str(folder / "run.toml"), "--set", f"stages.{name}.qqq=1") == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        listed = line.partition("expected one of ")[2].split(", ")
+        assert f"stages.{name}.qqq: unknown key" in line
+        assert len(listed) == len(set(listed))
+        assert other not in listed
+        assert {"kind", "data", "optimizer"} < set(listed)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -143,7 +143,9 @@ def test_dry_run_writes_nothing(folder: Path) -> None:
     document = json.loads(done.stdout)
     assert document["run_dir"] == "dry"
     assert [s["steps"] for s in document["stages"]] == [4, 2]
+    assert [s["method"] for s in document["stages"]] == ["sft", "grpo_token_mean"]
     assert "optimizer updates" in done.stderr
+    assert any("method" in line and "grpo_token_mean" in line for line in done.stderr.splitlines())
     assert not (folder / "dry").exists()
 
 

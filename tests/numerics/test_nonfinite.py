@@ -59,7 +59,7 @@ def stopped(
     plan = plan_for(PAPER.method, step=17, learning_rate=1e-2)
     with pytest.raises(NonFiniteError, match=named) as caught:
         run_step(policy, optimizer, given, plan)
-    assert "step 17" in str(caught.value)
+    assert "step 18" in str(caught.value)
     assert same(snapshot(policy, optimizer), before)
     assert all(p.grad is None for p in policy.parameters()), "a spoilt gradient would poison the next step"
     assert not optimizer._wide_grads

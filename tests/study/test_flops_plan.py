@@ -45,7 +45,7 @@ class Silent:
     def say(self, text: str) -> None:
         pass
 
-    def begin(self, what: str, total: int, done: int = 0) -> None:
+    def begin(self, what: str, total: int, done: int = 0, head: str = "") -> None:
         pass
 
     def advance(self, done: int, note: str = "") -> None:

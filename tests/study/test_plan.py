@@ -75,7 +75,7 @@ COIN = {"rl.reward": "random"}
         ("primary", [["sft", "sft"]], "compared with itself"),
         ("tuning/seeds", [], "at least 1"),
         ("tuning/factors", [1.0, -2.0], "greater than 0"),
-        ("tuning/factors", [1.0, 200.0], "arms.sft: stages.0.optimizer.lr"),
+        ("tuning/factors", [1.0, 200.0], "arms.sft: stages.sft.optimizer.lr"),
         ("tuning/data", "train", "tuning.data = 'train' is also used for training"),
         ("run/evaluate/data", ["train"], "used both for testing and for training"),
         ("arms/2/stages", ["sft", "lr"], "no [stages.lr]"),

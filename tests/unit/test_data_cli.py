@@ -87,7 +87,7 @@ def test_check_a_recipe_finds_refused_golds_and_overlap(recipe: Path) -> None:
     text = run("check", recipe)
     assert text.exit_code == 1
     assert r"test.jsonl:2: answer '\\frac{1}{' is incorrect no answer found" in text.stdout
-    assert "overlap of train with test: of 2 problems, 1 have the same text, 0 share 13 words" in text.stdout
+    assert "overlap of train with test: 1 of 2 have the same text, 0 share 13 words" in text.stdout
     unjudged = run("check", recipe, "--no-gold", "--json")
     assert unjudged.exit_code == 0
     assert "gold" not in document(unjudged)["data"]["test"]

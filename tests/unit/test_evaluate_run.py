@@ -109,7 +109,7 @@ class Progress:
     def say(self, text: str) -> None:
         raise AssertionError(text)
 
-    def begin(self, what: str, total: int, done: int = 0) -> None:
+    def begin(self, what: str, total: int, done: int = 0, head: str = "") -> None:
         self.begun.append((what, total, done))
 
     def advance(self, done: int, note: str = "") -> None:

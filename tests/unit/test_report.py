@@ -138,7 +138,7 @@ def page_of(run: Path) -> Page:
 
 def test_the_page_says_what_the_files_say(run: Path) -> None:
     page = page_of(run)
-    assert "On test, rl scored 71.4 % [66.4, 76.4]; base scored 12.5 % [7.5, 17.5]." in page.text
+    assert "On test, base scored 12.5 % [7.5, 17.5]; rl 71.4 % [66.4, 76.4]." in page.text
     for text in (
         "90.0 % [86.0, 93.0]",
         "3.20 × 10¹⁵",
@@ -326,6 +326,19 @@ def test_thinning_keeps_every_extreme() -> None:
     assert kept == sorted(kept)
 
 
+def test_a_score_of_100_percent_ends_inside_the_figure() -> None:
+    svg = figures.scores(
+        [
+            ScoreRow(checkpoint=n, data="t", score=s, low=s - 0.01, high=s)
+            for n, s in (("a", 1.0), ("b", 0.01))
+        ]
+    )
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
+    (x,) = re.findall(r'font-size: 9px[^>]* x="([\d.]+)"[^>]*>100.0 %', svg)
+    assert float(x) + 7 * 0.65 * 9 < width, "0.65 em is more than the mean width of a digit or sign"
+    assert "101 %" not in svg
+
+
 def test_curves_have_a_description_and_the_colours_of_the_page() -> None:
     svg = figures.curve("Loss", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 3.0)], "nothing": []})
     assert svg.startswith('<svg role="img" aria-label="Loss against step: a from 2 to 1; b from 3 to 3"')
@@ -368,11 +381,29 @@ def test_the_terminal_shows_plain_text_and_breaks_no_interval() -> None:
         ScoreRow(checkpoint="base", data="t", pass_at={"8": {"value": 1.0, "low": 0.9, "high": 1.0}}),
     ]
     written = io.StringIO()
-    Console(file=written, width=300, force_terminal=False).print(terminal_table(rows, "[b]scores"))
+    Console(file=written, width=300, force_terminal=False).print(terminal_table(rows, "[b]scores", width=300))
     for text in ("71.4 %", "[68.0, 74.6]", "100.0 %", "[90.0, 100.0]", "pass@8"):
         assert text in written.getvalue()
     assert "[red]a|b[/]⟨U+001B⟩[31m" in written.getvalue()
     assert "[b]scores" in written.getvalue()
+
+
+@pytest.mark.parametrize("ks", [("4",), ("2", "4", "8", "16")])
+@pytest.mark.parametrize("name", ["rl", "a-long-name-of-a-checkpoint"])
+def test_no_interval_is_broken_at_80_columns(name: str, ks: tuple[str, ...]) -> None:
+    full = {"value": 1.0, "low": 0.986, "high": 1.0}
+    row = ScoreRow(
+        checkpoint=name, data=f"data-of-{name}", score=0.893, low=0.863, high=0.918, n=4000, correct=3574,
+        incorrect=420, unscored=6, truncated_rate=0.015, pass_at=dict.fromkeys(ks, full),
+    )  # fmt: skip
+    written = io.StringIO()
+    Console(file=written, width=80, force_terminal=False).print(terminal_table([row], width=80))
+    text = written.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("89.3 %", "[86.3, 91.8]", "100.0 %", "[98.6, 100.0]", "3,574/420/6", f"pass@{ks[-1]}"):
+        assert whole in text, whole
+    assert "…" not in text
+    assert all(f"pass@{k}" in text for k in ks), "what has no room is named"
 
 
 @pytest.mark.parametrize("prompt", ["", "paper"])
@@ -380,7 +411,7 @@ def test_the_terminal_shows_unreadable_answers_if_there_are_any(prompt: str) -> 
     def shown(rate: float | None) -> str:
         row = ScoreRow(checkpoint="rl", data="t", prompt=prompt, score=0.5, n=8, unreadable_rate=rate)
         written = io.StringIO()
-        Console(file=written, width=80, force_terminal=False).print(terminal_table([row], wide=False))
+        Console(file=written, width=80, force_terminal=False).print(terminal_table([row], width=80))
         return " ".join(written.getvalue().split())
 
     assert "12.5 %" in shown(0.125)

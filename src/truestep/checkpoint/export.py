@@ -21,6 +21,7 @@ from truestep.rundir import EXPORT_MARK, NO_SPACE, fsync_folder, mark_export
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+NOT_EVALUATED = "Not evaluated."
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -116,7 +117,7 @@ def model_card(
     body = [f"# {_cell(name)}", "", f"Trained with truestep from {_cell(base_model)}.", "", "## Training", ""]
     body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs"), training)
     head = ("data", "metric", "value", "95 % interval", "problems", "samples")
-    body += ["", "## Evaluation", "", *(_table(head, tested) if tested else ["Not evaluated."])]
+    body += ["", "## Evaluation", "", *(_table(head, tested) if tested else [NOT_EVALUATED])]
     return "\n".join([*front, *body, "", "## Provenance", "", *_provenance_lines(provenance), ""])
 
 

@@ -19,7 +19,7 @@ from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import HEARTBEAT_SECONDS, announce
 from truestep.data.describe import Description, not_used
 from truestep.data.files import files_of
-from truestep.data.overlap import overlap_report
+from truestep.data.overlap import overlap_lines, overlap_report
 from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
 from truestep.errors import UserError
 from truestep.records import Problem, Verdict
@@ -238,12 +238,8 @@ def _print_check(
         for gold in d.get("gold", {}).get("refused", ())[:10]:
             words = f"{gold['verdict']} {gold['reason']}".strip()
             console.print(f"{name}: {gold['row']}: answer {gold['answer']!r} is {words}", markup=False)
-    for pair in pairs:
-        console.print(
-            f"overlap of {pair['train']} with {pair['evaluation']}: of {pair['num_evaluation']} problems, "
-            f"{pair['exact']['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share 13 words in a row",
-            markup=False,
-        )
+    for line in overlap_lines({"pairs": pairs}):
+        console.print(line, markup=False)
 
 
 def _example(

@@ -20,6 +20,7 @@ from truestep.cli.output import echo
 from truestep.cli.progress import ConsoleReporter
 from truestep.cli.run import execute, only_evaluation
 from truestep.errors import UserError
+from truestep.evaluate.files import end_summary
 from truestep.evaluate.jobs import Job, changed, evaluation_settings, make_jobs, remarks
 from truestep.evaluate.model_adapters import EndpointAdapter, ModelAdapter, TokenAdapter
 from truestep.evaluate.suite import make_plans, run_suite
@@ -74,7 +75,7 @@ def _execute(
         code = "".join(source.sha256 for source in sources(entries, base_dir).values())
         plans, notes = make_plans(settings, jobs, adapter, folder, content, code)
         try:
-            with signals.deferred(), Grader() as grader, ExitStack() as inner:
+            with signals.deferred(reporter.place), Grader() as grader, ExitStack() as inner:
                 if entries:
                     made = RewardScorer(
                         entries, grade=grader.score_many, base=base_dir, folder=folder / "scorers"
@@ -92,7 +93,11 @@ def _execute(
             words = [word for word in sys.argv[1:] if word != "--resume"]
             command = shlex.join(["truestep", *words, "--resume"])
             reporter.say(f"{stop}; every finished sample is saved. To continue: {command}")
+            end_summary(folder, "interrupted")
             raise typer.Exit(128 + stop.signum) from None
+        except BaseException as error:
+            end_summary(folder, "failed", error)
+            raise
         finally:
             reporter.close()
         report = write_evaluation_report(folder)

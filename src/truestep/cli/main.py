@@ -16,7 +16,7 @@ from truestep.cli.output import echo
 FAULTS = (
     ("errors", "UserError", 2), ("errors", "OutOfSpace", 5), ("train.step", "NonFiniteError", 3),
     ("rollout.engine", "StaleWeightsError", 3), ("rollout.sampling", "NonFiniteLogitsError", 3),
-    ("audit.environments.virtual", "BuildFailed", 3),
+    ("audit.environments.virtual", "BuildFailed", 3), ("train.watch", "WorthlessError", 1),
 )  # fmt: skip
 
 
@@ -42,8 +42,9 @@ def _app() -> typer.Typer:
 
     @app.callback()
     def root(version: Version = False) -> None:
-        """Exit codes: 0 done · 2 error in usage, settings or data · 3 could not run · 5 not enough resources,
-        or a rank was lost · 130/143 interrupted, with all finished work saved."""
+        """Exit codes: 0 done · 1 a fault was found, or --strict stopped the run · 2 error in usage, settings or data ·
+        3 could not run · 5 not enough resources, or a rank was lost · 130/143 interrupted, with all finished work
+        saved."""
 
     app.command("run")(verbs.run)
     app.command("sft")(verbs.sft)

@@ -28,6 +28,7 @@ class ConsoleReporter:
         self.live: bars.Progress | None = None
         self.task: bars.TaskID | None = None
         self.what, self.total, self.first, self.began, self.spoke = "", 0, 0, 0.0, 0.0
+        self.done, self.head, self.has_rows = 0, "", False
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -35,10 +36,11 @@ class ConsoleReporter:
                 plain(text), markup=False, soft_wrap=True
             )
 
-    def begin(self, what: str, total: int, done: int = 0) -> None:
+    def begin(self, what: str, total: int, done: int = 0, head: str = "") -> None:
         self.close()
-        self.what, self.total, self.first = what, total, done
+        self.what, self.total, self.first, self.done = what, total, done, done
         self.began = self.spoke = time.monotonic()
+        self.head, self.has_rows = head, bool(head)
         if self.quiet:
             return
         if sys.stderr.isatty():
@@ -53,23 +55,48 @@ class ConsoleReporter:
             self.live = bars.Progress(*columns, console=self.console)
             self.live.start()
             self.task = self.live.add_task(plain(what), total=total, completed=done, note="")
-        else:
+        if not head and self.live is None:
             self.say(f"{what}: {done}/{total}")
 
+    def place(self) -> str:
+        """Return which unit of which work is being done."""
+        if self.quiet:
+            return ""
+        return f"{self.what}, {min(self.done + 1, self.total)}/{self.total}" if self.what else "the beginning"
+
     def advance(self, done: int, note: str = "") -> None:
+        self.done = done
         if self.quiet:
             return
         if self.live and self.task is not None:
-            self.live.update(self.task, completed=done, note=plain(note))
-            return
+            self.live.update(self.task, completed=done, note="" if self.has_rows else plain(note))
+            if not self.has_rows:
+                return
         now = time.monotonic()
-        if done == self.total or now - self.spoke >= HEARTBEAT_SECONDS:
+        is_first = self.has_rows and done == self.first + 1
+        if done == self.total or is_first or now - self.spoke >= HEARTBEAT_SECONDS:
             self.spoke = now
             rate = (done - self.first) / max(1e-9, now - self.began)
             left = (self.total - done) / rate if rate > 0 else 0.0
+            if self.has_rows:
+                if self.head:  # only now, because more may have been said since the beginning
+                    self.say(f"{'step':>{self._step_width()}} {self.head} {'left':>7}")
+                    self.head = ""
+                self.say(f"{f'{done}/{self.total}':>{self._step_width()}} {note} {_in_words(left):>7}")
+                return
             self.say(f"{self.what}: {done}/{self.total}  {now - self.began:.0f} s, {left:.0f} s left  {note}")
+
+    def _step_width(self) -> int:
+        return max(6, 2 * len(str(self.total)) + 1)
 
     def close(self) -> None:
         if self.live:
             self.live.stop()
         self.live = self.task = None
+
+
+def _in_words(seconds: float) -> str:
+    """Return a time of at most seven characters."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -36,6 +36,7 @@ def report(
 
 def _report(run: Path, as_json: bool) -> None:
     from truestep.errors import UserError
+    from truestep.evaluate.files import end_summary
     from truestep.report.evaluation import write_evaluation_report
     from truestep.report.html import write_report
     from truestep.report.tables import print_scores, read_summary, score_table
@@ -44,7 +45,8 @@ def _report(run: Path, as_json: bool) -> None:
     if (run / "results.json").is_file() or (run / "resolved.toml").is_file():
         # What a killed writer left goes, unless the folder is in use.
         with contextlib.suppress(UserError), locked(run, apart="run"):
-            pass
+            if read_summary(run).get("status") == "running":
+                end_summary(run, "killed")
     if (run / "results.json").is_file():
         from truestep.report.study import write_study
 

@@ -28,6 +28,10 @@ Out = Annotated[Path | None, typer.Option("--out", help="The run directory.", sh
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
 _DRY_RUN = "Check the recipe, models and data, and print the plan; do not train."
 DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN)]
+_STRICT = (
+    "Stop, after saving, if a stage turns out to be worthless: all rewards equal, a collapsed entropy, ..."
+)
+Strict = Annotated[bool, typer.Option("--strict", help=_STRICT)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout instead of text.")]
 
 
@@ -40,12 +44,14 @@ def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Calla
         out: Out = None,
         resume: Resume = False,
         dry_run: DryRun = False,
+        strict: Strict = False,
         as_json: Json = False,
     ) -> None:
         from truestep.settings import load_settings
 
         settings = select(load_settings(recipe, overrides or ()), recipe)
-        execute(settings, recipe, out, resume=resume, dry_run=dry_run, as_json=as_json)
+        how = {"resume": resume, "dry_run": dry_run, "strict": strict, "as_json": as_json}
+        execute(settings, recipe, out, **how)
 
     command.__doc__ = help_text
     return command
@@ -76,12 +82,14 @@ rl = _verb(
 
 
 def execute(
-    settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
-) -> None:
+    settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool,
+    strict: bool = False,
+) -> None:  # fmt: skip
     """Check the recipe, print its plan, run it and write the report. Stdout ends with the run directory."""
     from truestep.cli.progress import ConsoleReporter, announce
 
     announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
+    from truestep.data.overlap import overlap_lines
     from truestep.device import world
     from truestep.pipeline.prepare import batch_table, prepare
     from truestep.pipeline.run import check_run_folder, open_run_folder
@@ -98,7 +106,7 @@ def execute(
         return
     ranks = Ranks(rank=rank, world_size=world_size) if dry_run else join()
     if ranks.channel is not None:
-        ranks.channel.speak = partial(_last_words, reporter)
+        ranks.channel.speak = partial(_last_words, reporter, folder)
         ranks.channel.advice = partial(advice, folder)
     if not dry_run and rank == 0:
         check_run_folder(settings, folder, resume=resume)  # before any data is read
@@ -106,7 +114,7 @@ def execute(
     rows = batch_table(prepared, world_size)
     if rank == 0:
         _print_rows(rows, reporter)
-        for note in prepared.notes:
+        for note in (*prepared.notes, *overlap_lines(prepared.overlap)):
             reporter.say(note)
     if dry_run:
         plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
@@ -116,21 +124,24 @@ def execute(
         reporter.say(f"nothing to resume in {folder}; starting a new run there")
     with locked(folder) if rank == 0 else contextlib.nullcontext():
         open_run_folder(prepared, folder, resume=resume, rank=rank)
-        summary = _go(prepared, folder, reporter, ranks)
+        summary = _go(prepared, folder, reporter, ranks, strict)
         if rank == 0:
             show(folder, summary, write_report(folder), as_json)
 
 
-def _go(prepared: Prepared, folder: Path, reporter: ConsoleReporter, ranks: Ranks) -> dict[str, Any]:
+def _go(
+    prepared: Prepared, folder: Path, reporter: ConsoleReporter, ranks: Ranks, strict: bool
+) -> dict[str, Any]:
     """Run a prepared run and return its summary. After a signal, say how to continue and exit."""
     from truestep import signals
+    from truestep.errors import UserError
     from truestep.pipeline.run import run as run_pipeline
     from truestep.report.html import write_report
     from truestep.train.parallel import leave
 
     try:
-        with signals.deferred():
-            summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter)
+        with signals.deferred(reporter.place, is_alone=ranks.world_size == 1):
+            summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter, is_strict=strict)
     except signals.Interrupted as stop:
         reporter.close()
         leave()
@@ -141,16 +152,24 @@ def _go(prepared: Prepared, folder: Path, reporter: ConsoleReporter, ranks: Rank
         if ranks.rank == 0:
             write_report(folder)
         raise typer.Exit(128 + stop.signum) from None
+    except BaseException:
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError, UserError):  # the run ends with its own error
+                write_report(folder)
+        raise
     finally:
         reporter.close()
     leave()
     return summary
 
 
-def _last_words(reporter: ConsoleReporter, text: str) -> None:
-    """Print why a run on several ranks ends, from a thread."""
+def _last_words(reporter: ConsoleReporter, folder: Path, text: str) -> None:
+    """Print and record why a run on several ranks ends, from a thread."""
+    from truestep.evaluate.files import end_summary
+
     reporter.close()
     echo(f"error: {text}", err=True)
+    end_summary(folder, "failed", text)
 
 
 def advice(folder: Path) -> str:
@@ -201,5 +220,6 @@ def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:
     from truestep.report.tables import score_table, terminal_table
 
     if rows := score_table(folder):
-        PlainConsole().print(terminal_table(rows, title=summary["name"]))
+        console = PlainConsole()
+        console.print(terminal_table(rows, title=summary["name"], width=console.width))
     echo(f"report: {report}\n{folder}")

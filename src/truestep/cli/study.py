@@ -85,7 +85,8 @@ def study(
 def _print_table(
     title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> None:
-    """Print a table of plain text. Columns are right-aligned, except those whose index is in ``left``."""
+    """Print a table of plain text. Columns are right-aligned and not wrapped, except those whose index is in
+    ``left``. An interval starts a new line, so that it is not broken."""
     from rich.table import Table
     from rich.text import Text
 
@@ -93,9 +94,10 @@ def _print_table(
 
     table = Table(title=Text(title) if title else None)
     for i, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if i in left else "right")
+        table.add_column(Text(head), justify="left" if i in left else "right", overflow="fold")
+        table.columns[-1].no_wrap = i not in left
     for row in rows:
-        table.add_row(*(Text(visible(cell)) for cell in row))
+        table.add_row(*(Text(visible(cell).replace(" [", "\n[")) for cell in row))
     PlainConsole().print(table)
 
 
@@ -204,9 +206,13 @@ def show(folder: Path, table: dict[str, Any], page: Path, as_json: bool) -> None
     from truestep.report.study_tables import contrast_table, method_table
 
     head, rows = method_table(table)
-    kept = [i for i, h in enumerate(head) if h not in ("FLOPs (fuller)", "Trials: FLOPs", "Checkpoint")]
+    hidden = ("FLOPs (fuller)", "Trials: FLOPs", "Checkpoint", "Marks")
+    kept = [i for i, h in enumerate(head) if h not in hidden]
     shown = [[row[i] for i in kept] for row in rows]
-    _print_table(table["name"], [head[i] for i in kept], shown, left=(0, len(kept) - 1))
+    _print_table(table["name"], [head[i] for i in kept], shown, left=(0,))
+    for arm in table["arms"]:
+        if arm["marks"]:
+            echo(f"{arm['name']}: {'; '.join(arm['marks'])}")
     for row in contrast_table(table)[1]:
         echo(f"{row[0]}: {row[1]} points, p {row[3]}, Holm {row[4]}: {row[-1]}")
     for cell, why in table["failures"].items():

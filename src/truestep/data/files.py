@@ -21,16 +21,25 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SHARD = re.compile(r"-\d+(?:-of-\d+)?$")
 # Suffixes of files that may contain data. Such a file in a folder is named if it is not read.
 _DATA_SUFFIXES = (*SUFFIXES, ".json", ".csv", ".tsv", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".zip")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w-]*")
 _SHOWN = 10  # files that are named; the others are counted
 
 
-def find_source(name: str, source: str, base_dir: Path) -> Path:
-    """Return the path of a file or folder, looked up in the recipe's folder and then in the current one."""
+def existing(source: str, base_dir: Path) -> Path | None:
+    """Return the path of a file or folder if it exists in the recipe's folder or else in the current one."""
+    return next((path for path in _candidates(source, base_dir) if path.exists()), None)
+
+
+def _candidates(source: str, base_dir: Path) -> list[Path]:
     wanted = Path(source).expanduser()
-    candidates = [wanted] if wanted.is_absolute() else [base_dir / wanted, wanted]
-    for path in candidates:
-        if path.exists():
-            return path
+    return [wanted] if wanted.is_absolute() else [base_dir / wanted, wanted]
+
+
+def find_source(name: str, source: str, base_dir: Path) -> Path:
+    """Return the path that ``existing`` finds. Raises UserError if there is none."""
+    if (path := existing(source, base_dir)) is not None:
+        return path
+    candidates = _candidates(source, base_dir)
     scheme, colon, _ = source.partition(":")
     if close := difflib.get_close_matches(scheme, SCHEMES, n=1) if colon else []:
         known = f'no such kind of source; did you mean "{close[0]}:..."?'
@@ -38,6 +47,8 @@ def find_source(name: str, source: str, base_dir: Path) -> Path:
     beside = [p for c in candidates if c.parent.is_dir() for p in c.parent.iterdir()]
     siblings = [str(p) for p in beside if p.is_dir() or p.suffix in SUFFIXES]
     near = [m for c in candidates for m in difflib.get_close_matches(str(c), siblings, n=1, cutoff=0.6)]
+    if not near and colon == "" and _HUB_ID.fullmatch(source):
+        near = [f"hub:{source}"]
     hint = f'; did you mean "{near[0]}"?' if near else ""
     raise UserError(f"{candidates[0]}: no such file or folder (data.{name}.source){hint}")
 

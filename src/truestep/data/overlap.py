@@ -110,5 +110,15 @@ def overlap_report(
     return {"ngram_words": NGRAM_WORDS, "pairs": pairs}
 
 
+def overlap_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each pair of sets in a report."""
+    return [
+        f"overlap of {pair['train']} with {pair['evaluation']}: {pair['exact']['num_evaluation']} of "
+        f"{pair['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share "
+        f"{report.get('ngram_words', NGRAM_WORDS)} words"
+        for pair in report.get("pairs", ())
+    ]
+
+
 def _examples(found: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"evaluation": e, "train": t} for e, t in found[:5]]

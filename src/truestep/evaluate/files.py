@@ -3,6 +3,7 @@ in a row of RUN/summary.json. GROUP is a checkpoint of a run, or a prompt templa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from truestep.errors import UserError
-from truestep.rundir import AGAIN, jsonl_lines, read_json
+from truestep.rundir import AGAIN, jsonl_lines, read_json, redact, write_json
 
 SCHEMA_VERSION = 2  # version 1: rows had no lenient verdict, and strict was a second extraction
 MAKE_AGAIN = "run the same command again with --resume, which makes what is missing"
@@ -122,3 +123,18 @@ def read_score_row(row: Mapping[str, Any]) -> Row:
 def samples_of(run: Path, row: Mapping[str, Any]) -> Path:
     """Return the path of the samples behind a row of the summary."""
     return samples_file(run / "evaluations" / str(row.get("checkpoint") or row["prompt"]), str(row["data"]))
+
+
+def end_summary(run: Path, status: str, error: BaseException | str = "") -> None:
+    """Write into summary.json how a run ended that could not say so itself, if there is a summary. An error of
+    these files is ignored, because the run ends with an error already, or is only read."""
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
+    with contextlib.suppress(OSError, UserError):
+        if isinstance(summary := read_json(run / "summary.json"), dict):
+            write_json(run / "summary.json", {**summary, "status": status, **ended(status, error)})
+
+
+def ended(status: str, error: BaseException | str = "") -> dict[str, str]:
+    """Return the error of a run that failed, as one line without secrets, as a summary has it."""
+    text = str(error).partition("\n")[0] or type(error).__name__
+    return {"error": redact(text)} if status == "failed" else {}

@@ -1,11 +1,14 @@
-"""Hashes of a recipe's own code. torch is not imported, because a study needs the hashes before any run."""
+"""The files that a recipe names: hashes of its own code, and absolute paths. torch is not imported, because a
+study needs the hashes before any run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from truestep.data.files import existing
+from truestep.model.packaged import PACKAGED
 from truestep.rewards.scorer import sources
-from truestep.settings import RlSettings, StageSettings
+from truestep.settings import RlSettings, Settings, StageSettings
 from truestep.user_code import find_source
 
 
@@ -19,3 +22,37 @@ def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
         entries = sources(stage.reward_entries, base_dir)
         found |= {name: source.sha256 for name, source in entries.items() if source.sha256}
     return found
+
+
+def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
+    """Return the settings with absolute paths of the files and folders that they name, so that they mean the same
+    in any folder. Modules (PACKAGE.MODULE:NAME) stay as they are."""
+
+    def code(named: str) -> str:
+        place, _, function = named.rpartition(":")
+        return (
+            f"{(base_dir / Path(place).expanduser()).resolve()}:{function}"
+            if place.endswith(".py")
+            else named
+        )
+
+    def stage(s: StageSettings) -> StageSettings:
+        changed: dict[str, object] = {"method": code(s.method)} if hasattr(s, "method") else {}
+        if isinstance(s, RlSettings):
+            rewards = tuple(r.model_copy(update={"function": code(r.function)}) for r in s.rewards)
+            changed |= {"reward": code(s.reward), "rewards": rewards}
+        return s.model_copy(update=changed)
+
+    data = {
+        name: d.model_copy(update={"source": str(path.absolute())})
+        for name, d in settings.data.items()
+        if (path := existing(d.source, base_dir)) is not None
+    }
+    name = settings.model.path
+    is_file = name not in ("tiny", *PACKAGED) and Path(name).exists()
+    model = (
+        settings.model.model_copy(update={"path": str(Path(name).absolute())}) if is_file else settings.model
+    )
+    return settings.model_copy(
+        update={"model": model, "data": settings.data | data, "stages": tuple(map(stage, settings.stages))}
+    )

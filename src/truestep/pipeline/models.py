@@ -35,6 +35,8 @@ class Session:
     ranks: Ranks
     reporter: Reporter
     trackers: Sequence[Log] = ()
+    is_strict: bool = False  # a warning ends the run
+    warned: list[dict[str, Any]] = field(default_factory=list)  # why stages are worthless, as Watch says it
     evaluated: list[str] = field(
         default_factory=list
     )  # checkpoints whose evaluations this process has checked

@@ -355,7 +355,8 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
             num = len(prepared.prompts[stage.data])
             values = (num, "after sampling", "–", stage.sequences_per_step, "–")
         rows.append({
-            "stage": stage.name, "kind": stage.kind, **dict(zip(columns, values, strict=True)),
+            "stage": stage.name, "kind": stage.kind, "method": prepared.methods[stage.name].name,
+            **dict(zip(columns, values, strict=True)),
             "ranks": world_size, "tokens per micro-batch": stage.tokens_per_microbatch,
             "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
         })  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,19 +14,21 @@ from typing import Any
 import torch
 
 from truestep import rundir
-from truestep.checkpoint.export import export_hf, model_card
+from truestep.checkpoint.export import NOT_EVALUATED, export_hf, model_card
 from truestep.checkpoint.manifest import newest_state
 from truestep.checkpoint.store import latest_step
 from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.errors import UserError
 from truestep.evaluate.compare import compare
-from truestep.evaluate.files import read_results, read_samples, results_file, samples_file, score_row
+from truestep.evaluate.files import ended, read_results, read_samples, results_file, samples_file, score_row
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
+from truestep.pipeline import shown
+from truestep.pipeline.code import with_absolute_paths
 from truestep.pipeline.evaluation import evaluate_checkpoint
 from truestep.pipeline.models import Session, base_identity, open_model, stage_identity
 from truestep.pipeline.prepare import Prepared
-from truestep.pipeline.stages import make_stage, stage_folder
+from truestep.pipeline.stages import make_stage, stage_folder, strict_reason
 from truestep.pipeline.track import open_trackers
 from truestep.progress import Reporter
 from truestep.settings import Settings, load_settings
@@ -33,6 +36,7 @@ from truestep.signals import Interrupted
 from truestep.train.checkpoints import load_best, summed
 from truestep.train.loop import StageSpec, run_stage
 from truestep.train.parallel import Ranks, full, is_sharded
+from truestep.train.watch import WorthlessError
 
 # What is read again of done.json, with its type.
 DONE: dict[str, Any] = {
@@ -60,7 +64,7 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
     check_run_folder(settings, folder, resume=resume)
     for index, stage in enumerate(settings.stages):
         _require_identity(stage_folder(folder, index, stage), stage_identity(prepared, index))
-    rundir.open_run(folder, settings.model_dump(mode="json"))
+    rundir.open_run(folder, with_absolute_paths(settings, prepared.base_dir).model_dump(mode="json"))
 
 
 def _require_identity(stage: Path, identity: str) -> None:
@@ -86,8 +90,11 @@ def read_done(stage: Path) -> dict[str, Any]:
     return done
 
 
-def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
-    """Run what is left of a prepared run. Return its summary on rank 0. Raises Interrupted after saving."""
+def run(
+    prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter, is_strict: bool = False
+) -> dict[str, Any]:
+    """Run what is left of a prepared run. Return its summary on rank 0. Raises Interrupted after saving, and, if
+    the run is strict, WorthlessError."""
     settings = prepared.settings
     threads = set_threads(settings.compute.threads)
     make_deterministic()
@@ -98,13 +105,20 @@ def run(prepared: Prepared, folder: Path, *, ranks: Ranks, reporter: Reporter) -
     with Grader() as grader:
         trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
         session = Session(
-            prepared=prepared, folder=folder, grader=grader, ranks=ranks, reporter=reporter, trackers=trackers
-        )
+            prepared=prepared, folder=folder, grader=grader, ranks=ranks, reporter=reporter, trackers=trackers,
+            is_strict=is_strict,
+        )  # fmt: skip
+        if ranks.rank == 0:
+            summarize(session, "running")
         try:
             _stages(session)
-        except Interrupted:
+        except BaseException as error:
             if ranks.rank == 0:
-                summarize(session, "interrupted")
+                with contextlib.suppress(
+                    OSError, UserError
+                ):  # the run ends with its own error, not with this one
+                    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+                    summarize(session, "interrupted" if stopped else "failed", error)
             raise
     return summarize(session, "done") if ranks.rank == 0 else {}
 
@@ -124,6 +138,7 @@ def _stages(session: Session) -> None:
             rundir.verify_files(folder, marks, f"restore it, or {rundir.train_again(folder)}")
             rundir.verify_export(folder / "export")  # it is a result, even if no later stage reads it
             session.reporter.say(f"{stage.name}: already done, skipped")
+            session.warned.extend(done.get("warnings", []))
         else:
             done = _train(session, index, path, ledger, steps_before)
         ledger = Ledger(**done["ledger_after"]) if ranks.rank == 0 else Ledger()
@@ -131,6 +146,23 @@ def _stages(session: Session) -> None:
         path = str(folder / "export")
         ranks.barrier()
         _evaluate(session, stage.name, path, identity)
+        if ranks.rank == 0:
+            _complete_card(session, index, done)
+            _warn_if_worse(session, stage.name)
+        if reason := strict_reason(session):
+            raise WorthlessError(f"{reason} (stopped by --strict; --resume without --strict continues)")
+
+
+def _warn_if_worse(session: Session, stage: str) -> None:
+    """Warn if the stage's checkpoint is worse than the one before it, by an interval that leaves out 0."""
+    for row in comparisons(session):
+        if row["to"] == stage and row["high"] < 0:
+            text = (
+                f"{stage} made the model worse on {row['data']}: {100 * row['difference']:+.1f} points "
+                f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] from {row['from']}"
+            )
+            session.warned.append({"stage": stage, "kind": "worse", "step": None, "text": text})
+            session.reporter.say(f"warning: {text}")
 
 
 def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
@@ -151,10 +183,14 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         latest = latest_step(spec.folder / "checkpoints")
         if latest:
             session.reporter.say(f"{spec.name}: resuming at step {latest}/{spec.num_steps}")
-        session.reporter.begin(f"{spec.name} ({spec.settings.kind})", spec.num_steps, latest)
+        session.reporter.say(shown.stage_line(spec))
+        kind, has_dev = spec.settings.kind, spec.dev_score is not None
+        session.reporter.begin(f"{spec.name} ({kind})", spec.num_steps, latest, shown.head(kind, has_dev))
         state = run_stage(spec)
     if state.best:
         load_best(spec, state)
+    step, why = shown.exported(spec, state.best)
+    session.reporter.say(f"{spec.name}: exports step {step} of {spec.num_steps}, {why}")
     own = Ledger(**{k: v - vars(before)[k] for k, v in vars(state.ledger).items()})
     totals = [summed(part, session.ranks) for part in (own, state.ledger)]
     shape = spec.policy.shape
@@ -164,6 +200,8 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         "data": spec.settings.data, "tokens": asdict(totals[0]),
         "flops_paper": totals[0].paper_flops(shape), "flops_full": totals[0].full_flops(shape),
         "ledger_after": asdict(totals[1]), "best": dict(state.best), "shape": asdict(shape),
+        "exported": {"step": step, "why": why}, **(_cost(spec) if session.ranks.rank == 0 else {}),
+        "warnings": [warning for warning in session.warned if warning["stage"] == spec.name],
     }  # fmt: skip
     _export(session, index, spec, done)
     if session.ranks.rank == 0:
@@ -171,6 +209,17 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         done["files"] = {**spec.logs.seal(), **mark}
         rundir.write_json(spec.folder / "done.json", done)
     return done
+
+
+def _cost(spec: StageSpec) -> dict[str, float]:
+    """Return the trained tokens per second of all steps, and the largest memory of this process in bytes."""
+    tokens = sum(row[f"{spec.name}/num_tokens"] for row in rundir.read_jsonl(spec.folder / "metrics.jsonl"))
+    timings = rundir.read_jsonl(spec.folder / "timings.jsonl")
+    seconds = sum(row["seconds"] for row in timings)
+    return {
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in timings), default=0),
+    }
 
 
 @torch.no_grad()
@@ -185,14 +234,29 @@ def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, An
         model = open_model(session, settings.model.path).model
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    rows, stamp = [*stage_rows(session, index), stage_row(session, done)], rundir.provenance(settings.seed)
-    card = model_card(settings.name, settings.model.path, rows, score_rows(session), stamp)
-    export_hf(spec.folder / "export", model, session.prepared.tokenizer, card=card)
+    export_hf(spec.folder / "export", model, session.prepared.tokenizer, card=_card(session, index, done))
+
+
+def _card(session: Session, index: int, done: Mapping[str, Any]) -> str:
+    """Return the model card of a stage's export, with only its own scores."""
+    settings, rows = session.prepared.settings, [*stage_rows(session, index), stage_row(session, done)]
+    scores = [score for score in score_rows(session) if score["checkpoint"] == done["name"]]
+    stamp = rundir.provenance(settings.seed)
+    return model_card(settings.name, settings.model.path, rows, scores, stamp)
+
+
+def _complete_card(session: Session, index: int, done: Mapping[str, Any]) -> None:
+    """Write the scores of a stage's export, which are known only after the export, into its model card."""
+    path = stage_folder(session.folder, index, session.prepared.settings.stages[index]) / "export/README.md"
+    if done["name"] in session.evaluated and path.is_file() and NOT_EVALUATED in path.read_text("utf-8"):
+        rundir.write_atomic(path, _card(session, index, done))
 
 
 def stage_row(session: Session, done: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("name", "kind", "method", "data", "steps", "flops_paper", "flops_full", "seconds", "tokens")
-    row = {key: done[key] for key in kept}
+    # Older versions wrote no "exported", and no memory.
+    more = {key: done[key] for key in ("exported", "tokens_per_second", "peak_memory_bytes") if key in done}
+    row = {key: done[key] for key in kept} | more
     return row | {"seed": session.prepared.settings.seed, "flops": done["flops_paper"]}
 
 
@@ -226,8 +290,9 @@ def comparisons(session: Session) -> list[dict[str, Any]]:
     return rows
 
 
-def summarize(session: Session, status: str) -> dict[str, Any]:
-    """Write and return summary.json, which lists what the run has done, for the report and the exports."""
+def summarize(session: Session, status: str, error: BaseException | None = None) -> dict[str, Any]:
+    """Write and return summary.json, which lists what the run has done, for the report and the exports. A run
+    that failed has the first line of its error."""
     prepared, settings = session.prepared, session.prepared.settings
     shapes = [read_done(p.parent)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
     summary = {
@@ -236,7 +301,7 @@ def summarize(session: Session, status: str) -> dict[str, Any]:
         "stages": stage_rows(session), "scores": score_rows(session), "comparisons": comparisons(session),
         "content": {"model": prepared.model_content, **prepared.content},
         "code": {name: code for name, code in prepared.code.items() if code},
-        "overlap": prepared.overlap or None, "notes": prepared.notes,
-    }  # fmt: skip
+        "overlap": prepared.overlap or None, "notes": prepared.notes, "warnings": session.warned,
+    } | ended(status, error or "")  # fmt: skip
     rundir.write_json(session.folder / "summary.json", summary)
     return summary

@@ -11,8 +11,9 @@ import torch
 
 from truestep.flops import Ledger
 from truestep.objective.methods import Method
-from truestep.objective.methods.row import DemonstrationBuffer
+from truestep.objective.methods.row import DemonstrationBuffer, Replay
 from truestep.objective.schedule import learning_rate
+from truestep.pipeline import shown
 from truestep.pipeline.evaluation import dev_score, sampling_parameters
 from truestep.pipeline.models import Session, make_engine, make_policy, stage_identity
 from truestep.pipeline.prepare import hinted_prompt, num_sequences, num_steps
@@ -22,6 +23,7 @@ from truestep.records import Score
 from truestep.rewards.scorer import RewardScorer
 from truestep.rollout.engine import Engine
 from truestep.rollout.sample import Sampler
+from truestep.rundir import read_jsonl
 from truestep.settings import RejectionSettings, RlSettings, SftSettings, StageSettings
 from truestep.train.ahead import Comparison
 from truestep.train.engine_test import GapTest
@@ -31,9 +33,7 @@ from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
 from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.update import Updater
-
-# The metrics that are shown as progress at every step.
-SHOWN = ("reward", "loss", "mixed_groups", "dev/score", "entropy")
+from truestep.train.watch import Watch
 
 
 def make_stage(
@@ -93,7 +93,8 @@ def make_stage(
         policy=policy, source=source, updater=updater, num_steps=steps, engine=engine, gaps=gaps,
         ranks=ranks,
         dev_score=dev_score(session, index, policy, engine, folder, path), ledger=ledger,
-        on_step=_on_step(session, stage.name, steps_before), warn=session.reporter.say,
+        on_step=_on_step(session, stage, steps_before, watch_of(session, index, policy, folder, steps)),
+        warn=session.reporter.say, stop_reason=partial(strict_reason, session),
     )  # fmt: skip
 
 
@@ -107,14 +108,55 @@ def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> dict[
     return {"optimizer": main, "buffer-optimizer": MasterOptimizer(policy, own, beside=main)}
 
 
-def _on_step(session: Session, name: str, before: int) -> Callable[[int, Mapping[str, float], float], None]:
+See = Callable[[int, Mapping[str, float]], None]
+
+
+def watch_of(session: Session, index: int, policy: Policy, folder: Path, num_steps: int) -> See:
+    """Return a function that sees the metrics of each step, and says when the stage is worthless. A resumed
+    stage is judged with the steps before."""
+    stage = session.prepared.settings.stages[index]
+    method = session.prepared.methods[stage.name]
+    text = policy.model.config.get_text_config()
+    watch = Watch(
+        stage=stage.name, kind=stage.kind, num_steps=num_steps, vocabulary=text.vocab_size,
+        is_own=not method.needs_demonstrations and method.part(Replay) is None,
+        is_steady=method.plan is None or method.plan.most_shown == 0,
+    )  # fmt: skip
+
+    def see(step: int, metrics: Mapping[str, float]) -> None:
+        if session.ranks.rank != 0:
+            return
+        logged = read_jsonl(folder / "metrics.jsonl") if step > 1 and not watch.rows else []
+        for row in logged:
+            if row["step"] < step:
+                own = {key.removeprefix(f"{stage.name}/"): value for key, value in row.items()}
+                session.warned.extend(watch.see(row["step"], own))
+        new = watch.see(step, metrics)
+        session.warned.extend(new)
+        for warning in new:
+            session.reporter.say(f"warning: {stage.name}, step {step}: {warning['text']}")
+
+    return see
+
+
+def strict_reason(session: Session) -> str:
+    """Return why a strict run must stop, the same on all ranks, or "" (a collective if the run is strict)."""
+    if not session.is_strict:
+        return ""
+    said = "; ".join(f"{warning['stage']}: {warning['text']}" for warning in session.warned)
+    return str(session.ranks.exchange(said)[0])
+
+
+def _on_step(
+    session: Session, stage: StageSettings, before: int, see: See
+) -> Callable[[int, Mapping[str, float], float], None]:
     """Return a function that reports progress and logs to trackers, with steps counted over the whole run."""
 
     def on_step(step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        labels = {"mixed_groups": "mixed", "dev/score": "dev"}
-        note = "  ".join(f"{labels.get(key, key)} {metrics[key]:.3f}" for key in SHOWN if key in metrics)
-        session.reporter.advance(step, note)
-        row = {f"{name}/{key}": value for key, value in metrics.items()} | {f"{name}/seconds": seconds}
+        session.reporter.advance(step, shown.row(stage.kind, bool(stage.dev.data), metrics, seconds))
+        see(step, metrics)
+        row = {f"{stage.name}/{key}": value for key, value in metrics.items()}
+        row |= {f"{stage.name}/seconds": seconds}
         for log in session.trackers:
             log(before + step, row)
 

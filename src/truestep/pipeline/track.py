@@ -50,8 +50,8 @@ def _wandb(folder: Path, run_name: str) -> Log:
 
 
 def _trackio(folder: Path, run_name: str) -> Log:
+    os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))  # read when trackio is imported
     import trackio
 
-    os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
     run = trackio.init(project="truestep", name=run_name, embed=False)
     return lambda step, metrics: run.log(dict(metrics), step=step)

@@ -135,7 +135,7 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
     several = len({row.data for row in rows}) > 1
     ordered = sorted(rows, key=lambda row: [r.data for r in rows].index(row.data))
     names = [visible(f"{row.data} · {row.checkpoint}" if several else row.checkpoint)[:40] for row in ordered]
-    figure, axes = rows_figure(names, 0.36)
+    figure, axes = rows_figure(names, 0.36, right=0.78)  # room for "100.0 %"
     for y, row in enumerate(ordered):
         score, low, high = _percents(row)
         axes.plot([low, high], [y, y], color=BLUE, linewidth=2.2, solid_capstyle="round")
@@ -146,15 +146,17 @@ def scores(rows: Sequence[ScoreRow]) -> Markup:
             axes.axhline(y - 0.5, color=LINE, linewidth=0.8)
     lowest, highest = min(_percents(row)[1] for row in ordered), max(_percents(row)[2] for row in ordered)
     room = 0.06 * (highest - lowest)
-    axes.set_xlim(lowest - room, min(108, highest + 3 * room))
+    axes.set_xlim(lowest - room, highest + room / 4)
     said = [f"{n} {with_interval(r.score, r.low, r.high)}" for n, r in zip(names, ordered, strict=True)]
     return to_svg(figure, "scores", f"Scores with 95 % intervals: {'; '.join(said)}")
 
 
-def rows_figure(names: Sequence[str], height: float) -> tuple[Figure, Axes]:
-    """Return a figure with one named row per value in percent. A row is ``height`` inches high."""
+def rows_figure(names: Sequence[str], height: float, right: float = 0.08) -> tuple[Figure, Axes]:
+    """Return a figure with one named row per value in percent. A row is ``height`` inches high, and ``right``
+    inches are free beside the plot."""
     left = 0.25 + 0.078 * max(map(len, names))
     figure, axes = new_figure(7.6, 0.5 + height * len(names), left=left, bottom=0.28)
+    figure.subplots_adjust(right=1 - right / 7.6)
     axes.set_yticks(range(len(names)), names, fontsize=9.5, color=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(False, axis="y")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -50,7 +51,7 @@ def page_environment() -> jinja2.Environment:
     )  # fmt: skip
     filters: dict[str, Callable[..., str]] = {
         "clip": _clipped, "percent": percent, "whole": whole, "duration": duration, "scientific": scientific,
-        "p_value": tables.p_value,
+        "p_value": tables.p_value, "gib": tables.gib,
         "points": lambda value: tables.NONE if value is None else f"{100 * value:+.1f}",
     }  # fmt: skip
     environment.filters |= {name: _or_none(write) for name, write in filters.items()}
@@ -107,7 +108,7 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     paths = sorted(path for path in run.glob("stages/[0-9]*-*") if path.is_dir())
     folders = {path.name.partition("-")[2]: path for path in paths}
     entries = {str(entry.get("name")): entry for entry in summary.get("stages") or []}
-    found = []
+    found, per_step = [], _samples_per_step(run)
     for name in dict.fromkeys([*folders, *entries]):
         folder, entry = folders.get(name), entries.get(name, {})
         metrics = read_log(folder, "metrics.jsonl") if folder else []
@@ -116,10 +117,25 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append({
             "name": name, **{key: entry.get(key) for key in ("kind", "seconds", "flops_paper", "flops_full")},
             "steps": entry.get("steps", metrics[-1]["step"] if metrics else None),
+            **{key: entry.get(key) for key in ("exported", "tokens_per_second", "peak_memory_bytes")},
+            "path": f"stages/{folder.name}" if folder else "", "num_rollouts": len(rollouts),
+            "samples_per_step": per_step.get(name),
             "tokens": {key.removesuffix("_tokens").replace("_", " "): n for key, n in tokens.items()},
+            "is_worthless": name in [w.get("stage") for w in summary.get("warnings") or []],
             "metrics": metrics, "panels": _panels(name, metrics), "samples": pick_rollouts(rollouts),
         })  # fmt: skip
     return found
+
+
+def _samples_per_step(run: Path) -> dict[str, int]:
+    """Return how many samples each RL stage draws in a step, by its settings."""
+    try:
+        stages = tomllib.loads(read_settings_text(run)).get("stages", [])
+    except tomllib.TOMLDecodeError:
+        return {}
+    return {
+        s["name"]: s["prompts_per_step"] * s["samples_per_prompt"] for s in stages if "prompts_per_step" in s
+    }
 
 
 def points(metrics: Sequence[Row], stage: str, key: str, x: str = "step") -> list[tuple[float, float]]:
@@ -188,7 +204,9 @@ def _evaluations(run: Path, rows: Sequence[ScoreRow]) -> Iterator[dict[str, Any]
     listed |= {path: (path.parent.name, path.name.removesuffix(".samples.jsonl")) for path in others}
     for path, (checkpoint, data) in listed.items():
         if path.exists() and (samples := pick_samples(_lines(path))):
-            yield {"checkpoint": checkpoint, "data": data, "samples": samples}
+            size = next((r.n for r in rows if (r.checkpoint, r.data) == (checkpoint, data)), None)
+            place = str(path.relative_to(run))
+            yield {"checkpoint": checkpoint, "data": data, "samples": samples, "n": size, "path": place}
 
 
 def _lines(path: Path) -> Iterator[Row]:

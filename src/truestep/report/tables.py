@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from truestep.rundir import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 NONE = "–"
 Interval = Mapping[str, float]  # value, low, high
@@ -43,6 +45,10 @@ def with_interval(value: float | None, low: float | None, high: float | None) ->
 
 def whole(value: float | None) -> str:
     return NONE if value is None else f"{round(value):,}"
+
+
+def gib(value: float | None) -> str:
+    return NONE if value is None else f"{value / 2**30:.1f} GiB"
 
 
 def scientific(value: float | None) -> str:
@@ -95,6 +101,7 @@ class ScoreRow:
     mean_tokens: float | None = None
     pass_at: Mapping[str, Interval] = field(default_factory=dict)
     majority_at: Mapping[str, Interval] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()  # why the checkpoint's stage was worthless
     whole: bool = True
     private: bool = False
     published: Mapping[str, float] = field(default_factory=dict)
@@ -131,32 +138,50 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def score_table(run: Path) -> list[ScoreRow]:
     """Return the scores in the summary's order or, without a summary, the scores in the results files."""
-    found = [read_score_row(row) for row in read_summary(run).get("scores") or []]
+    summary = read_summary(run)
+    found = [read_score_row(row) for row in summary.get("scores") or []]
     if not found:
         paths = sorted(run.glob("evaluations/*/*.results.json"), key=lambda p: (p.parent.name != "base", p))
         for path in paths:
             place = {"checkpoint": path.parent.name, "data": path.name.removesuffix(".results.json")}
             found.append({**read_object(path).get("estimate", {}), **place})
-    known = ScoreRow.__dataclass_fields__
-    return [ScoreRow(**{key: value for key, value in row.items() if key in known}) for row in found]
+    known, told = ScoreRow.__dataclass_fields__, defaultdict[str, tuple[str, ...]](tuple)
+    for warning in summary.get("warnings") or []:
+        told[warning["stage"]] += (str(warning["text"]),)
+    rows = [{key: value for key, value in row.items() if key in known} for row in found]
+    return [ScoreRow(**row, warnings=told[row.get("checkpoint", "")]) for row in rows]
 
 
 def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
-    """Return the outcome of a run, in one plain sentence."""
-    known = {"interrupted": "This run was interrupted. ", "running": "This run is still in progress. "}
+    """Return the outcome of a run, in one plain sentence that compares each checkpoint with the one before."""
+    known = {
+        "interrupted": "This run was interrupted. ", "running": "This run is still in progress. ",
+        "killed": "This run was killed before its end. ", "failed": f"This run failed: {summary.get('error')}. ",
+    }  # fmt: skip
     lead = known.get(str(summary.get("status")), "")
     if not rows:
         return lead + "None of the run's checkpoints has been evaluated."
-    first = rows[0]
-    last = [row for row in rows if row.data == first.data][-1]
+    data = rows[0].data
+    own = [row for row in rows if row.data == data]
+    changes = {str(c["to"]): c for c in summary.get("comparisons") or [] if c.get("data") == data}
+    said = [f"On {data}, {own[0].checkpoint} scored {with_interval(own[0].score, own[0].low, own[0].high)}"]
+    if len(own) == 1:
+        said[0] += f" ({whole(own[0].n)} samples)"
+    for row in own[1:]:
+        score = f"{row.checkpoint} {with_interval(row.score, row.low, row.high)}"
+        said.append(score + _change(changes.get(row.checkpoint)))
     others = len({row.data for row in rows}) - 1
     more = f" The table has {others} more data set{'s' if others > 1 else ''}." if others else ""
-    score = with_interval(last.score, last.low, last.high)
-    if first is last:
-        return f"{lead}On {last.data}, {last.checkpoint} scored {score} ({whole(last.n)} samples).{more}"
-    start = with_interval(first.score, first.low, first.high)
-    change = f"On {first.data}, {last.checkpoint} scored {score}; {first.checkpoint} scored {start}."
-    return lead + change + more
+    return f"{lead}{'; '.join(said)}.{more}"
+
+
+def _change(found: Mapping[str, Any] | None) -> str:
+    """Say how a checkpoint compares with the one before it, on the same problems."""
+    if found is None or "difference" not in found:
+        return ""
+    points = [100 * float(found[key]) for key in ("difference", "low", "high")]
+    verdict = "better" if points[1] > 0 else "WORSE" if points[2] < 0 else "no clear change"
+    return f", {verdict} ({points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}])"
 
 
 Column = tuple[str, Callable[[ScoreRow], str]]
@@ -166,6 +191,7 @@ _TERMINAL = {
     "prompt": ("Score [95 % interval]", "Strict", "Problems × samples", "Cut off", "Answer found"),
 }
 _PUBLISHED = "The paper's SFT→RL"
+_NAME = 16  # columns in which a name is still easy to read when it is folded
 _WIDE = 95  # columns of a terminal that has room for the paper's figure as well
 
 
@@ -173,7 +199,7 @@ def _names(rows: Sequence[ScoreRow]) -> list[Column]:
     if any(row.prompt for row in rows):
         part = lambda r: r.data + ("" if r.whole else " (part)")  # noqa: E731
         return [("Benchmark", part), ("Prompt", lambda r: r.prompt)]
-    return [("Checkpoint", lambda r: r.checkpoint), ("Data", lambda r: r.data)]
+    return [("Checkpoint", lambda r: r.checkpoint + (" !" if r.warnings else "")), ("Data", lambda r: r.data)]
 
 
 def pass_columns(rows: Sequence[ScoreRow]) -> list[Column]:
@@ -242,37 +268,74 @@ def print_scores(rows: Sequence[ScoreRow], title: str = "") -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(terminal_table(rows, title, wide=console.width >= _WIDE))
+    console.print(terminal_table(rows, title, width=console.width))
 
 
-def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, wide: bool = True) -> Table:
-    """Return a table for the terminal. Text in brackets starts a new line, so that no name or interval is
-    broken."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
+def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, width: int) -> Table:
+    """Return a table that fits into ``width`` columns. Text in brackets starts a new line, so that no interval
+    is broken. Columns without room are left out and named below the table."""
 
     def counted(r: ScoreRow) -> str:
         return f"{whole(r.correct)}/{whole(r.incorrect)}/{whole(r.unscored)}"
 
-    names = _names(rows)
-    kept = _TERMINAL["prompt" if names[1][0] == "Prompt" else "checkpoint"] + ((_PUBLISHED,) if wide else ())
-    columns = [*score_columns(rows)[2:], *pass_columns(rows)[2:], ("Right/wrong/unscored", counted)]
+    names, passes = _names(rows), pass_columns(rows)[2:]
+    kept = _TERMINAL["prompt" if names[1][0] == "Prompt" else "checkpoint"]
+    kept += (_PUBLISHED,) if width >= _WIDE else ()
+    columns = [*score_columns(rows)[2:], *passes, ("Right/wrong/unscored", counted)]
     shown = [(h, c) for h, c in columns if h in kept or (h.startswith("pass@") and "pass@k" in kept)]
-    headings, cells = cells_of(rows, [*names, *shown])
-    shape: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-    table = Table(title=Text(visible(title)) if title else None, **shape)
-    for number, heading in enumerate(headings):
-        table.add_column(Text(textwrap.fill(heading, 11)), justify="left" if number < 2 else "right")
+    # The largest k says most, so it goes last.
+    spare = [h for h, _ in passes[:-1]] + [h for h in ("Answer found", "Cut off", "Strict") if h in kept]
+    spare += [h for h, _ in passes[-1:]]
+    left_out: list[str] = []
+    while True:
+        table = _drawn(rows, [*names, *(c for c in shown if c[0] not in left_out)], title)
+        present = [h for h in spare if h in [heading for heading, _ in shown] and h not in left_out]
+        if _width(table) <= width or not present:
+            break
+        left_out.append(present[0])
+    notes = [f"no room for: {', '.join(left_out)}"] if left_out else []
     unread = [
         f"{r.prompt or r.checkpoint} {r.data} {percent(r.unreadable_rate)}" for r in rows if r.unreadable_rate
     ]
-    told = [f"unreadable answers (incorrect): {', '.join(unread)}"] if unread else []
-    told += [
+    notes += [f"unreadable answers (incorrect): {', '.join(unread)}"] if unread else []
+    notes += [
         f"mean {name}, {r.title}: {mean_reward(found)}" for r in rows for name, found in r.rewards.items()
     ]
-    if told:
-        table.caption = Text("\n".join(map(visible, told)), justify="left")
-    for row in cells:
-        table.add_row(*(Text(cell.replace(" [", "\n[").replace(" (", "\n(")) for cell in row))
+    notes += dict.fromkeys(f"! {row.checkpoint}: {text}" for row in rows for text in row.warnings)
+    if notes:
+        table.caption = _text("\n".join(notes))
+        table.caption_justify = "left"
     return table
+
+
+def _drawn(rows: Sequence[ScoreRow], columns: Sequence[Column], title: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    headings, cells = cells_of(rows, columns)
+    shape: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    table = Table(title=_text(title) if title else None, **shape)
+    for number, heading in enumerate(headings):
+        is_name = number < 2  # only names may be folded
+        where: Any = (
+            {"justify": "left", "overflow": "fold"} if is_name else {"justify": "right", "no_wrap": True}
+        )
+        table.add_column(_text(textwrap.fill(heading, 11)), **where)
+    for row in cells:
+        table.add_row(*(_text(cell.replace(" [", "\n[").replace(" (", "\n(")) for cell in row))
+    return table
+
+
+def _text(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(visible(text))
+
+
+def _width(table: Table) -> int:
+    """Return how many columns the table takes if its names are folded where they are long."""
+    from rich.console import Console
+
+    console = Console(width=10_000)
+    names = [max(console.measure(cell).maximum for cell in column.cells) for column in table.columns[:2]]
+    return console.measure(table).maximum - sum(max(0, size - _NAME) for size in names)

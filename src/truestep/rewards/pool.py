@@ -216,7 +216,7 @@ class FunctionPool:
             first = self._failures[0]
             raise UserError(
                 f'reward "{self.entry.name}" failed on {len(self._failures)} of {self._samples} samples '
-                f"(step {self._step}), more than max_failure_share = {self.entry.max_failure_share:g}; "
+                f"(step {self._step + 1}), more than max_failure_share = {self.entry.max_failure_share:g}; "
                 f"the first failure: {first.reason}\n{first.detail}".rstrip()
             )
 

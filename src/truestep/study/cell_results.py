@@ -56,6 +56,7 @@ def compact(run: Path, *, arm: str, seed: int, key: str) -> dict[str, Any]:
         "best": {p.name.partition("-")[2]: read_json(p / "done.json")["best"] for p in folders},
         "dynamics": {p.name.partition("-")[2]: dynamics(read_log(p, "metrics.jsonl")) for p in folders},
         **{k: summary[k] for k in ("content", "overlap", "notes")},
+        **({"warnings": warned} if (warned := summary.get("warnings")) else {}),
         "seconds": {s["name"]: round(float(s["seconds"]), 1) for s in summary["stages"]},
         "provenance": {k: v for k, v in read_json(run / "provenance.json").items() if k != "command"},
     }  # fmt: skip

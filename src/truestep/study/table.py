@@ -13,6 +13,11 @@ from truestep.study.plan import CONTROLS, Arm, Study, differences, owner_of, sta
 
 Cell = Mapping[str, Any]
 Cells = Mapping[str, Cell]  # by name; also used for other data about each cell
+# The kinds of a run's warnings, in the words of the table.
+WORTHLESS = {
+    "equal": "all rewards equal", "unmixed": "no group mixed", "cut": "every completion cut", "uniform": "loss above "
+    "uniform", "collapsed": "entropy collapsed", "below": "reward below its start", "worse": "a stage made it worse",
+}  # fmt: skip
 CLOSE = 0.05  # budgets that differ by less count as the same
 
 
@@ -149,6 +154,11 @@ def _marks(
     ratio = spent / goal if compared and spent is not None else 1.0
     if abs(ratio - 1) > CLOSE:
         marks.append(f"budget {ratio:.2f}x")
+    warned = [
+        w["kind"] for cell in own.values() for w in {w["kind"]: w for w in cell.get("warnings", [])}.values()
+    ]
+    for kind in sorted(set(warned)):
+        marks.append(f"{WORTHLESS.get(kind, kind)} in {warned.count(kind)} of {len(own)} seeds")
     if row["unscored"]:
         marks.append(f"{row['unscored']} of {row['samples']} samples are unscored and count as incorrect")
     return marks

@@ -136,7 +136,7 @@ class GapTest:
                 TIMES * max(self.right.size, TINY[self.dtype]) * (1 + OUTLIERS / max(self.right.mass, 1e-9))
             )
             limit = min(limit, known)
-        if fault := gap.fault(limit, f"step {step}"):
+        if fault := gap.fault(limit, f"step {step + 1}"):
             raise StaleWeightsError(f"{fault}; no update was made")
         if self.right.mass < ENOUGH:
             self.right += gap

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from truestep import signals
 from truestep.device import peak_memory_bytes
 from truestep.flops import Ledger
 from truestep.rollout.engine import Engine
@@ -29,6 +30,7 @@ from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.step import NonFiniteError
 from truestep.train.undo import Undo
 from truestep.train.update import Updater
+from truestep.train.watch import WorthlessError
 from truestep.train.weight_sync import publish
 
 DevScore = Callable[[int], float]  # step → score on the dev set
@@ -54,6 +56,7 @@ class StageSpec:
     ledger: Ledger = field(default_factory=Ledger)  # the run's work before this stage
     on_step: Callable[[int, Mapping[str, float], float], None] = lambda step, metrics, seconds: None
     warn: Callable[[str], None] = print
+    stop_reason: Callable[[], str] = lambda: ""  # why the stage must stop after this step; "": it goes on
 
     @cached_property
     def logs(self) -> StageLogs:
@@ -63,7 +66,7 @@ class StageSpec:
 def run_stage(spec: StageSpec) -> TrainState:
     """Train until ``num_steps`` steps are done, from the newest checkpoint if there is one.
 
-    Raises Interrupted after saving what is done. Held by: tests/contract/test_resume.py"""
+    Raises Interrupted or WorthlessError after saving what is done. Held by: tests/contract/test_resume.py"""
     state = saved = checkpoints.restore(spec)
     spec.ranks.barrier()  # they have read their files from the disk
     saved_at = time.monotonic()
@@ -76,11 +79,17 @@ def run_stage(spec: StageSpec) -> TrainState:
                 _stop_together(spec)
                 # A step may be dropped in the middle if the state before it is on the disk or in memory.
                 state = train(spec, state, undo, may_drop=state is saved or undo.is_ready())
+                signals.release()
             state = finish(spec, state)
-            if _must_save(spec, state.step, time.monotonic() - saved_at):
+            signals.release()
+            reason = spec.stop_reason()
+            if _must_save(spec, state.step, time.monotonic() - saved_at) or reason:
                 checkpoints.save(spec, state)
                 saved, saved_at = state, time.monotonic()
+            if reason:
+                raise WorthlessError(f"{reason} (stopped by --strict; --resume without --strict continues)")
     except Interrupted:
+        signals.hold()
         spec.source.drop()
         if state is not saved:
             undo.put_back()
@@ -90,6 +99,7 @@ def run_stage(spec: StageSpec) -> TrainState:
         raise checkpoints.rescued(spec, error) from error
     finally:
         spec.source.drop()
+        signals.release()
     return state
 
 
@@ -150,6 +160,7 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
     metrics |= {"flops_paper": work.paper_flops(shape), "flops_full": work.full_flops(shape)}
     metrics = checked(metrics)
     seconds = sum(times.values()) + time.perf_counter() - began
+    signals.hold()  # until the state says that the lines are written
     if spec.ranks.rank == 0:
         named = {f"{spec.name}/{key}": value for key, value in metrics.items()}
         timings = {"seconds": seconds, **times, "peak_memory_bytes": peak_memory_bytes()}

@@ -73,7 +73,7 @@ class Scorer:
                 self.ranks.stop_point()
                 logprobs, entropy = policy(batch, self.temperature)
                 made = {f"{whose} log-probabilities": logprobs, f"{whose} entropy": entropy}
-                require_finite(made, batch, f"step {step}, micro-batch {index}")
+                require_finite(made, batch, f"step {step + 1}, micro-batch {index}")
                 if index < len(batches):
                     found.append((batch, logprobs.detach(), entropy.detach()))
         finally:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from truestep import signals
 from truestep.device import return_free_memory
 from truestep.objective.coefficients import Context
 from truestep.objective.methods.row import POLICY, Term
@@ -52,7 +53,7 @@ class Observer(Protocol):
 class StepPlan:
     """The inputs of one optimizer step other than the policy, the optimizer and the data."""
 
-    step: int
+    step: int  # the number of steps before it; messages and logs count from 1
     terms: Sequence[Term]
     learning_rate: float
     temperature: float
@@ -90,7 +91,7 @@ def train_step(
         for index, batch in enumerate(levelled(batches, plan.ranks, policy)):
             check_stop()
             loss = microbatch_loss(policy, batch, plan, totals, meter)
-            require_finite({"loss": loss}, batch, f"step {plan.step}, micro-batch {index}")
+            require_finite({"loss": loss}, batch, f"step {plan.step + 1}, micro-batch {index}")
             (loss * (weights[index] if index < len(weights) else 0.0)).backward()
         check_stop()
         if plan.observe is not None:
@@ -106,8 +107,9 @@ def train_step(
         norms = {name: global_norm([g], plan.ranks, sharded=sharded) for name, g in gradients.items()}
         name = next((name for name, value in norms.items() if not math.isfinite(value)), "a parameter")
         optimizer.zero_grad()
-        raise NonFiniteError(f"step {plan.step}: the gradient of {name} is not finite", batches)
+        raise NonFiniteError(f"step {plan.step + 1}: the gradient of {name} is not finite", batches)
     clip_(gradients.values(), norm, optimizer.settings.max_grad_norm)
+    signals.hold()  # from here on, only the whole step can be kept; the loop releases it
     optimizer.step(gradients, plan.learning_rate)
     return _report(plan, totals, meter, norm)
 
@@ -145,7 +147,7 @@ def microbatch_loss(
 ) -> Tensor:
     """Return this micro-batch's part of the globally normalised loss, and add its metrics to ``meter``."""
     logprobs, entropy = policy(batch, plan.temperature)
-    where = f"step {plan.step}, forward pass"
+    where = f"step {plan.step + 1}, forward pass"
     require_finite({"policy log-probabilities": logprobs, "entropy": entropy}, batch, where)
     detached = logprobs.detach()
     context = Context(
