@@ -39,7 +39,8 @@ def printed(text: str, *words: str) -> str:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 main()
         except SystemExit as stop:
-            assert not stop.code, said.getvalue()
+            if stop.code:
+                raise RuntimeError(said.getvalue()) from None
         finally:
             sys.argv = argv
             del os.environ["COLUMNS"]
