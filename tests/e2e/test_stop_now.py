@@ -96,11 +96,12 @@ def test_a_second_signal_waits_for_a_state_that_can_be_kept(capfd: pytest.Captur
     said = capfd.readouterr().err
     assert "SIGINT: stopping in step 2 and saving; again to stop now" in said
     assert "stopping as soon as this step is kept" in said
-    with signals.deferred():
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Interrupted, match="SIGTERM"):
-            signal.raise_signal(signal.SIGTERM)
-    with signals.deferred(is_alone=False):
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    with signals.deferred(), pytest.raises(Interrupted, match="SIGTERM"):
+        twice(signal.SIGTERM)
+    with signals.deferred(is_alone=False), pytest.raises(KeyboardInterrupt):
+        twice(signal.SIGINT)
+
+
+def twice(signum: signal.Signals) -> None:
+    for _ in range(2):
+        signal.raise_signal(signum)

@@ -225,7 +225,7 @@ def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
         ("Problems × samples", _sizes), ("Correct", lambda r: whole(r.correct)),
         ("Incorrect", lambda r: whole(r.incorrect)), ("Unscored", lambda r: whole(r.unscored)),
         ("Cut off", lambda r: percent(r.truncated_rate)), ("Answer found", lambda r: percent(r.extracted_rate)),
-        ("Unreadable", lambda r: percent(r.unreadable_rate)),
+        ("Unreadable", lambda r: percent(r.unreadable_rate or None)),
         ("Mean tokens", lambda r: whole(r.mean_tokens)), (_PUBLISHED, lambda r: f"{r.published.get('SFT→RL', NONE)}"),
     ]  # fmt: skip
     columns += [(f"Mean {name}", _reward_cell(name)) for name in sorted({n for r in rows for n in r.rewards})]
