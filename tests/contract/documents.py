@@ -30,6 +30,7 @@ PRINTED = {
     "eval import": ("eval", "import", "exported/rl", "--out", "imported", "--json"),
     "eval grade": ("eval", "grade", "pairs.jsonl", "--json"),
     "eval list": ("eval", "list", "--json"),
+    "data convert": ("data", "convert", "recipe/train.jsonl", "--to", "trl", "--out", "c.jsonl", "--dry-run", "--json"),
     "data check": ("data", "check", "recipe/train.jsonl", "--json"),
     "data show": ("data", "show", "recipe/run.toml", "--json"),
     "method list": ("method", "list", "--json"),

@@ -81,9 +81,10 @@ def longest_of_stage(prepared: Prepared, stage: RlSettings | RejectionSettings) 
     plan, limit = prepared.methods[stage.name].plan, stage.sampling.max_new_tokens
     shown, where = plan.most_shown if plan else 0.0, f"stages.{stage.name}.sampling"
     sets = zip(stage.data_names, prepared.stage_prompts[stage.name], strict=True)
-    return max(
+    lengths = [
         longest_sample(prepared, prompts, name, limit, where, shown) for name, prompts in sets if prompts
-    )
+    ]
+    return max(lengths, default=0)  # that no prompt is left is said where prompts are counted
 
 
 def longest_sample(
