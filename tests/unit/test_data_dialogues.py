@@ -18,6 +18,7 @@ from truestep.data.chat import check_special_tokens, completion_text, stop_token
 from truestep.data.demonstrations import encode_demonstrations, encode_row
 from truestep.data.problems import load_problems
 from truestep.errors import UserError
+from truestep.pipeline.prepare import _content_hash as content_hash
 from truestep.pipeline.prepare import prepare
 from truestep.pipeline.run import open_run_folder
 from truestep.pipeline.run import run as run_pipeline
@@ -165,6 +166,23 @@ def test_one_sequence_of_two_turns_makes_the_update_of_two_sequences(tmp_path: P
         weights[name] = load_file(tmp_path / name / "stages/01-sft/export/model.safetensors")
     for key, value in weights["one"].items():
         torch.testing.assert_close(value, weights["two"][key], rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_trained_on_is_part_of_the_identity(tmp_path: Path) -> None:
+    """A run of other turns, thoughts or tools is refused on resuming."""
+    turns = DIALOGUE[1:5]
+    found = [
+        content_hash([problem(tmp_path, row, **settings)])
+        for row, settings in (
+            ({"messages": turns}, {}),
+            ({"messages": turns}, {"train_turns": "last"}),
+            ({"messages": [*turns[:3], {**turns[3], "reasoning_content": "x"}]}, {}),
+            ({"messages": turns, "tools": [{"name": "f"}]}, {}),
+            ({"text": "2+3=5"}, {}),
+            ({"text": "2+3=6"}, {}),
+        )
+    ]
+    assert len(set(found)) == len(found)
 
 
 class Silent:
