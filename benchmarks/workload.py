@@ -13,7 +13,7 @@ from truestep.data.problems import load_problems
 from truestep.model.load import load_tokenizer
 from truestep.records import Message, Problem
 from truestep.settings import ChatSettings, DataSettings, ModelSettings
-from truestep.train.source import window
+from truestep.train.order import window
 
 # Most tokenizers make one token of each word, so that a length in words is a length in tokens.
 WORDS = """

@@ -48,6 +48,7 @@ from truestep.settings import (
 from truestep.train.loop import StageSpec, run_stage
 from truestep.train.memory import Memory
 from truestep.train.optim import MasterOptimizer
+from truestep.train.order import Order
 from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
 from truestep.train.source import DemonstrationSource, RolloutSource, StepData
@@ -201,7 +202,7 @@ def rl(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     scorer = Scorer(policy=policy, temperature=1.0, tokens_per_microbatch=stage.tokens_per_microbatch)
     source = RolloutSource(
-        [Prompt(problem=_problem(p["id"]), token_ids=tuple(p["ids"])) for p in spec["prompts"]],
+        Order([[Prompt(problem=_problem(p["id"]), token_ids=tuple(p["ids"])) for p in spec["prompts"]]]),
         sampler=sampler,
         scorer=scorer,
         method=method,

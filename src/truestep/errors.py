@@ -67,7 +67,7 @@ def _place(
     key = list[str]()
     tables = inside = [model]
     for part in loc:
-        if str(part).startswith(("function-", "constrained-")):
+        if str(part).startswith(("function-", "constrained-", "union-")):
             continue
         if tagged := [m for m in inside if part == _tag(m)]:  # the kind of a stage, which is not a key
             inside = tagged

@@ -1,8 +1,8 @@
 """The data that flows through truestep, as frozen keyword-only records, checked at construction.
 
 torch is not imported, because the audit and the report read these records in environments without torch. The
-tensors of a ``TokenBatch`` are typed only by name. The records are in one file, because they refer to each
-other and every package imports several of them.
+tensors of a ``TokenBatch`` are typed only by name. One file: the records refer to each other, and every package
+imports several of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,28 +29,37 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn of a chat. ``role`` is system, user or assistant."""
+    """One turn of a chat. ``role`` is system, user, assistant or tool. ``more`` is given to the chat template as it
+    is: a thought (``reasoning_content``), ``tool_calls``, a tool's ``name`` and ``tool_call_id``."""
 
     role: str
     content: str
+    is_trained: bool = True  # whether SFT trains on the turn, if it is the assistant's
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A task with an answer that a program can check."""
+    """A task with an answer that a program can check; or a demonstration, or a ``text``, that SFT trains on."""
 
     id: str
-    messages: tuple[Message, ...]  # the prompt as chat turns; the last one is the user's
+    messages: tuple[Message, ...]  # the prompt as chat turns; the last one is the user's or a tool's
     answer: str  # gold
     checker: str = "math"  # the function of grade.score that compares a completion with the answer
     solution: str = ""  # a demonstration's text, if there is one
     row: str = ""  # where it came from, "file:line"
     meta: Mapping[str, Any] = field(default_factory=dict)  # further data for the checker
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row as it was read
+    # The prompt and its answer, if the assistant has several turns or a turn is more than text; otherwise empty.
+    dialogue: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()  # descriptions of tools, for the chat template
+    text: str = ""  # trained on as it is, without a template; there are no messages
+    layout: str = "truestep"  # the name of the row's layout, and the row's columns by our names
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(bool(self.id), "a problem needs an id")
-        _require(bool(self.messages), f"problem {self.id} has no messages")
+        _require(bool(self.messages) != bool(self.text), f"problem {self.id} needs messages or a text")
 
 
 class Role(enum.IntEnum):
@@ -59,6 +69,7 @@ class Role(enum.IntEnum):
     USER = 1
     ASSISTANT = 2
     TEMPLATE = 3  # what the chat template adds around the turns
+    TOOL = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,7 @@ class Prompt:
 
     problem: Problem
     token_ids: tuple[int, ...]
+    data: str = ""  # the name of the data set, if the stage has several
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) > 0, f"prompt of {self.problem.id} is empty")
@@ -74,16 +86,29 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A worked solution as tokens: a prompt, and the solution with its stop token, which are in the loss."""
+    """A worked solution as tokens: a prompt, and the solution with its stop token, which are in the loss. In a
+    dialogue, turns in the prompt may be in the loss, too: ``earlier`` are their bounds, in order."""
 
     problem_id: str
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
+    earlier: tuple[tuple[int, int], ...] = ()
+    data: str = ""  # the name of the data set, if the stage has several
 
     def __post_init__(self) -> None:
         name, num = f"demonstration of {self.problem_id}", self.num_prompt_tokens
         _require(num < len(self.token_ids), f"{name} has no trained token")
         _require(num > 0, f"{name} trains its first token, which has no context")
+        bounds = [0, *(at for span in self.earlier for at in span), num]
+        _require(all(a < b for a, b in pairwise(bounds)), f"{name}: its earlier turns are not in order")
+
+    @property
+    def origin(self) -> tuple[Origin, ...]:
+        """The origin of every token."""
+        found = [Origin.CONTEXT] * self.num_prompt_tokens
+        for start, stop in self.earlier:
+            found[start:stop] = [Origin.EXPERT] * (stop - start)
+        return (*found, *[Origin.EXPERT] * (len(self.token_ids) - self.num_prompt_tokens))
 
 
 class Origin(enum.IntEnum):
@@ -260,6 +285,7 @@ class TrainSequence:
     weight: float = 1.0  # the gate's weight of this sequence in the loss
     solved: bool = False
     reward: float = 0.0
+    data: str = ""  # the name of the data set, if the stage has several
 
     def __post_init__(self) -> None:
         _require(len(self.token_ids) == len(self.origin), "token_ids and origin differ in length")

@@ -12,11 +12,13 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from truestep.data_settings import OVERLONG_SHARE, Checker, DataShare, OneOrSeveral
+from truestep.data_settings import DataSettings as DataSettings
 from truestep.errors import UserError, did_you_mean, one_line
 from truestep.frozen import Frozen
 from truestep.http_client import LOOPBACK
@@ -26,8 +28,6 @@ from truestep.reward_settings import RewardSettings, reward_entries
 M = TypeVar("M", bound=Frozen)
 Positive = Annotated[int, Field(ge=1)]
 Pinned = Literal["benchmark"]  # the value in the table of benchmarks
-Checker = Literal["math", "exact", "integer", "choice", "countdown"]  # the functions: grade.score.CHECKERS
-CHECKERS: tuple[Checker, ...] = get_args(Checker)
 
 
 class TinySettings(Frozen):
@@ -71,6 +71,8 @@ class ChatSettings(Frozen):
     system: str = ""
     user: str = "{problem}"
     generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; removed from a demonstration's start
+    # Special tokens that texts may contain, and that stay in completions, e.g. ["<think>", "</think>"].
+    special_tokens: tuple[str, ...] = ()
     date: str = PINNED_DATE  # the date that a chat template may write; today's would change every day
 
     @model_validator(mode="after")
@@ -83,22 +85,6 @@ class ChatSettings(Frozen):
     def _has_problem(self) -> Self:
         if self.user.count("{problem}") != 1:
             raise ValueError('chat.user must contain "{problem}" exactly once')
-        return self
-
-
-class DataSettings(Frozen):
-    source: str  # procedural:TASK | reasoning_gym:TASK | hub:org/name | path to .jsonl or .parquet
-    split: str = "train"
-    seed: Annotated[int, Field(ge=0)] | Literal["run"] = "run"  # for procedural problems
-    skip: int = Field(0, ge=0)
-    limit: int | Literal["all"] = "all"
-    checker: Literal["auto"] | Checker = "auto"
-    options: dict[str, int | float | str | bool | list[int]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _limit_positive(self) -> Self:
-        if self.limit != "all" and self.limit < 1:
-            raise ValueError('limit must be at least 1, or "all"')
         return self
 
 
@@ -160,7 +146,7 @@ class FaultSettings(Frozen):
 class StageSettings(Frozen):
     kind: str
     name: str = ""
-    data: str
+    data: OneOrSeveral[DataShare]
     tokens_per_microbatch: int = Field(ge=1)  # memory only; never changes the update
     optimizer: OptimizerSettings
     save_every: int = Field(50, ge=1)  # steps
@@ -168,6 +154,24 @@ class StageSettings(Frozen):
     keep_checkpoints: int = Field(2, ge=1)
     dev: DevSettings = DevSettings()
     faults: FaultSettings = FaultSettings()
+
+    @property
+    def shares(self) -> tuple[DataShare, ...]:
+        """The data sets of the stage, of which most have one."""
+        return (DataShare(name=self.data),) if isinstance(self.data, str) else self.data
+
+    @property
+    def data_names(self) -> tuple[str, ...]:
+        return tuple(share.name for share in self.shares)
+
+    @model_validator(mode="after")
+    def _sets_once(self) -> Self:
+        names = self.data_names
+        if not isinstance(self.data, str) and len(names) < 2:
+            raise ValueError('data is a list of one; set data = "NAME"')
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f'data has "{twice}" twice; add the weights')
+        return self
 
 
 # Keys of a stage, and of [compute], that affect only memory, speed, files and rounding. They are not part of its
@@ -184,6 +188,12 @@ OUTSIDE_COMPUTE = {"threads": 1, "parallel": "auto", "gradient_checkpointing": F
 def _has_one_length(stage: Any) -> Any:
     if (stage.epochs > 0) == (stage.steps > 0):
         raise ValueError("exactly one of epochs and steps must be greater than 0")
+    named = getattr(stage, "epochs_of", "")
+    if len(stage.shares) > 1 and stage.epochs and named not in stage.data_names:
+        known = ", ".join(stage.data_names)
+        raise ValueError(f"epochs of which data set? Set epochs_of to one of {known}, or set steps")
+    if named and (len(stage.shares) == 1 or not stage.epochs):
+        raise ValueError("epochs_of is for epochs of one of several data sets; remove it")
     return stage
 
 
@@ -191,6 +201,7 @@ class SftSettings(StageSettings):
     kind: Literal["sft"]
     sequences_per_step: int = Field(ge=1)
     epochs: float = Field(0, ge=0)
+    epochs_of: str = ""  # with several data sets, the one whose epochs are meant
     steps: int = Field(0, ge=0)
     method: str = "sft"
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
@@ -210,6 +221,7 @@ class RejectionSettings(StageSettings):
     """A stage that samples from its initial model and does SFT on the samples that the checker accepts."""
 
     kind: Literal["rejection"]
+    data: str
     sampling: SamplingSettings
     samples_per_prompt: int = Field(8, ge=1)
     keep_per_prompt: int = Field(4, ge=1)
@@ -447,11 +459,14 @@ class Settings(Frozen):
                     f'stage name "{name}" is reserved or contains characters other than letters, digits, '
                     '"-" and "_"; set a different name'
                 )
-        wanted = [(f"stages.{s.name}.data", s.data) for s in self.stages]
+        wanted = [(f"stages.{s.name}.data", name) for s in self.stages for name in s.data_names]
         wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]
         wanted += [("evaluate.data", d) for d in self.evaluate.data]
         for s in self.stages:
-            if s.dev.data and s.dev.data in (*self.evaluate.data, *(other.data for other in self.stages)):
+            if s.dev.data and s.dev.data in (
+                *self.evaluate.data,
+                *(name for other in self.stages for name in other.data_names),
+            ):
                 key = f'stages.{s.name}.dev.data = "{s.dev.data}"'
                 raise ValueError(f"{key} is also used for training or testing; choose a different data set")
         for where, name in wanted:
@@ -547,6 +562,7 @@ def _child(node: Any, part: str, item: str) -> Any:
 
 _NEWER: tuple[tuple[str, Any], ...] = (
     ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0), ("benchmark_checker", "auto"), ("scorers", []),
+    ("columns", {}), ("train_turns", "all"), ("overlong_share", OVERLONG_SHARE), ("epochs_of", ""), ("special_tokens", []),
     ("vllm", VllmSettings().model_dump(mode="json")),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))

@@ -15,8 +15,9 @@ name seed trackers declared
 model.path model.context_length model.rope_theta
 model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
-chat.system chat.user chat.generation_suffix chat.date
+chat.system chat.user chat.generation_suffix chat.date chat.special_tokens
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
+data.*.columns data.*.train_turns data.*.overlong_share
 evaluate.data evaluate.benchmark_checker evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.few_shot evaluate.limit evaluate.limits
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
@@ -35,7 +36,7 @@ stage.dev.data stage.dev.every_steps stage.dev.select_best stage.dev.temperature
 stage.faults.offload_drop stage.faults.micro_mean stage.faults.dp_token_mean stage.faults.others
 stage.faults.sequences_per_microbatch
 
-sft.sequences_per_step sft.epochs sft.steps sft.method sft.method_options
+sft.sequences_per_step sft.epochs sft.epochs_of sft.steps sft.method sft.method_options
 
 rl.steps rl.prompts_per_step rl.samples_per_prompt rl.updates_per_rollout rl.method rl.method_options rl.reward
 rl.engine rl.rollout_ahead

@@ -149,6 +149,7 @@ def test_inheritance_is_rare() -> None:
     other."""
     allowed = {
         "Protocol", "Frozen", "BaseModel", "StageSettings", "ImitationSettings", "nn.Module", "UserDict[str, Tensor]", "Exception",
+        "Generic[Item]",
         "ValueError", "RuntimeError", "ArithmeticError", "OSError", "UserError",
         "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",
         "torch.utils.data.Dataset", "importlib.machinery.SourceFileLoader", "io.RawIOBase",

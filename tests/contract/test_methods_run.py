@@ -99,7 +99,7 @@ def test_a_demonstration_that_is_too_long_leaves_its_problem_out(tmp_path: Path)
     rows[0] = rows[0].replace('"solution": "0"', '"solution": "000000"')
     (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
     made = prepared(recipe)
-    assert len(made.stage_prompts["rl"]) == 11
+    assert [len(prompts) for prompts in made.stage_prompts["rl"]] == [11]
     assert any("1 of 12 problems" in note for note in made.notes)
     short = recipe_of(tmp_path / "all", "tiny", "luffy")
     rows = (tmp_path / "all/train.jsonl").read_text().replace('"solution": "', '"solution": "00000')

@@ -43,6 +43,7 @@ from truestep.train.memory import (
     with_waiting,
 )
 from truestep.train.metrics import Meter, of_groups
+from truestep.train.order import Order
 from truestep.train.parallel import Ranks
 from truestep.train.sequences import group_ledger
 from truestep.train.source import RolloutSource
@@ -72,7 +73,7 @@ def source(
     row = build(method, options)
     assert row.plan is not None
     return RolloutSource(
-        prompts(6), sampler=sampler(row.plan, engine), scorer=Entropies(), method=row,  # type: ignore[arg-type]
+        Order((prompts(6),)), sampler=sampler(row.plan, engine), scorer=Entropies(), method=row,  # type: ignore[arg-type]
         prompts_per_step=per_step, updates_per_step=2, decode_prompt=lambda p: "?",
     )  # fmt: skip
 

@@ -18,12 +18,12 @@ from truestep.data import template as rendering
 from truestep.data.chat import (
     completion_text,
     encode_demonstration,
-    encode_demonstrations,
     encode_prompt,
     has_chat_template,
     prompt_roles,
     stop_token_ids,
 )
+from truestep.data.demonstrations import encode_demonstrations
 from truestep.data.problems import load_problems
 from truestep.data.procedural import make_problem
 from truestep.errors import UserError
@@ -488,7 +488,9 @@ def test_what_does_not_fit_is_left_out_not_cut() -> None:
     problems = [make_problem("addition", "train", i, {"digits": 1 + 4 * (i % 2)}, 0) for i in range(6)]
     lengths = [len(encode_demonstration(tokenizer, p, ChatSettings()).token_ids) for p in problems]
     limit = max(lengths[0::2])
-    kept = encode_demonstrations(tokenizer, problems, ChatSettings(), limit)
+    made = encode_demonstrations(tokenizer, problems, ChatSettings(), limit)
+    kept = made.kept
+    assert made.num_long == len(problems) - len(kept)
     assert [d.problem_id for d in kept] == [p.id for p in problems[0::2]]
     with pytest.raises(
         UserError, match=rf"none of the 6 .* fits into 5 tokens \(the shortest has {min(lengths)}"
@@ -503,7 +505,7 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
         (tmp_path / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:limit_rows]))
         settings = DataSettings(source="some.jsonl")
         problems = load_problems("sft", settings, seed=0, base_dir=tmp_path, needs=("solution",))
-        return encode_demonstrations(byte_level(), problems, ChatSettings(), 99)
+        return encode_demonstrations(byte_level(), problems, ChatSettings(), 99).kept
 
     assert [d.problem_id for d in load(1)] == ["some-1"]
     with pytest.raises(UserError, match=r"some\.jsonl:2: solution: expected a worked solution, got none"):

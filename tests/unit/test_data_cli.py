@@ -211,12 +211,18 @@ def test_check_says_what_is_not_used(recipe: Path) -> None:
     (recipe.parent / "test.jsonl").write_text(json.dumps({"problem": "x", "answer": "2", "solution": "y"}))
     found = document(run("check", recipe, "--json"))["data"]
     assert found["train"]["unused_columns"] == {"level": 1, "messages[].id": 1, "answer": 1}
-    assert found["train"]["num_context_turns"] == 1
+    counts = ("num_dialogues", "num_trained_turns", "num_context_turns")
+    assert [found["train"][key] for key in counts] == [1, 2, 0]
     assert found["test"]["unused_columns"] == {"solution": 1}
     assert found["rl"]["unused_columns"] == {}
     text = run("check", recipe).stdout
     assert "train: not used (only your own reward functions get them): " in text
-    assert "train: earlier assistant turns of 1 rows are context and are not trained on" in text
+    assert 'train: 2 assistant turns of 1 dialogues are trained on (train_turns = "all")' in text
+    last = "data.train.train_turns=last"
+    found = document(run("check", recipe, "--json", "--set", last))["data"]
+    assert [found["train"][key] for key in counts] == [0, 0, 1]
+    context = "train: earlier assistant turns of 1 rows are context and are not trained on"
+    assert context in run("check", recipe, "--set", last).stdout
     alone = document(run("check", recipe.parent / "train.jsonl", "--json"))["data"]["train"]
     assert alone["unused_columns"] == {"level": 1, "messages[].id": 1}
 

@@ -49,7 +49,9 @@ BROKEN = {
     "a key twice": (b'{"problem": "x", "answer": "2", "answer": "3"}', "answer", "got it twice"),
     "no prompt": (row(answer="2"), "problem", "got none"),
     "a misspelt prompt": (row(promt="x", answer="2"), "problem", 'did you mean "prompt"'),
-    "another name for it": (row(question="x", answer="2"), "problem", 'has "question"; did you mean "problem"'),
+    "another name for it": (
+        row(query="x", answer="2"), "problem", 'has "query"; did you mean "problem"? Set columns = { problem = "query" }',
+    ),
     "two prompts": (row(problem="x", prompt="y", answer="2"), "prompt", "problem and prompt; keep one"),
     "a null prompt": (row(problem=None, answer="2"), "problem", "got none"),
     "a number as problem": (row(problem=5, answer="2"), "problem", "expected text, got 5"),
@@ -80,18 +82,31 @@ BROKEN = {
     "a dash of another encoding": (row(problem="x \x80\x94 y", answer="2"), "problem", "U+0080 at character 3; remove"),
     "a thought beside the content": (
         row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "reasoning_content": "z"}]),
-        "messages[1].reasoning_content", "not supported",
+        "answer", "got none",
     ),
     "a turn's weight": (
-        row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "weight": 0}]),
-        "messages[1].weight", "not supported",
+        row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "weight": 0.5}], answer="2"),
+        "messages[1].weight", "expected 0 or 1",
+    ),
+    "only turns of weight 0": (
+        row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "weight": 0}], answer="2"),
+        "messages", "all have the weight 0",
+    ),
+    "a call of an old kind": (
+        row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "function_call": {"name": "f"}}]),
+        "messages[1].function_call", "not supported",
     ),
     "a tool call": (
         row(messages=[*turns(("user", "x")), {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]),
-        "messages[1].tool_calls", "not supported",
+        "messages[1].tool_calls[0]", 'expected {"function"',
     ),
-    "a thought beside the solution": (row(problem="x", answer="2", reasoning_content="y"), "reasoning_content", "lost"),
-    "tools": (row(problem="x", answer="2", tools=[{"name": "f"}]), "tools", "lost"),
+    "a thought without a solution": (
+        row(problem="x", answer="2", reasoning_content="y"), "reasoning_content", "beside the thought",
+    ),
+    "tools": (row(problem="x", answer="2", tools=["f"]), "tools", "a list of tools"),
+    "a tool's turn after the user's": (
+        row(messages=turns(("user", "x"), ("tool", "y")), answer="2"), "messages[1].role", "after the assistant's",
+    ),
     "choices without a checker": (row(problem="x", answer="A", choices=["1", "2"]), "choices", "no checker; set"),
     "a letter beyond the choices": (
         row(problem="x", answer="C", choices=["1", "2"], checker="choice"), "answer", "2 choices, got",
@@ -115,10 +130,13 @@ BROKEN = {
     "no turns": (row(messages=[], answer="2"), "messages", "empty list"),
     "a turn that is text": (row(messages=["x"], answer="2"), "messages[0]", "expected {"),
     "a turn without role": (row(messages=[{"content": "x"}], answer="2"), "messages[0].role", "got nothing"),
-    "ShareGPT turns": (
-        row(messages=[{"from": "user", "value": "x"}], answer="2"), "messages[0].role", 'did you mean "role"',
+    "an unknown ShareGPT role": (
+        row(messages=[{"from": "narrator", "value": "x"}], answer="2"), "messages[0].from", 'got "narrator"',
     ),
-    "an unknown role": (row(messages=turns(("tool", "x")), answer="2"), "messages[0].role", 'got "tool"'),
+    "a ShareGPT turn without text": (
+        row(messages=[{"from": "human", "text": "x"}], answer="2"), "messages[0].value", "got nothing",
+    ),
+    "an unknown role": (row(messages=turns(("critic", "x")), answer="2"), "messages[0].role", 'got "critic"'),
     "a misspelt role": (row(messages=turns(("User", "x")), answer="2"), "messages[0].role", 'did you mean "user"'),
     "a late system turn": (
         row(messages=turns(("user", "x"), ("system", "y")), answer="2"), "messages[1].role", "first",

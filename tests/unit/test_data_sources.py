@@ -67,9 +67,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load("trian.jsonl", tmp_path)
     with pytest.raises(UserError, match=r'did you mean "procedural:'):
         load("procedual:addition")
-    (tmp_path / "a.csv").write_text("problem,answer\n")
-    with pytest.raises(UserError, match=r"a\.csv: expected a \.jsonl or \.parquet file, got \.csv"):
-        load("a.csv", tmp_path)
+    (tmp_path / "a.xlsx").write_text("problem,answer\n")
+    with pytest.raises(UserError, match=r"a\.xlsx: expected a \.jsonl, .*\.parquet file.*, got \.xlsx"):
+        load("a.xlsx", tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with pytest.raises(UserError, match=r"empty\.jsonl: .*got an empty file"):
         load("empty.jsonl", tmp_path)
@@ -95,7 +95,7 @@ def test_a_folder_is_its_files_or_those_of_its_split(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'no file for split "dev" .* has test, train'):
         load("split", tmp_path, split="dev")
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"none: expected \.jsonl or \.parquet files"):
+    with pytest.raises(UserError, match=r"none: expected a \.jsonl, .* in this folder"):
         load("none", tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
     )
     assert said(tmp_path / "b", split="test").endswith("read test.jsonl; not read: extra.jsonl, train.jsonl")
     write(tmp_path / "c" / "sub" / "x.jsonl")
-    with pytest.raises(UserError, match=r"c: expected \.jsonl .*, got none; it has sub/x\.jsonl"):
+    with pytest.raises(UserError, match=r"c: expected a \.jsonl.*, got none; it has sub/x\.jsonl"):
         load(str(tmp_path / "c"))
 
 

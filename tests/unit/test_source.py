@@ -28,8 +28,9 @@ from truestep.records import (
 from truestep.rollout.engine import SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.sample import Sampler
 from truestep.train.memory import Memory
+from truestep.train.order import Order, window
 from truestep.train.parallel import Ranks
-from truestep.train.source import RolloutSource, window
+from truestep.train.source import RolloutSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def source(engine: ScriptedEngine, *, count: int = 6, per_step: int = 4, updates
 
     sampler = Sampler(engine=engine, plan=plan.own, sampling=SAMPLING, samples_per_prompt=samples,
                       decode=lambda ids: "good" if ids and ids[0] == 7 else "bad", score=score, seed=3)  # fmt: skip
-    return RolloutSource(prompts(count), sampler=sampler, scorer=Entropies(), method=build(method, {}),  # type: ignore[arg-type]
+    return RolloutSource(Order((prompts(count),)), sampler=sampler, scorer=Entropies(), method=build(method, {}),  # type: ignore[arg-type]
                          prompts_per_step=per_step, updates_per_step=updates, decode_prompt=lambda p: "?")  # fmt: skip
 
 

@@ -17,13 +17,14 @@ import typer
 
 from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import HEARTBEAT_SECONDS, announce
-from truestep.data.describe import Description, not_used
+from truestep.data.convert import SUFFIXES, TARGETS, converted, write_rows
+from truestep.data.describe import Description, describe, not_used, read_as
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_lines, overlap_report
 from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
 from truestep.errors import UserError
 from truestep.records import Problem, Verdict
-from truestep.settings import DataSettings, Settings, load_settings
+from truestep.settings import DataSettings, Settings, load_settings, parse
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -103,7 +104,9 @@ class _SetCheck:
         return found
 
 
-def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -> None:
+def check(
+    source: str, overrides: Sequence[str], columns: Sequence[str], *, gold: bool, as_json: bool
+) -> None:
     """Validate every row of every data set and print the results. Exit with 1 if a gold answer is refused.
     Raises BadRows, after the results have been printed, if there are bad rows."""
     announce(f"truestep data check: reading {source}")
@@ -113,17 +116,17 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
     with ExitStack() as stack:
         grader = stack.enter_context(Grader()) if gold else None
         if source.endswith(".toml"):
+            _require_no_columns(source, columns)
             settings = load_settings(source, overrides)
             checks = {name: _set_check(settings, name, Path(source).parent, grader) for name in settings.data}
             used = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
             judged = {name: list(checks[name].problems()) for name in dict.fromkeys(used)}
             others = {n: judged[n] if n in judged else made.problems() for n, made in checks.items()}
-            trained = {s.data: others.pop(s.data) for s in settings.stages if s.data in others}
+            names = dict.fromkeys(name for s in settings.stages for name in s.data_names)
+            trained = {name: others.pop(name) for name in names if name in others}
             pairs = overlap_report(trained, judged)["pairs"]
         else:
-            if overrides:
-                raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
-            name, data = Path(source).stem, DataSettings(source=source)
+            name, data = _of_file(source, overrides, columns)
             made = _SetCheck(name, data, seed=0, base_dir=Path(), needs=(), grader=grader)
             checks, pairs = {name: made}, []
             others = {name: checks[name].problems()}
@@ -141,6 +144,83 @@ def check(source: str, overrides: Sequence[str], *, gold: bool, as_json: bool) -
         raise typer.Exit(1)
 
 
+def _require_no_columns(recipe: str, columns: Sequence[str]) -> None:
+    if columns:
+        raise UserError(
+            f"--column applies only to data files, but {recipe} is a recipe; set data.NAME.columns in it"
+        )
+
+
+def _of_file(source: str, overrides: Sequence[str], columns: Sequence[str]) -> tuple[str, DataSettings]:
+    """Return the name and the settings of a data set that is a file, a pattern or a folder."""
+    if overrides:
+        raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
+    for item in columns:
+        if not all(item.partition("=")):
+            raise UserError(f"--column {item} is not OURS=THEIRS; pass, for example, --column answer=label")
+    named = dict(item.split("=", 1) for item in columns)
+    data = parse(DataSettings, {"source": source, "columns": named}, where="--column")
+    return Path(source).name.partition(".")[0] or Path(source).stem, data
+
+
+def data_of(
+    source: str, name: str | None, overrides: Sequence[str], columns: Sequence[str]
+) -> tuple[str, DataSettings, int, Path]:
+    """Return the name and the settings of a file's data set, or of one of a recipe's, its seed and its folder."""
+    if not source.endswith(".toml"):
+        if name:
+            raise UserError(
+                f"--data names a data set of a recipe, but {source} is a data file; remove --data"
+            )
+        return *_of_file(source, overrides, columns), 0, Path()
+    _require_no_columns(source, columns)
+    settings = load_settings(source, overrides)
+    name = name or (next(iter(settings.data)) if len(settings.data) == 1 else "")
+    if name not in settings.data:
+        known = ", ".join(settings.data)
+        raise UserError(f"{source} has the data sets {known}; pass --data with one of them")
+    return name, settings.data[name], settings.seed, Path(source).parent
+
+
+def convert(
+    chosen: tuple[str, DataSettings, int, Path], to: str, out: Path, *, dry_run: bool, as_json: bool
+) -> None:
+    """Write a data set in another layout, and print what was written and what the layout has no place for."""
+    target = next((known for known in TARGETS if known == to), None)
+    if target is None:
+        raise UserError(f"--to {to}: expected one of {', '.join(TARGETS)}")
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: expected a .jsonl or .parquet file; change the name")
+    if out.exists() and not dry_run:
+        raise UserError(f"--out {out} exists; remove it, or pass a different name")
+    name, data, seed, base_dir = chosen
+    problems = load_problems(name, data, seed=seed, base_dir=base_dir, needs=())
+    rows, lost = [], Counter[str]()
+    for problem in problems:
+        row, left = converted(problem, target, name, flat=out.suffix == ".parquet")
+        rows.append(row)
+        lost.update(left)
+    described = describe(problems)
+    if not dry_run:
+        write_rows(out, rows)
+    found = {
+        "layouts": described["layouts"],
+        "rows": len(rows),
+        "to": to,
+        "lost": dict(lost),
+        "first": rows[0],
+    }
+    unread = described["unused_columns"]
+    if as_json:
+        echo(json.dumps({**found, "unused_columns": unread, "out": None if dry_run else str(out)}))
+        return
+    for said in (*read_as(described), *not_used(described)):
+        echo(said)
+    for what, count in lost.items():
+        echo(f"{to} has no place for: {what} ({count} rows)")
+    echo(json.dumps(rows[0], ensure_ascii=False) if dry_run else f"{len(rows)} rows are written\n{out}")
+
+
 def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | None) -> _SetCheck:
     needs, data = _needs(settings, name), settings.data[name]
     return _SetCheck(name, data, seed=settings.seed, base_dir=base_dir, needs=needs, grader=grader)
@@ -153,24 +233,28 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     from rich.text import Text
 
     from truestep.model.load import load_tokenizer
+    from truestep.pipeline.prepare import context_and_eos
 
     if not recipe.endswith(".toml"):
         raise UserError(f"{recipe} is not a recipe (.toml); pass a recipe, which names the tokenizer")
     settings = load_settings(recipe, overrides)
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer, (context, _) = load_tokenizer(settings.model), context_and_eos(settings)
     console = PlainConsole(soft_wrap=True)
     documents = []
     demonstrated = _demonstrated(settings, Path(recipe).parent)
     for name, problems in _load_sets(settings, Path(recipe).parent).items():
+        described = describe(problems, _needs(settings, name))
+        for said in () if as_json else (*read_as(described), *not_used(described)):
+            console.print(f"{name}: {said}", markup=False)
         for problem in problems[:num]:
-            problem = problem if name in demonstrated else replace(problem, solution="")
-            spans, document = _example(tokenizer, problem, settings)
-            documents.append({"data": name, **document})
-            if not as_json:
-                counts = f"{document['num_trained']} of {document['num_tokens']} tokens are trained on"
-                title = f"{name} {problem.id} ({problem.row}): {counts}; answer {problem.answer}"
-                console.print(Text(title, "bold"))
-                console.print(spans, end="\n\n")
+            problem = problem if name in demonstrated else replace(problem, solution="", dialogue=())
+            for spans, document in _example(tokenizer, problem, settings, context):
+                documents.append({"data": name, "layout": problem.layout, **document})
+                if not as_json:
+                    counts = f"{document['num_trained']} of {document['num_tokens']} tokens are trained on"
+                    answer = f"; answer {problem.answer}" if problem.answer else ""
+                    console.print(Text(f"{name} {problem.id} ({problem.row}): {counts}{answer}", "bold"))
+                    console.print(spans, end="\n\n")
     if as_json:
         echo(json.dumps({"examples": documents}))
 
@@ -180,9 +264,10 @@ def _demonstrated(settings: Settings, base_dir: Path) -> set[str]:
     from truestep.pipeline.prepare import method_of
 
     return {
-        s.data
+        name
         for s in settings.stages
         if s.kind == "sft" or (s.kind == "rl" and method_of(s, base_dir).needs_demonstrations)
+        for name in s.data_names
     }
 
 
@@ -195,7 +280,7 @@ def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
 
 def _needs(settings: Settings, name: str) -> set[str]:
     """Return what every row of a data set needs: a solution for SFT, an answer for all other uses."""
-    needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if s.data == name}
+    needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if name in s.data_names}
     judged = {*settings.evaluate.data, *(s.dev.data for s in settings.stages)}
     return needs | ({"answer"} if name in judged else set())
 
@@ -223,7 +308,7 @@ def _print_check(
     for name, d in described.items():
         for fault in d["bad_rows"]["first"]:
             console.print(f"{name}: bad row: {fault}", markup=False)
-        for said in (checks[name].said_of_files, *not_used(d)):
+        for said in (checks[name].said_of_files, *read_as(d), *not_used(d)):
             if said:
                 console.print(f"{name}: {said}", markup=False)
         if d.get("gold", {}).get("num_text_only"):
@@ -243,26 +328,41 @@ def _print_check(
 
 
 def _example(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings
-) -> tuple[Text, dict[str, Any]]:
-    """Return one problem as colored text and, for JSON, as counts and spans of tokens of the same kind."""
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings, context: int
+) -> Iterator[tuple[Text, dict[str, Any]]]:
+    """Yield one row's sequences as colored text and, for JSON, as counts and spans of tokens of the same kind."""
     from rich.text import Text
 
-    from truestep.data.chat import encode_demonstration, encode_prompt, prompt_roles
-    from truestep.records import Demonstration, Prompt, Role
+    from truestep.data.chat import encode_prompt, prompt_roles
+    from truestep.data.demonstrations import encode_row
+    from truestep.records import Origin, Role
 
-    encoded: Demonstration | Prompt = (
-        encode_demonstration(tokenizer, problem, settings.chat)
-        if problem.solution
-        else encode_prompt(tokenizer, problem, settings.chat)
-    )
-    ids, roles = encoded.token_ids, prompt_roles(tokenizer, problem, settings.chat)
-    own = len(ids) - len(roles)
-    trained, roles = (False,) * len(roles) + (True,) * own, roles + (Role.ASSISTANT,) * own
-    styles = {Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim"}
-    text, spans = Text(), []
-    for (role, is_trained), group in groupby(zip(ids, roles, trained, strict=True), key=itemgetter(1, 2)):
-        words = str(tokenizer.decode([token for token, _, _ in group], clean_up_tokenization_spaces=False))
-        text.append(f"⟦{words}⟧" if is_trained else words, style="bold green" if is_trained else styles[role])
-        spans.append({"role": role.name.lower(), "trained": is_trained, "text": words})
-    return text, {"id": problem.id, "num_tokens": len(ids), "num_trained": sum(trained), "spans": spans}
+    styles = {
+        Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim", Role.TOOL: "blue",
+    }  # fmt: skip
+    sequences: list[tuple[Sequence[int], Sequence[bool]]] = []
+    if problem.solution or problem.text or problem.dialogue:
+        for made in encode_row(tokenizer, problem, settings.chat, context):
+            sequences.append((made.token_ids, [o is Origin.EXPERT for o in made.origin]))
+    else:
+        prompt = encode_prompt(tokenizer, problem, settings.chat).token_ids
+        sequences.append((prompt, [False] * len(prompt)))
+    for ids, trained in sequences:
+        roles = [Role.ASSISTANT] * len(ids)
+        if not problem.text:
+            known = prompt_roles(tokenizer, problem, settings.chat)
+            # Of several sequences of a dialogue, only the last one has the problem's prompt.
+            end = next((i for i in reversed(range(len(ids))) if not trained[i]), -1) + 1
+            roles[:end] = known if len(known) == end else [Role.TEMPLATE] * end
+        text, spans = Text(), []
+        grouped = groupby(zip(ids, roles, trained, strict=True), key=itemgetter(1, 2))
+        for (role, is_trained), group in grouped:
+            words = str(
+                tokenizer.decode([token for token, _, _ in group], clean_up_tokenization_spaces=False)
+            )
+            text.append(
+                f"⟦{words}⟧" if is_trained else words, style="bold green" if is_trained else styles[role]
+            )
+            spans.append({"role": role.name.lower(), "trained": is_trained, "text": words})
+        document = {"id": problem.id, "num_tokens": len(ids), "num_trained": sum(trained), "spans": spans}
+        yield text, document

@@ -91,8 +91,9 @@ def execute(
     announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
     from truestep.data.overlap import overlap_lines
     from truestep.device import world
-    from truestep.pipeline.prepare import batch_table, prepare
+    from truestep.pipeline.prepare import prepare
     from truestep.pipeline.run import check_run_folder, open_run_folder
+    from truestep.pipeline.sizes import batch_table
     from truestep.report.html import write_report
     from truestep.rundir import locked
     from truestep.settings import settings_hash

@@ -20,6 +20,7 @@ from truestep.data.template import (
     prompt_text,
     render,
 )
+from truestep.data.turns import THOUGHTS
 from truestep.errors import UserError
 from truestep.records import Demonstration, Message, Problem, Prompt, Role
 from truestep.settings import ChatSettings
@@ -27,7 +28,7 @@ from truestep.settings import ChatSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
+_ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
 _MARK = "PLACEOFTURN"  # replaces the text of the prompt's turns
 _THOUGHT = re.compile(r"(<\w[\w:-]*>|\[[A-Z_]+\])(\s*)$")  # at the end of a prompt that opens a thought
 
@@ -57,9 +58,9 @@ def encode_demonstration(
     """Return the prompt, the solution and the stop token. Only the last two are trained on.
 
     If the solution begins with the end of the prompt (such as ``<think>``, from the template or
-    ``generation_suffix``), this beginning is removed. Raises UserError as ``encode_prompt`` does, and also if
-    there is no solution, if a thought is never closed, if the template renders an answered prompt
-    differently, or if no stop token would be trained on."""
+    ``generation_suffix``), this beginning is removed. A thought or tool calls of the last turn are written by the
+    template. Raises UserError as ``encode_prompt`` does, and also if there is no solution, if a thought is never
+    closed, if the template renders an answered prompt differently, or if no stop token would be trained on."""
     prompt_ids, _ = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
     prompt, before, after = _answered(tokenizer, problem, messages, chat)
@@ -71,30 +72,48 @@ def encode_demonstration(
             f"the chat template ends the assistant's turn with {after[:20]!r}, not with a special token, so no "
             "stop token is trained on; end the turn with the eos token, e.g. {{ message['content'] + eos_token }}"
         )
-    end = prompt.rpartition(messages[-1].content.strip())[2] + suffix
-    solution = _continued(problem, end, (prompt[len(before) :] + suffix, suffix))
+    reply = problem.dialogue[-1] if problem.dialogue else Message(role="assistant", content=problem.solution)
+    if reply.more:
+        whole = render(tokenizer, messages, answer=reply, **_asked(problem, chat))
+        solution = _written(problem, reply, whole, prompt + suffix, after)
+        texts = [reply.content, *map(str, reply.more.values())]
+    else:
+        end = prompt.rpartition(messages[-1].content.strip())[2] + suffix
+        solution = _continued(problem, end, (prompt[len(before) :] + suffix, suffix))
+        texts = [solution]
     if not solution.strip():
         raise UserError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
     solution_ids = _ids(tokenizer, solution)
-    _check_text(tokenizer, problem, "solution", solution, solution_ids)
+    for text in texts:
+        check_text(tokenizer, _where(problem), "solution", text, solution_ids, chat)
     token_ids = (*prompt_ids, *solution_ids, stop_id)
     return Demonstration(problem_id=problem.id, token_ids=token_ids, num_prompt_tokens=len(prompt_ids))
 
 
-def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], chat: ChatSettings, context_length: int
-) -> list[Demonstration]:
-    """Return the demonstrations of at most ``context_length`` tokens, in order. Longer ones are left out and
-    never cut. Raises UserError if none fits."""
-    made = [encode_demonstration(tokenizer, problem, chat) for problem in problems]
-    kept = [d for d in made if len(d.token_ids) <= context_length]
-    if made and not kept:
-        shortest = min(len(d.token_ids) for d in made)
+def _written(problem: Problem, reply: Message, whole: str, prompt: str, after: str) -> str:
+    """Return what the template writes for the last turn, which has more than a text. Raises UserError if it does
+    not continue the prompt, or lacks a part of the turn."""
+    where = f"{_where(problem)}: messages"
+    if not (whole.startswith(prompt) and whole.endswith(after)):
+        key = next(iter(reply.more))
         raise UserError(
-            f"none of the {len(made)} demonstrations fits into {context_length} tokens (the shortest has "
-            f"{shortest}); increase model.context_length or use shorter demonstrations"
+            f"{where}: with {key}, the chat template does not continue the prompt up to the token that ends a turn; "
+            "use a template that does, or write the whole turn as text"
         )
-    return kept
+    written = whole[len(prompt) : len(whole) - len(after)]
+    parts = {key: [value] for key, value in reply.more.items() if key in THOUGHTS} | {
+        "content": [reply.content]
+    }
+    parts["tool_calls"] = [call["function"]["name"] for call in reply.more.get("tool_calls", ())]
+    for key, texts in parts.items():
+        if any(text.strip() not in written for text in texts):
+            remedy = (
+                "<think>...</think> before the content" if key in THOUGHTS else "it into the content as text"
+            )
+            raise UserError(
+                f"{where}: the chat template does not write {key}; use one that does, or write {remedy}"
+            )
+    return written
 
 
 def prompt_roles(tokenizer: Any, problem: Problem, chat: ChatSettings) -> tuple[Role, ...]:
@@ -110,12 +129,18 @@ def _prompt(
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is slow and has no offsets; use a model folder with a tokenizer.json")
     messages = prompt_messages(problem, chat)
-    asked: dict[str, Any] = {"where": _where(problem), "today": chat.date}
+    asked = _asked(problem, chat)
     text = prompt_text(tokenizer, messages, **asked)
+    for tool in problem.tools:
+        if (name := str(tool.get("function", tool).get("name"))) not in text:
+            fault = (
+                f'the chat template does not write the tool "{name}"; use one that does, or remove the column'
+            )
+            raise UserError(f"{_where(problem)}: tools: {fault}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     for message in messages:
-        _check_text(tokenizer, problem, "problem", message.content, encoding["input_ids"])
-    marked = [Message(role=m.role, content=f"{_MARK}{i}.") for i, m in enumerate(messages)]
+        check_text(tokenizer, _where(problem), "problem", message.content, encoding["input_ids"], chat)
+    marked = [replace(m, content=m.content and f"{_MARK}{i}.") for i, m in enumerate(messages)]
     outline = prompt_text(tokenizer, marked, **asked)
     owners = _owners(text, outline, messages)
     if not owners and not lenient:
@@ -134,6 +159,8 @@ def _owners(text: str, outline: str, messages: Sequence[Message]) -> list[Role]:
     for contents in (written, [text.strip() for text in written]):  # some templates strip the contents
         rebuilt, rest, owners = "", outline, []
         for i, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            if not content:
+                continue
             before, _, rest = rest.partition(f"{_MARK}{i}.")
             rebuilt += before + content
             owners += [Role.TEMPLATE] * len(before) + [_ROLES[message.role]] * len(content)
@@ -151,7 +178,7 @@ def _check_turns(problem: Problem, text: str, outline: str, messages: Sequence[M
         if message.role == "assistant" and content not in text:
             content = content.rpartition("</think>")[2].strip()
         at = text.find(content, 0 if message.role == "system" else end)
-        if at < 0 or f"{_MARK}{i}." not in outline:
+        if at < 0 or (content and f"{_MARK}{i}." not in outline):
             raise UserError(
                 f"{_where(problem)}: messages: the chat template leaves out or changes the text of turn {i + 1} "
                 f"({message.role}); use a template that writes every turn as it is, or remove the turn"
@@ -200,17 +227,39 @@ def stop_token_ids(tokenizer: Any, model_eos: int | Sequence[int] | None = ()) -
     return stops
 
 
-def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
-    """Return a completion as the grader reads it: without special tokens, with its spaces unchanged."""
-    text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], kept: Sequence[str] = ()
+) -> str:
+    """Return a completion as the grader reads it: without special tokens, except those to be ``kept``, and with its
+    spaces unchanged."""
+    ids = list(token_ids)
+    if kept:
+        left_out = {*tokenizer.all_special_ids} - {*tokenizer.convert_tokens_to_ids(list(kept))}
+        ids = [token for token in ids if token not in left_out]
+    text = tokenizer.decode(ids, skip_special_tokens=not kept, clean_up_tokenization_spaces=False)
     return str(text)
+
+
+def check_special_tokens(tokenizer: Any, chat: ChatSettings, stop_ids: Sequence[int]) -> None:
+    """Raise UserError if one of ``chat.special_tokens`` is not a token, or ends a completion."""
+    known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    for text in chat.special_tokens:
+        if text not in known:
+            added = ", ".join(list(known)[:20])
+            raise UserError(
+                f'chat.special_tokens: "{text}" is not an added token of the tokenizer, which has {added}'
+            )
+        if known[text] in stop_ids:
+            raise UserError(
+                f'chat.special_tokens: "{text}" ends a completion, so no text can contain it; remove it'
+            )
 
 
 def _answered(
     tokenizer: Any, problem: Problem, messages: Sequence[Message], chat: ChatSettings
 ) -> tuple[str, str, str]:
     """Return the prompt, and what the template writes before and after the assistant's text."""
-    asked: dict[str, Any] = {"where": _where(problem), "today": chat.date}
+    asked = _asked(problem, chat)
     prompt = prompt_text(tokenizer, messages, **asked)
     before, _, after = render(tokenizer, messages, answer=PLACE, **asked).partition(PLACE)
     if not (prompt.startswith(before) or before.startswith(prompt)):
@@ -239,12 +288,16 @@ def _bos(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
-def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Sequence[int]) -> None:
+def check_text(
+    tokenizer: Any, row: str, field: str, text: str, ids: Sequence[int], chat: ChatSettings
+) -> None:
     """Raise UserError for a control token, which would end the turn, or an unknown character, which would be
     trained on as <unk>. ``ids`` are the tokens of the text, or of a rendering that contains the text."""
-    where = f"{_where(problem)}: {field}"
-    if token := control_tokens(tokenizer, str(getattr(tokenizer, "chat_template", None))).search(text):
-        raise UserError(f'{where}: expected plain text, got the control token "{token[0]}"; remove it')
+    where = f"{row}: {field}"
+    for token in control_tokens(tokenizer, str(getattr(tokenizer, "chat_template", None))).findall(text):
+        if token not in chat.special_tokens:
+            remedy = "remove it, or allow it with chat.special_tokens if the model should write it"
+            raise UserError(f'{where}: expected plain text, got the control token "{token}"; {remedy}')
     unknown = tokenizer.unk_token_id
     # The unknown token must come from the text itself, not only from the template.
     if unknown is not None and unknown in ids and unknown in _ids(tokenizer, text):
@@ -254,3 +307,8 @@ def _check_text(tokenizer: Any, problem: Problem, field: str, text: str, ids: Se
 
 def _where(problem: Problem) -> str:
     return problem.row or problem.id
+
+
+def _asked(problem: Problem, chat: ChatSettings) -> dict[str, Any]:
+    """Return what ``render`` needs besides the turns."""
+    return {"where": _where(problem), "today": chat.date, "tools": problem.tools}

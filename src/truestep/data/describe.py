@@ -29,13 +29,18 @@ class Description:
         self.shapes: dict[
             tuple[str, ...], tuple[int, list[str]]
         ] = {}  # rows with the same columns, and those not used
-        self.num_context_turns = 0
+        self.layouts: Counter[str] = Counter()
+        self.sources: dict[str, Mapping[str, tuple[str, ...]]] = {}  # by layout, the columns of its first row
+        self.num_context_turns = 0  # rows with assistant turns that are not trained on
+        self.num_dialogues, self.num_trained_turns = 0, 0
 
     def add(self, problem: Problem) -> None:
         turns, row = problem.messages, problem.columns
         self.problem_lengths.append(sum([len(m.content) for m in turns]))
-        if problem.solution:
-            self.solution_lengths.append(len(problem.solution))
+        if problem.solution or problem.text:
+            self.solution_lengths.append(len(problem.solution or problem.text))
+        self.layouts[problem.layout] += 1
+        self.sources.setdefault(problem.layout, problem.sources)
         self.texts.append(hash(text_key(problem_text(problem))))
         self.answers.append(hash(problem.answer) or 1 if problem.answer else 0)
         file, _, number = problem.row.rpartition(":")
@@ -43,13 +48,19 @@ class Description:
         self.places.append(self.files.setdefault(file if is_row else problem.row, len(self.files)))
         self.numbers.append(int(number) if is_row else -1)
         self.checkers[problem.checker] += 1
-        self.num_context_turns += len(turns) > 1 and any(m.role == "assistant" for m in turns)
+        trained = [m.is_trained for m in problem.dialogue or turns if m.role == "assistant"]
+        if len(turns) > 1 and trained:
+            is_used = bool(problem.dialogue) and (not self.needs or "solution" in self.needs)
+            several = is_used and sum(trained) > 1
+            self.num_dialogues += several
+            self.num_trained_turns += sum(trained) if several else 0
+            self.num_context_turns += not (is_used and all(trained))
         if None in row.values() or list in map(type, map(row.get, ("messages", "prompt", "target"))):
-            self.unused.update(unused_columns(row, problem.checker, self.needs))
+            self.unused.update(unused_columns(problem, self.needs))
         else:  # the row has no turns, so only the names of its columns matter
-            shape = (problem.checker, *row)
+            shape = (problem.checker, problem.layout, *row)
             if shape not in self.shapes:
-                self.shapes[shape] = 0, list(unused_columns(row, problem.checker, self.needs))
+                self.shapes[shape] = 0, list(unused_columns(problem, self.needs))
             num, names = self.shapes[shape]
             self.shapes[shape] = num + 1, names
 
@@ -74,8 +85,12 @@ class Description:
             "duplicate_examples": [
                 [self._row(i) for i in same[:2].tolist()] for same in (contradictory or repeated)[:3]
             ],
+            "layouts": dict(self.layouts.most_common()),
+            "columns": {name: {k: list(v) for k, v in of.items()} for name, of in self.sources.items()},
             "unused_columns": dict(unused.most_common()),
             "num_context_turns": self.num_context_turns,
+            "num_dialogues": self.num_dialogues,
+            "num_trained_turns": self.num_trained_turns,
         }
 
     def _repeated(self) -> list[Any]:
@@ -99,13 +114,27 @@ def describe(problems: Iterable[Problem], needs: Collection[str] = ()) -> dict[s
     return description.result()
 
 
+def read_as(described: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for every layout but our own: its name, its rows, and which columns are read as what."""
+    found = []
+    for name, count in described["layouts"].items():
+        columns = described["columns"][name]
+        renamed = [f"{ours} = {' and '.join(of)}" for ours, of in columns.items() if list(of) != [ours]]
+        if name != "truestep" or renamed:
+            found.append(f"{count} rows are read as {name}" + (f": {', '.join(renamed)}" if renamed else ""))
+    return found
+
+
 def not_used(described: Mapping[str, Any]) -> list[str]:
-    """Return sentences about the columns and turns that are not trained on or graded with."""
+    """Return sentences about the columns and turns that are not trained on or graded with, and about dialogues."""
     found = []
     if columns := described["unused_columns"]:
         names = ", ".join(f"{name} ({count} rows)" for name, count in list(columns.items())[:10])
         more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
         found.append(f"not used (only your own reward functions get them): {names}{more}")
+    if num := described["num_dialogues"]:
+        turns = described["num_trained_turns"]
+        found.append(f'{turns} assistant turns of {num} dialogues are trained on (train_turns = "all")')
     if num := described["num_context_turns"]:
         found.append(f"earlier assistant turns of {num} rows are context and are not trained on")
     return found

@@ -35,7 +35,7 @@ def problem_text(problem: Problem) -> str:
     if len(problem.messages) == 1:
         text = problem.messages[0].content
     else:
-        text = " ".join(m.content for m in problem.messages if m.role == "user")
+        text = problem.text or " ".join(m.content for m in problem.messages if m.role == "user")
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY)
     if "$" in text or "\\" in text or "~" in text or "{" in text:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from truestep.data import gym, procedural
-from truestep.data.files import find_source, source_files
+from truestep.data.files import local_files, sources_of
 from truestep.data.row_schema import problem_of
-from truestep.data.rows import Row, RowError, read_rows, shortest
+from truestep.data.rows import Row, RowError, kind_of, read_rows, shortest
 from truestep.errors import UserError
 from truestep.records import Problem
 from truestep.settings import DataSettings
@@ -40,11 +40,12 @@ def stream_problems(
     name: str, settings: DataSettings, *, seed: int, base_dir: Path, needs: Collection[str] = ("answer",)
 ) -> Iterator[Problem]:
     """Yield what ``load_problems`` returns. A fault is raised at the end, when all rows have been checked."""
-    scheme, _, rest = settings.source.partition(":")
-    if scheme in ("procedural", "reasoning_gym"):
+    first, *_ = sources_of(settings)
+    scheme, _, rest = first.partition(":")
+    if len(sources_of(settings)) == 1 and scheme in ("procedural", "reasoning_gym"):
         yield from _generated(name, scheme, rest, settings, seed, needs)
         return
-    if scheme == "hub":
+    if len(sources_of(settings)) == 1 and scheme == "hub":
         label = f"hub:{rest}[{settings.split}]"
         rows = _hub_rows(name, rest, settings)
         problems = _validated([(label, rest.split("/")[-1], rows)], settings, needs)
@@ -52,11 +53,11 @@ def stream_problems(
         if settings.options:
             found = ", ".join(settings.options)
             raise UserError(f"data.{name}.options: a file has no options, got {found}; remove them")
-        path = find_source(name, settings.source, base_dir)
-        files = source_files(name, path, settings.split)[0]
-        named = zip(files, _prefixes(path, files), strict=True)
+        sources = local_files(name, settings, base_dir)
+        files = [file for _, used, _ in sources for file in used]
+        named = zip(files, _prefixes(sources[0][0], files), strict=True)
         problems = _validated([(str(f), prefix, read_rows(f)) for f, prefix in named], settings, needs)
-        label = str(path)
+        label = str(sources[0][0]) if len(sources) == 1 else f"the {len(files)} files of data.{name}"
     yield from _cut(name, label, problems, settings)
 
 
@@ -69,6 +70,8 @@ def _generated(
         raise UserError(
             f"{where}.limit: {scheme} can make any number of problems; set limit = N, e.g. limit = 1000"
         )
+    if settings.columns:
+        raise UserError(f"{where}.columns: {scheme} tasks have no columns to name; remove it")
     if settings.checker != "auto":
         raise UserError(
             f'{where}.checker: {scheme} tasks have their own checker; set checker = "auto" or remove it'
@@ -87,11 +90,11 @@ def _generated(
 def _prefixes(path: Path, files: Sequence[Path]) -> list[str]:
     """Return what the default ids of each file's rows begin with: its stem if no other file has the same one,
     otherwise its whole name, or its path in the folder."""
-    inside = [file.relative_to(path).as_posix() for file in files] if path.is_dir() else []
-    for prefixes in ([file.stem for file in files], [file.name for file in files]):
+    stems = [file.name[: len(file.name) - len(kind_of(file))] for file in files]
+    for prefixes in (stems, [file.name for file in files]):
         if len(set(prefixes)) == len(files):
             return prefixes
-    return inside
+    return [(file.relative_to(path) if file.is_relative_to(path) else file).as_posix() for file in files]
 
 
 def _validated(
@@ -113,7 +116,7 @@ def _validated(
                 if isinstance(row, RowError):
                     raise row
                 id = f"{prefix}-{number}"
-                problem = problem_of(row, id=id, where=where, checker=settings.checker, needs=needs)
+                problem = problem_of(row, settings, id=id, where=where, needs=needs)
                 place = (number << 20) + len(labels) - 1
                 if (other := used.setdefault(hash(problem.id), place)) != place:
                     holder = f"{labels[other % 2**20]}:{other >> 20}"

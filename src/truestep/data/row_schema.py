@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
+from truestep.data.characters import check_characters, check_text
+from truestep.data.layouts import COLUMNS, PROMPTS, Reading, listed, read
 from truestep.data.rows import Row, RowError, shown
+from truestep.data.turns import (
+    BARE,
+    READ_KEYS,
+    closest,
+    did_you_mean,
+    near,
+    read_tools,
+    read_turns,
+    refuse,
+    text_of,
+    trained_part,
+)
+from truestep.data_settings import CHECKERS
 from truestep.records import Message, Problem
-from truestep.settings import CHECKERS
+from truestep.settings import DataSettings
 
-PROMPT_COLUMNS = ("problem", "prompt", "messages")
-ROLES = ("system", "user", "assistant")
-# Other names for our columns, only for "did you mean"; they are never read.
-ALIASES = {
-    "question": "problem", "query": "problem", "input": "problem", "instruction": "prompt",
-    "conversations": "messages", "conversation": "messages", "from": "role", "value": "content",
-    "text": "content", "label": "answer", "gold": "answer", "ground_truth": "answer", "final_answer": "answer",
-    "response": "solution", "output": "solution", "completion": "solution", "rationale": "solution",
-}  # fmt: skip
-# Columns and keys of turns that would change what is trained on. Not supported, so never dropped silently.
-UNSUPPORTED = ("reasoning_content", "weight", "tools", "tool_calls", "functions", "function_call")
-_UNSUPPORTED_IN_TURNS = (
-    *UNSUPPORTED,
-    "reasoning",
-    "thinking",
-    "tool_call_id",
-    "tool_responses",
-    "train",
-    "loss",
-)
+# Columns that would change what is trained on. Not supported, so never dropped silently.
+UNSUPPORTED = ("weight", "tool_calls", "functions", "function_call")
 _UNSUPPORTED_ROW = frozenset(UNSUPPORTED)
-_BARE: tuple[Any, ...] = (None, "", [], {})  # parquet writes None for a key that only other rows have
-# The rest of a LaTeX command whose backslash and first letter JSON has read as a control character.
-_EATEN_LINE = re.compile(
-    r"\n(?:abla|atural|eq|earrow|ewline|ewcommand|geq|gtr|leq|oindent|onumber|ormalsize|ot|otin|subseteq|supseteq|warrow)(?![a-z])"
-)
-_EATEN = (
-    r"\t(?:ext(?:bf|it|rm|sf|tt|sc|up|md|sl|normal|color)?\s*\{|extstyle|(?:frac|anh)(?![a-z])|binom|imes|heta|herefore|hick(?:approx|sim|space)|hinspace"
-    r"|riangle|ilde|oprule|wohead)|\r(?:ight|(?:ho|angle|ceil|floor|brac[ek]|[vV]ert|hd|m|oot|ule|ef|times|elax)(?![a-z]))"
-)
-# A rest that is also a word or a variable: eaten only in a formula, in an answer, or directly after {, (, ^, _, $.
-_PERHAPS_EATEN = re.compile(
-    r"\t(?:an|ag|au|iny|o|op|t)(?![A-Za-z])|\n(?:e|eg|exists|i|less|mid|parallel|prec|sim|u)(?![A-Za-z])"
-)
-_IN_FORMULA = re.compile(r"\$+[^$]+\$+|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
-_OPENED = re.compile(r"(?:[{(^_]|(?<!\$)\$)\Z")
-_ANSWERS = ("answer", "reward_model.ground_truth", "gold")
-_UNPRINTABLE = re.compile(rf"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|{_EATEN}")
-_EATEN_OUTPUT = re.compile(rf"[\ud800-\udfff]|[\b\f](?=[A-Za-z])|{_EATEN}")
-_ESCAPES = {"\b": r"\b", "\f": r"\f", "\t": r"\t", "\r": r"\r", "\n": r"\n"}
 # A letter with which an answer names a choice: (C), C. Cecile, c
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[).:])(?:\s.*)?$|([A-Za-z])$", re.DOTALL)
 LETTERS = "ABCDEFGHIJ"  # the letters that the grader reads
@@ -60,24 +38,53 @@ _NUMBER = re.compile(r"\+?(\d{1,9})(?:\.0*)?")
 _ANY_NUMBER = re.compile(r"[-+]?\d*\.?\d+\.?")
 
 
-def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection[str]) -> Problem:
+def problem_of(row: Row, data: DataSettings, *, id: str, where: str, needs: Collection[str]) -> Problem:
     """Return the problem in a row. ``needs`` names what the row must have: "answer", "solution" or both.
     With "problem", neither is needed; if ``needs`` is empty, one of them is enough. Raises RowError with the
-    first fault."""
-    check_characters(row)
+    first fault, under the row's name of the column."""
     if not _UNSUPPORTED_ROW.isdisjoint(row):
-        _refuse(row, UNSUPPORTED, "")
-    messages, solution, given = _turns(row)
-    answer, solution = _answer(row), _solution(row, solution)
+        refuse(row, UNSUPPORTED, "")
+    reading = read(row, data.columns)
+    if "text" in reading.row:
+        check_text("text", reading.row["text"])
+        check_characters({key: value for key, value in row.items() if key not in reading.sources["text"]})
+    else:
+        check_characters(row)
+    try:
+        problem = _problem(reading, data, id=id, where=where, needs=needs)
+    except RowError as error:
+        raise reading.named(error) from None
+    return replace(problem, columns=row)
+
+
+def _problem(reading: Reading, data: DataSettings, *, id: str, where: str, needs: Collection[str]) -> Problem:
+    row = reading.row
+    checker: str = data.checker
+    made: dict[str, Any] = {"row": where, "layout": reading.layout, "sources": reading.sources}
+    if row.get("id") is not None:
+        if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
+            raise RowError("id", f"expected text or a whole number, got {shown(row['id'])}")
+        id = text_of(str(row["id"]), "id")
+    if "text" in row:
+        if "answer" in needs or "problem" in needs:
+            raise RowError(
+                "text",
+                "expected a problem, got text, which only SFT can train on" + _remedy(reading, "problem"),
+            )
+        return Problem(id=id, messages=(), answer="", text=text_of(row["text"], "text"), **made)
+    messages, dialogue, given = _turns(reading, data, needs)
+    answer = _answer(row)
+    solution = dialogue[-1].content if dialogue else ""
+    has_solution = bool(dialogue)
     if "answer" in needs and not answer:
-        raise RowError("answer", "expected an answer, got none" + _near(row, "answer"))
-    if "solution" in needs and not solution:
-        raise RowError("solution", "expected a worked solution, got none" + _near(row, "solution"))
-    if not answer and not solution and "problem" not in needs:
-        hint = _near(row, "answer", "solution")
+        raise RowError("answer", "expected an answer, got none" + _remedy(reading, "answer"))
+    if "solution" in needs and not has_solution:
+        raise RowError("solution", "expected a worked solution, got none" + _remedy(reading, "solution"))
+    if not answer and not has_solution and "problem" not in needs:
+        hint = _remedy(reading, "answer", "solution")
         raise RowError("answer", "expected an answer or a solution, got neither" + hint)
     if checker == "auto":
-        if answer and row.get("checker") is None and row.get("choices") not in _BARE:
+        if answer and row.get("checker") is None and row.get("choices") not in BARE:
             remedy = 'set "checker": "choice", or checker = "choice" for the data set, or remove the choices'
             raise RowError("choices", f"the row has choices, but no checker; {remedy}")
         checker = _checker(row)
@@ -87,104 +94,36 @@ def problem_of(row: Row, *, id: str, where: str, checker: str, needs: Collection
     if checker == "choice" and row.get("choices") is not None:
         choices, answer = choice_answer(row["choices"], answer)
         meta |= {"choices": choices}
-    given_id = row.get("id")
-    if given_id is not None:
-        if isinstance(given_id, bool) or not isinstance(given_id, str | int):
-            raise RowError("id", f"expected text or a whole number, got {shown(given_id)}")
-        id = _text(str(given_id), "id")
+    num_spoken = sum(turn.role == "assistant" for turn in dialogue)
+    is_plain = num_spoken < 2 and not any(turn.more for turn in dialogue)
     return Problem(
-        id=id, messages=messages, answer=answer, checker=checker, solution=solution, row=where, meta=meta,
-        columns=row,
+        id=id, messages=messages, answer=answer, checker=checker, solution=solution, meta=meta,
+        dialogue=() if is_plain else tuple(dialogue), tools=read_tools(row.get("tools"), "tools"), **made,
     )  # fmt: skip
 
 
-def unused_columns(row: Mapping[str, Any], checker: str, needs: Collection[str]) -> Iterator[str]:
+def unused_columns(problem: Problem, needs: Collection[str]) -> Iterator[str]:
     """Yield the columns of an accepted row, and the parts of its turns, that are not used if only ``needs`` are
     needed; if it is empty, answers and solutions are both used."""
-    used = {*PROMPT_COLUMNS, "checker", "id"}
+    row = problem.columns
+    used = {*PROMPTS, "checker", "id", "system", "tools"}
     used |= {"answer", "reward_model"} if not needs or "answer" in needs else set()
     with_solution = not needs or "solution" in needs
-    used |= {"solution"} if with_solution else set()
-    used |= {"choice": {"choices"}, "countdown": {"numbers", "target"}}.get(checker, set())
+    used |= {"solution", "reasoning_content"} if with_solution else set()
+    used |= {"choice": {"choices"}, "countdown": {"numbers", "target"}}.get(problem.checker, set())
+    names = {name for ours in used for name in problem.sources.get(ours, ())}
+    targets, turns_of = problem.sources.get("target", ()), problem.sources.get("messages", ())
     for name, value in row.items():
         turns = value if isinstance(value, list) and value and isinstance(value[0], dict) else []
-        is_read = name in used or (name == "target" and turns and with_solution)
+        is_read = name in names or (name in targets and turns and with_solution)
         if not is_read and value is not None:
             yield name
-        for turn in turns if is_read else []:
-            for key in turn.keys() - {"role", "content"}:
-                yield from (f"{name}[].{key}",) if turn[key] not in _BARE else ()
-        if name == "messages" and not with_solution and turns and turns[-1].get("role") == "assistant":
-            yield "messages[-1]"
-
-
-def check_characters(row: Row) -> None:
-    """Raise RowError for a control character or a lone surrogate in any text of a row."""
-    left: list[tuple[str, Any]] = []
-    parts: Iterable[tuple[str, Any]] = row.items()
-    while True:  # not recursive, because a row may be nested deeply
-        for field, value in parts:
-            if isinstance(value, str):
-                if not value.isprintable() and (found := _control_character(field, value)):
-                    raise RowError(field, _unprintable(value, found))
-            elif isinstance(value, dict | list):
-                left.append((field, value))
-        if not left:
-            return
-        field, value = left.pop()
-        named = value.items() if isinstance(value, dict) else enumerate(value)
-        parts = [
-            (f"{field}.{key}" if isinstance(value, dict) else f"{field}[{key}]", part) for key, part in named
-        ]
-
-
-def check_output(field: str, text: str) -> None:
-    """Raise RowError if a model's output has a lone surrogate or a LaTeX command that JSON has eaten. Control
-    characters may be what the model wrote."""
-    if not text.isprintable() and (found := _EATEN_OUTPUT.search(text)):
-        raise RowError(field, _unprintable(text, found))
-
-
-def _control_character(field: str, text: str) -> re.Match[str] | None:
-    """Return the first control character or lone surrogate that is not an ordinary tab or line break."""
-    found = None if text.replace("\n", "").isprintable() else _UNPRINTABLE.search(text)
-    perhaps = (m for m in _PERHAPS_EATEN.finditer(text) if _is_eaten(field, text, m))
-    return found or _EATEN_LINE.search(text) or next(perhaps, None)
-
-
-def _is_eaten(field: str, text: str, found: re.Match[str]) -> bool:
-    """Return whether a tab or line break before a short word is the beginning of a LaTeX command. A line break in
-    a formula, or in an answer of several lines, is ordinary."""
-    at = found.start()
-    if _OPENED.search(text, max(0, at - 2), at) or (field in _ANSWERS and not at):
-        return True
-    formulas = (span.span() for span in _IN_FORMULA.finditer(text))
-    return text[at] == "\t" and (field in _ANSWERS or any(start < at < end for start, end in formulas))
-
-
-def _unprintable(text: str, found: re.Match[str]) -> str:
-    at, code = found.start(), ord(found[0][0])
-    if 0xD800 <= code < 0xE000:
-        return f"expected text, got the lone surrogate U+{code:04X} at character {at + 1}"
-    name = "a NUL character" if code == 0 else f"the control character U+{code:04X}"
-    fault = f"expected text, got {name} at character {at + 1}"
-    escape, rest = _ESCAPES.get(text[at], ""), re.match(r"[A-Za-z]+", text[at + 1 :])
-    if not escape or not rest:
-        return f"{fault}; remove it"
-    command = f"{escape}{rest[0][:20]}"
-    return rf"{fault}: JSON has read {command} as {escape} and text; write \{command}, or write the file with a JSON library"
-
-
-def _refuse(keys: Row, names: Iterable[str], prefix: str) -> None:
-    """Raise RowError if a row or a turn has a key that is not supported."""
-    for name in names:
-        if keys.get(name) not in _BARE:
-            remedy = (
-                "remove it, or rename a column that only a reward function reads"
-                if not prefix
-                else "remove it"
-            )
-            raise RowError(f"{prefix}{name}", f"is not supported and would be lost; {remedy}")
+        for turn in turns if is_read and name not in problem.sources.get("tools", ()) else []:
+            for key in turn.keys() - {*READ_KEYS, *(("name",) if turn.get("role") == "tool" else ())}:
+                yield from (f"{name}[].{key}",) if turn[key] not in BARE else ()
+        last = turns[-1].get("role", turns[-1].get("from")) if turns else ""
+        if name in turns_of and not with_solution and last in ("assistant", "gpt"):
+            yield f"{name}[-1]"
 
 
 def choice_answer(value: Any, answer: str, field: str = "answer") -> tuple[list[str], str]:
@@ -211,72 +150,74 @@ def choice_answer(value: Any, answer: str, field: str = "answer") -> tuple[list[
     return list(value), answer if (place == named and letter) or place >= len(LETTERS) else LETTERS[place]
 
 
-def _turns(row: Row) -> tuple[tuple[Message, ...], str, bool]:
-    """Return the prompt's turns, the solution if they end with one, and whether the row has turns instead of
-    bare text."""
-    present = [name for name in PROMPT_COLUMNS if row.get(name) is not None]
+def _turns(
+    reading: Reading, data: DataSettings, needs: Collection[str]
+) -> tuple[tuple[Message, ...], list[Message], bool]:
+    """Return the prompt's turns, the whole dialogue if it ends with a solution (otherwise []), and whether the row
+    has turns instead of bare text."""
+    row = reading.row
+    present = [name for name in PROMPTS if row.get(name) is not None]
     expected = "expected one of problem, prompt and messages"
     if not present:
-        raise RowError("problem", f"{expected}, got none" + _near(row, *PROMPT_COLUMNS))
+        raise RowError("problem", f"{expected}, got none" + _remedy(reading, *PROMPTS[:3]))
     if len(present) > 1:
         raise RowError(present[1], f"{expected}, got {' and '.join(present)}; keep one")
     column, value = present[0], row[present[0]]
-    if column == "problem" or (column == "prompt" and isinstance(value, str)):
-        return (Message(role="user", content=_text(value, column)),), "", False
-    messages = _messages(value, column)
-    solution = ""
-    if column == "messages" and messages[-1].role == "assistant":
-        *messages, last = messages
-        solution = last.content
-    if not messages or messages[-1].role != "user":
-        found = f"the {messages[-1].role}'s" if messages else "none"
+    if column == "problem" or (column == "prompt" and isinstance(value, str) and not value.startswith("[{")):
+        turns, given = [Message(role="user", content=text_of(value, column))], False
+    else:
+        turns, given = read_turns(value, column), True
+    if row.get("system") not in BARE and turns[0].role != "system":
+        turns.insert(0, Message(role="system", content=text_of(row["system"], "system")))
+    reply, spoken = None, any(turn.role == "assistant" for turn in turns)
+    is_shown = "solution" in needs or (not needs and not {"answer", "reward_model"} & row.keys())
+    if column == "messages" and is_shown and row.get("solution") is None:
+        while spoken and turns[-1].role != "assistant":  # turns that nobody answers
+            turns.pop()
+    if column == "messages" and turns[-1].role == "assistant":
+        *turns, reply = turns
+    if not turns or turns[-1].role not in ("user", "tool"):
+        found = f"the {turns[-1].role}'s" if turns else "none"
         end = 'at the end (a worked answer belongs in "solution")'
-        place = "before the assistant's solution" if solution else end
+        place = "before the assistant's solution" if reply else end
         raise RowError(column, f"expected the user's turn {place}, got {found}")
-    return tuple(messages), solution, True
+    reply = _solution(reading, reply)
+    if reply is None:
+        return tuple(turns), [], given
+    dialogue = [*turns, reply]
+    if column == "messages" or any(t.role == "assistant" for t in turns):
+        dialogue = trained_part(dialogue, column, data.train_turns)
+    *prompt, _ = dialogue
+    return tuple(replace(turn, is_trained=True) for turn in prompt), dialogue, given
 
 
-def _messages(value: Any, column: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowError(column, f'expected a list of {{"role": ..., "content": ...}}, got {shown(value)}')
-    if not value:
-        raise RowError(column, "expected at least one turn, got an empty list")
-    messages = []
-    for i, turn in enumerate(value):
-        field = f"{column}[{i}]"
-        if not isinstance(turn, dict):
-            raise RowError(field, f'expected {{"role": ..., "content": ...}}, got {shown(turn)}')
-        _refuse(turn, _UNSUPPORTED_IN_TURNS, f"{field}.")
-        for key in ("role", "content"):
-            if turn.get(key) is None:
-                raise RowError(f"{field}.{key}", "expected text, got nothing" + _near(turn, key))
-        if turn["role"] not in ROLES:
-            found = shown(turn["role"]) + _did_you_mean(str(turn["role"]), ROLES)
-            raise RowError(f"{field}.role", f"expected system, user or assistant, got {found}")
-        if turn["role"] == "system" and i:
-            raise RowError(f"{field}.role", "expected the system's turn first, got it later; move it")
-        messages.append(Message(role=turn["role"], content=_text(turn["content"], f"{field}.content")))
-    return messages
-
-
-def _solution(row: Row, from_turns: str) -> str:
-    """Return the demonstration, from ``solution``, the last of ``messages``, or ``target`` (a list)."""
+def _solution(reading: Reading, from_turns: Message | None) -> Message | None:
+    """Return the demonstration, from ``solution`` (text or one turn), the last of ``messages``, or ``target``."""
+    row = reading.row
     found = {"messages": from_turns} if from_turns else {}
-    if row.get("solution") is not None:
-        found["solution"] = _text(row["solution"], "solution")
-    target = row.get("target")
-    if (
-        isinstance(target, list) and target and isinstance(target[0], dict)
-    ):  # in other rows, target is a number
-        turns = _messages(target, "target")
-        if len(turns) != 1 or turns[0].role != "assistant":
-            raise RowError("target", f"expected one assistant turn, got {', '.join(t.role for t in turns)}")
-        found["target"] = turns[0].content
-    if len(set(found.values())) > 1:
+    for name in ("solution", "target"):
+        value = row.get(name)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            turns = read_turns(value, name)
+            if len(turns) != 1 or turns[0].role != "assistant":
+                raise RowError(name, f"expected one assistant turn, got {', '.join(t.role for t in turns)}")
+            found[name] = turns[0]
+        elif name == "solution" and value is not None:  # in some rows, target is a number
+            found[name] = Message(role="assistant", content=text_of(value, name))
+    if len({message.content for message in found.values()}) > 1:
         raise RowError(
             "solution", f"expected one solution, got different ones in {' and '.join(found)}; keep one"
         )
-    return next(iter(found.values()), "")
+    reply = next(iter(found.values()), None)
+    if row.get("reasoning_content") in BARE:
+        return reply
+    if reply is None:
+        raise RowError(
+            "reasoning_content",
+            "expected a solution beside the thought, got none" + _remedy(reading, "solution"),
+        )
+    thought = text_of(row["reasoning_content"], "reasoning_content")
+    return replace(reply, more={**reply.more, "reasoning_content": thought})
 
 
 def _answer(row: Row) -> str:
@@ -295,7 +236,7 @@ def _answer(row: Row) -> str:
     if reward.get("ground_truth") is None:
         if answer:
             return answer
-        raise RowError(key, "expected an answer, got nothing" + _near(reward, "ground_truth"))
+        raise RowError(key, "expected an answer, got nothing" + near(reward, "ground_truth"))
     truth = scalar(reward["ground_truth"], key)
     if answer and answer != truth:
         raise RowError("answer", f"expected reward_model's {shown(truth)}, got {shown(answer)}; keep one")
@@ -307,7 +248,7 @@ def scalar(value: Any, field: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise RowError(field, f"expected text or a number, got {shown(value)}")
     if isinstance(value, str):
-        return _text(value, field)
+        return text_of(value, field)
     if isinstance(value, int):
         return str(value)
     if not math.isfinite(value) or (value and not float(value)):
@@ -318,20 +259,12 @@ def scalar(value: Any, field: str) -> str:
     return str(int(number)) if number == int(number) else format(number, "f")
 
 
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(field, f"expected text, got {shown(value)}")
-    if not value.strip():
-        raise RowError(field, "expected text, got an empty string")
-    return value
-
-
 def _checker(row: Row) -> str:
     value = row.get("checker")
     if value is None:
         return "math"
     if value not in CHECKERS:
-        hint = _did_you_mean(str(value), CHECKERS)
+        hint = did_you_mean(str(value), CHECKERS)
         raise RowError("checker", f"expected one of {', '.join(CHECKERS)}, got {shown(value)}{hint}")
     return str(value)
 
@@ -346,16 +279,12 @@ def _countdown(row: Row) -> dict[str, Any]:
     return {"numbers": numbers, "target": target}
 
 
-def _near(row: Iterable[str], *wanted: str) -> str:
-    """Return a hint if a column's name resembles a wanted name, or is a known alias of it."""
-    for key in row:
-        for name in wanted:
-            like = difflib.get_close_matches(key.lower(), [name], n=1, cutoff=0.7)
-            if key != name and (like or ALIASES.get(key.lower()) == name):
-                return f'; the row has {shown(key)}; did you mean "{name}"?'
-    return ""
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return f'; did you mean "{close[0]}"?' if close else ""
+def _remedy(reading: Reading, *wanted: str) -> str:
+    """Return which columns the row has, and how to name one of them in the recipe."""
+    if found := closest(reading.given, *wanted):
+        key, name = found
+        hint = f'; the row has {shown(key)}; did you mean "{name}"?'
+        return f"{hint} Set columns = {{ {name} = {shown(key)} }} for the data set, or rename it"
+    others = [name for name in reading.given if name not in COLUMNS]
+    example = f'set columns = {{ {wanted[0]} = "..." }} for the data set to name one of them'
+    return f"; the row also has {listed(dict.fromkeys(others))}: {example}" if others else ""

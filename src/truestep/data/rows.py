@@ -1,18 +1,27 @@
-"""Reads rows from .jsonl and .parquet files. Each row is a dict, or an error that says what is wrong."""
+"""Reads rows from JSON lines, JSON arrays, CSV and parquet. Each row is a dict, or an error that says what is wrong."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from truestep.errors import UserError
 
 MAX_ROW_BYTES = 10 * 2**20
+MAX_ARRAY_BYTES = 2**30  # of a JSON array, which is read as a whole
 SUFFIXES = (".jsonl", ".parquet")
+_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+# All files that are read. In a folder, these count only if no file has one of SUFFIXES.
+READ = (*SUFFIXES, *_TEXTS[1:], *(f"{suffix}.gz" for suffix in _TEXTS))
 Row = dict[str, Any]
+_BOM = b"\xef\xbb\xbf"
 # Fields (also in an object) in which a number is an answer, so that its digits count and not its binary value.
 _ANSWERS = ("answer", "ground_truth", "gold", "pred")
 
@@ -34,31 +43,119 @@ def shown(value: Any) -> str:
     return json.dumps(text) if isinstance(value, str) else text
 
 
+def kind_of(path: Path) -> str:
+    """Return the suffix of ``READ`` that a file has, or "" if it has none of them."""
+    return next((suffix for suffix in READ if path.name.endswith(suffix)), "")
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
-    """Yield (1-based row number, row or fault) for every row in a file; blank lines are skipped. Raises
-    UserError if the file as a whole cannot be read."""
+    """Yield (1-based row number, row or fault) for every row in a file; blank lines are skipped. The rows of a
+    CSV file are numbered without its header. Raises UserError if the file as a whole cannot be read."""
+    kind = kind_of(path)
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: expected one JSON object per line, got an empty file")
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        if kind == ".parquet":
+            yield from _parquet_rows(path)
+            return
+        file: IO[bytes]
+        with cast(IO[bytes], gzip.open(path)) if kind.endswith(".gz") else path.open("rb") as file:
+            if kind.startswith((".csv", ".tsv")):
+                yield from _csv_rows(path, file, "," if kind.startswith(".csv") else "\t")
+            elif kind in (".json", ".json.gz") and _is_array(file):
+                yield from _array_rows(path, file)
+            else:
+                yield from _jsonl_rows(file)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: expected a gzip file, got one that is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_ROW_BYTES + 1):
-            number += 1
-            if len(line) > MAX_ROW_BYTES:
-                while not line.endswith(b"\n") and line:
-                    line = file.readline(MAX_ROW_BYTES)
-                yield number, _too_long()
+def _is_array(file: IO[bytes]) -> bool:
+    """Return whether a file contains one JSON array, and not one object per line."""
+    start = file.read(4096).removeprefix(_BOM)
+    file.seek(0)
+    return start.lstrip().startswith(b"[")
+
+
+def _array_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Row | RowError]]:
+    """Yield the elements of a JSON array. After an element that is not JSON, the rest is not read."""
+    raw = file.read(MAX_ARRAY_BYTES + 1)
+    if len(raw) > MAX_ARRAY_BYTES:
+        size = f"{MAX_ARRAY_BYTES // 2**20} MB"
+        raise UserError(
+            f"{path}: expected a JSON array of at most {size}; write one object per line (.jsonl)"
+        )
+    try:
+        text = raw.removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, got byte 0x{raw[error.start]:02x}") from None
+    del raw
+    at, number = _after_space(text, text.index("[") + 1), 0
+    while at < len(text) and text[at] != "]":
+        number += 1
+        start = at
+        try:
+            _, at = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError):
+            yield number, _parsed(text[start : start + MAX_ROW_BYTES].encode("utf-8", "surrogatepass"))
+            return
+        yield number, _too_long() if at - start > MAX_ROW_BYTES else _parsed(text[start:at].encode())
+        at = _after_space(text, at)
+        if text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            found = shown(text[at : at + 20]) if text[at:] else "the end of the file"
+            yield number, RowError("JSON", f"expected a comma or ] after this element, got {found}")
+            return
+
+
+def _after_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Row | RowError]]:
+    """Yield the records after the header. All values are text; an empty one is None."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    csv.field_size_limit(MAX_ROW_BYTES)
+    number = 0
+    try:
+        records = csv.reader(text, delimiter=delimiter, strict=True)
+        header = [name.strip() for name in next(records, [])]
+        if twice := next((name for name in header if header.count(name) > 1), None):
+            raise UserError(f"{path}: expected columns with different names, got {shown(twice)} twice")
+        for record in records:
+            if not record:
                 continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, _parsed(line)
+            number += 1
+            if len(record) != len(header):
+                counts = f"expected {len(header)} values, as in the header, got {len(record)}"
+                yield number, RowError("row", f"{counts}; put a value with commas or quotes into quotes")
+                continue
+            yield number, {name: value or None for name, value in zip(header, record, strict=True)}
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} after row {number}"
+        raise UserError(f"{path}: expected UTF-8 text, got {found}; save the file as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: not valid CSV after row {number}: {error}") from None
+
+
+def _jsonl_rows(file: IO[bytes]) -> Iterator[tuple[int, Row | RowError]]:
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            while not line.endswith(b"\n") and line:
+                line = file.readline(MAX_ROW_BYTES)
+            yield number, _too_long()
+            continue
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if line.strip():
+            yield number, _parsed(line)
 
 
 def _too_long() -> RowError:
@@ -78,7 +175,11 @@ def _parsed(line: bytes) -> Row | RowError:
         return RowError("JSON", f"expected UTF-8 text, got {found}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         found = f"{error.msg} at character {error.pos + 1}"
-        hint = "; this is a JSON array; write one object per line" if line.lstrip().startswith(b"[") else ""
+        hint = (
+            "; this is a JSON array; name the file .json, or write one object per line"
+            if line.lstrip().startswith(b"[")
+            else ""
+        )
         hint = r"; write \\ for every \ of a text" if "escape" in error.msg else hint
         return RowError("JSON", f"expected a JSON object on one line, got {found}{hint}")
     except RecursionError:

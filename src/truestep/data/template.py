@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from functools import lru_cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from truestep.data.turns import THOUGHTS
 from truestep.errors import UserError
 from truestep.records import Message
 
@@ -39,20 +40,22 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Message], *, where: str, today: str, answer: str | None = None,
-    opens: bool = True,
+    tokenizer: Any, messages: Sequence[Message], *, where: str, today: str, answer: Message | str | None = None,
+    opens: bool = True, tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:  # fmt: skip
     """Return the text of the turns, then (if it ``opens``) of an open assistant turn or, given ``answer``, of
     a closed one. ``today`` is the date that a template may write. Raises UserError if the template fails."""
+    answer = Message(role="assistant", content=answer) if isinstance(answer, str) else answer
     if not has_chat_template(tokenizer):
-        text = "\n\n".join(m.content for m in messages) + "\n"
-        return text if answer is None else text + answer + (tokenizer.eos_token or "")
+        text = "\n\n".join(map(_plain, messages)) + "\n"
+        return text if answer is None else text + _plain(answer) + (tokenizer.eos_token or "")
     from jinja2 import TemplateError
 
-    turns = [{"role": m.role, "content": m.content} for m in messages]
-    turns += [] if answer is None else [{"role": "assistant", "content": answer}]
+    spoken = [*messages, answer] if answer is not None else messages
+    turns = [{"role": m.role, "content": m.content, **m.more} for m in spoken]
     fault = f"{where}: messages: the chat template"
-    options = {"tokenize": False, "strftime_now": date.fromisoformat(today).strftime}
+    options: dict[str, Any] = {"tokenize": False, "strftime_now": date.fromisoformat(today).strftime}
+    options |= {"tools": [dict(tool) for tool in tools]} if tools else {}
     try:
         with _limited(SECONDS):
             text = tokenizer.apply_chat_template(
@@ -74,12 +77,20 @@ def render(
     return str(text)
 
 
-def prompt_text(tokenizer: Any, messages: Sequence[Message], *, where: str, today: str) -> str:
+def _plain(message: Message) -> str:
+    """Return what the plain template writes for a turn: its thought, if it has one, and its text."""
+    thought = next(
+        (f"<think>\n{message.more[key]}\n</think>\n\n" for key in THOUGHTS if key in message.more), ""
+    )
+    return thought + message.content
+
+
+def prompt_text(tokenizer: Any, messages: Sequence[Message], **asked: Any) -> str:
     """Return the turns with an open assistant turn. If the template ignores ``add_generation_prompt``, the
-    assistant's header is what the template writes before an answer."""
+    assistant's header is what the template writes before an answer. ``asked`` is for ``render``."""
     if not _ignores_generation_prompt(tokenizer, str(getattr(tokenizer, "chat_template", None))):
-        return render(tokenizer, messages, where=where, today=today)
-    before = render(tokenizer, messages, where=where, today=today, answer=PLACE).partition(PLACE)[0]
+        return render(tokenizer, messages, **asked)
+    before = render(tokenizer, messages, **asked, answer=PLACE).partition(PLACE)[0]
     return re.sub(r"<think>\s*</think>\s*$", "", before)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from truestep.data.row_schema import check_characters, check_output, choice_answer, scalar
+from truestep.data.characters import check_characters, check_output
+from truestep.data.row_schema import choice_answer, scalar
 from truestep.data.rows import Row, RowError, read_rows
 from truestep.errors import UserError
 from truestep.grade.pairs import Pair

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from truestep.data.files import existing
+from truestep.data.files import absolute_source
 from truestep.model.packaged import PACKAGED
 from truestep.rewards.scorer import sources
 from truestep.settings import RlSettings, Settings, StageSettings
@@ -44,9 +44,8 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
         return s.model_copy(update=changed)
 
     data = {
-        name: d.model_copy(update={"source": str(path.absolute())})
+        name: d.model_copy(update={"source": absolute_source(d, base_dir)})
         for name, d in settings.data.items()
-        if (path := existing(d.source, base_dir)) is not None
     }
     name = settings.model.path
     is_file = name not in ("tiny", *PACKAGED) and Path(name).exists()
@@ -54,5 +53,5 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
         settings.model.model_copy(update={"path": str(Path(name).absolute())}) if is_file else settings.model
     )
     return settings.model_copy(
-        update={"model": model, "data": settings.data | data, "stages": tuple(map(stage, settings.stages))}
+        update={"model": model, "data": data, "stages": tuple(map(stage, settings.stages))}
     )

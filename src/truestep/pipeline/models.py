@@ -47,7 +47,7 @@ class Session:
         return signals.check
 
     def decode(self, ids: Sequence[int]) -> str:
-        return completion_text(self.prepared.tokenizer, ids)
+        return completion_text(self.prepared.tokenizer, ids, self.prepared.settings.chat.special_tokens)
 
     def decode_prompt(self, prompt: Prompt) -> str:
         return str(self.prepared.tokenizer.decode(list(prompt.token_ids)))
@@ -100,7 +100,11 @@ def stage_identity(prepared: Prepared, index: int) -> str:
         if code := prepared.code[stage.name]:
             parts.append(str(sorted(code.items())))
         frozen, dev = stage.model_copy(update=ignored), stage.dev.data
-        parts += [frozen, prepared.content[stage.data], prepared.content.get(dev, "")]
+        parts += [
+            frozen,
+            *(prepared.content[name] for name in stage.data_names),
+            prepared.content.get(dev, ""),
+        ]
         parts += [settings.evaluate.data_sampling.model_copy(update={"max_running": 1})] if dev else []
     return settings_hash(*parts)
 

@@ -98,11 +98,20 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
         return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
 
 
+def only_set(stage: StageSettings) -> str:
+    """Return the stage's data set. Raises UserError if it has several, because their lengths differ."""
+    if not isinstance(stage.data, str):
+        raise UserError(
+            f"stages.{stage.name}.data: this estimate is only for one data set in a stage, got several"
+        )
+    return stage.data
+
+
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
     """Return a stage's work at the declared mean lengths, which slightly underestimates attention."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
-        rows = declared.rows[stage.data]
+        rows = declared.rows[only_set(stage)]
         sequences = stage.epochs * rows if stage.epochs else stage.steps * stage.sequences_per_step
         return sequence_work(prompt, demonstration).times(sequences)
     if isinstance(stage, RejectionSettings):
@@ -206,9 +215,10 @@ def _stage_row(
     settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings, context: int
 ) -> dict[str, Any]:
     where = f"stages.{stage.name}"
-    if stage.data not in declared.rows:
-        raise UserError(f"{where}.data: declared.rows has no entry {stage.data!r}; set its number of rows")
-    rows, longest = declared.rows[stage.data], declared.max_prompt_tokens
+    data = only_set(stage)
+    if data not in declared.rows:
+        raise UserError(f"{where}.data: declared.rows has no entry {data!r}; set its number of rows")
+    rows, longest = declared.rows[data], declared.max_prompt_tokens
     sampled = stage.sampling.max_new_tokens if isinstance(stage, RlSettings | RejectionSettings) else 0
     longest += max(sampled, declared.max_demonstration_tokens)
     limits = {"model.context_length": context, "tokens_per_microbatch": stage.tokens_per_microbatch}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truestep.data.chat import encode_demonstrations, encode_prompt, stop_token_ids
-from truestep.data.describe import describe, not_used
+from truestep.data.chat import check_special_tokens, encode_prompt, stop_token_ids
+from truestep.data.demonstrations import Encoded, encode_demonstrations
+from truestep.data.describe import describe, not_used, read_as
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
@@ -25,8 +25,10 @@ from truestep.objective.corrections import REWEIGHTING
 from truestep.objective.methods import METHODS, Method, build, fits_older_samples
 from truestep.pipeline.code import code_of
 from truestep.pipeline.golds import grade_golds, said_of
+from truestep.pipeline.prompts import prompts_of_stage
+from truestep.pipeline.sizes import check_lengths
 from truestep.pipeline.track import require_trackers
-from truestep.records import Demonstration, Message, Problem, Prompt, Verdict
+from truestep.records import Demonstration, Problem, Prompt, Verdict
 from truestep.rewards.scorer import RewardScorer
 from truestep.rollout.engine_vllm import client_of
 from truestep.rollout.vllm_server import installed_version, python_with_vllm
@@ -37,8 +39,6 @@ from truestep.user_code import Raised, attempt, find_source, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-HINT = "The beginning of a solution:"
 
 
 @dataclass(kw_only=True)
@@ -53,22 +53,14 @@ class Prepared:
     problems: dict[str, list[Problem]] = field(default_factory=dict)
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
     demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
-    stage_prompts: dict[str, list[Prompt]] = field(default_factory=dict)  # of RL stages, by name
+    # Of stages that sample, by name: the prompts of each of their data sets.
+    stage_prompts: dict[str, list[list[Prompt]]] = field(default_factory=dict)
     model_content: str = ""  # hash of the base model's files
     content: dict[str, str] = field(default_factory=dict)  # hash of each data set's content
     methods: dict[str, Method] = field(default_factory=dict)  # by stage name
     code: dict[str, dict[str, str]] = field(default_factory=dict)  # ``code_of`` each stage, by name
     overlap: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def num_sequences(stage: SftSettings | RejectionSettings, available: int) -> int:
-    """Return how many sequences (with repetition over epochs) the stage trains on."""
-    return round(stage.epochs * available) if stage.epochs else stage.steps * stage.sequences_per_step
-
-
-def num_steps(stage: SftSettings | RejectionSettings, available: int) -> int:
-    return math.ceil(num_sequences(stage, available) / stage.sequences_per_step)
 
 
 def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
@@ -93,10 +85,13 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
         methods={s.name: method_of(s, base_dir) for s in settings.stages},
         code={s.name: code_of(s, base_dir) for s in settings.stages},
     )  # fmt: skip
+    check_special_tokens(tokenizer, settings.chat, prepared.stop_ids)
     _check_rewards(settings, base_dir)
     needs = _needs(settings)
     sampled = [s for s in settings.stages if s.kind != "sft"]
-    guided = {s.data: s for s in sampled if prepared.methods[s.name].needs_demonstrations}
+    guided = {
+        name: s for s in sampled if prepared.methods[s.name].needs_demonstrations for name in s.data_names
+    }
     for name, wanted in needs.items():
         try:
             _load(prepared, name, wanted | ({"solution"} if name in guided else set()), base_dir)
@@ -107,11 +102,12 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
             reason = f'stages.{guided[name].name}.method = "{method}" trains on solutions'
             raise UserError(f"{error} ({reason})") from None
     _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
-    rl = [s for s in settings.stages if isinstance(s, RlSettings)]
-    prepared.stage_prompts = {s.name: _stage_prompts(prepared, s) for s in rl}
-    _check_lengths(prepared)
-    trained = {s.data: prepared.problems[s.data] for s in settings.stages}
+    prompts = {s.name: prompts_of_stage(prepared, s) for s in sampled if not isinstance(s, SftSettings)}
+    prepared.stage_prompts = prompts
+    check_lengths(prepared)
+    trained = {name: prepared.problems[name] for s in settings.stages for name in s.data_names}
     tested = {name: prepared.problems[name] for name in settings.evaluate.data}
+    prepared.notes += _of_systems(settings, trained, tested)
     prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
     return prepared
 
@@ -145,7 +141,8 @@ def _needs(settings: Settings) -> dict[str, set[str]]:
     for stage in settings.stages:
         checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
         column = "solution" if stage.kind == "sft" else "answer"
-        needs[stage.data].add(column if checked else "problem")
+        for name in stage.data_names:
+            needs[name].add(column if checked else "problem")
         if stage.dev.data:
             needs[stage.dev.data].add("answer")
     for name in settings.evaluate.data:
@@ -177,20 +174,23 @@ def check_methods(settings: Settings, base_dir: Path) -> None:
             )
 
 
-def _stage_prompts(prepared: Prepared, stage: RlSettings) -> list[Prompt]:
-    """Return the prompts of an RL stage: all, or only those whose whole demonstration can be trained on."""
-    prompts = prepared.prompts[stage.data]
-    if not prepared.methods[stage.name].needs_demonstrations:
-        return prompts
-    limit, whole = stage.sampling.max_new_tokens, prepared.demonstrations[stage.data]
-    fit = {d.problem_id for d in whole if len(d.token_ids) - d.num_prompt_tokens <= limit}
-    kept = [p for p in prompts if p.problem.id in fit]
-    if len(kept) < len(prompts):
-        prepared.notes.append(
-            f"stages.{stage.name}: {len(prompts) - len(kept)} of {len(prompts)} problems have a demonstration of "
-            f"more than sampling.max_new_tokens = {limit} tokens and are left out"
-        )
-    return kept
+def _of_systems(
+    settings: Settings, trained: Mapping[str, Sequence[Problem]], tested: Mapping[str, Sequence[Problem]]
+) -> list[str]:
+    """Return a sentence if rows of a training set have a system prompt and those of the tests have none."""
+
+    def count(problems: Sequence[Problem]) -> int:
+        return sum(p.messages[0].role == "system" for p in problems if p.messages)
+
+    bare = [f"data.{name}" for name, problems in tested.items() if not count(problems)]
+    if settings.chat.system or not bare:
+        return []
+    return [
+        f"{num} of {len(problems)} rows of data.{name} have a system prompt, but no row of {' and '.join(bare)} has one, so "
+        "the model is tested without it; set chat.system, or add a system turn to the test rows"
+        for name, problems in trained.items()
+        if (num := count(problems))
+    ]
 
 
 def method_of(stage: StageSettings, base_dir: Path) -> Method:
@@ -238,30 +238,34 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
     problems = load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
     prepared.problems[name] = problems
     prepared.content[name] = _content_hash(problems)
-    remarks = [files_of(name, data, base_dir)[2], *not_used(describe(problems, wanted))]
+    described = describe(problems, wanted)
+    remarks = [files_of(name, data, base_dir)[2], *read_as(described), *not_used(described)]
     prepared.notes += [f"data.{name}: {said}" for said in remarks if said]
     if wanted & {"answer", "problem"}:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
     if "solution" in wanted:
-        made = prepared.demonstrations[name] = encode_demonstrations(
-            tokenizer, problems, settings.chat, context
+        made = encode_demonstrations(tokenizer, problems, settings.chat, context)
+        prepared.demonstrations[name] = made.kept
+        prepared.notes += [f"data.{name}: {said}" for said in of_sequences(made, len(problems), context)]
+
+
+def of_sequences(made: Encoded, num_rows: int, context: int) -> list[str]:
+    """Return sentences about rows that are not one sequence each."""
+    num, found = len(made.kept) + made.num_long, []
+    if made.num_split:
+        found.append(
+            f"{made.num_split} of {num_rows} dialogues become several sequences, because the chat template does not "
+            "write earlier turns as they were sampled (for example without their thoughts)"
         )
-        if num_dropped := len(problems) - len(made):
-            prepared.notes.append(
-                f"data.{name}: {num_dropped} of {len(problems)} demonstrations are longer than the context "
-                f"of {context} tokens and are left out"
-            )
-
-
-def hinted_prompt(
-    prepared: Prepared, prompt: Prompt, fraction: float
-) -> tuple[tuple[Message, ...], tuple[int, ...]]:
-    """Return the turns and tokens of the prompt if its last turn shows a fraction of the solution's text."""
-    *before, last = prompt.problem.messages
-    shown = prompt.problem.solution[: int(fraction * len(prompt.problem.solution))]
-    turn = replace(last, content=f"{last.content}\n\n{HINT}\n{shown}")
-    problem = replace(prompt.problem, messages=(*before, turn))
-    return problem.messages, encode_prompt(prepared.tokenizer, problem, prepared.settings.chat).token_ids
+    if made.num_cut:
+        found.append(
+            f"{made.num_cut} of {num_rows} texts are cut into pieces of {context} tokens, the context"
+        )
+    if made.num_long:
+        found.append(
+            f"{made.num_long} of {num} demonstrations are longer than the context of {context} tokens and are left out"
+        )
+    return found
 
 
 def _content_hash(problems: Sequence[Problem]) -> str:
@@ -269,9 +273,19 @@ def _content_hash(problems: Sequence[Problem]) -> str:
     for p in problems:
         turns = "\x1e".join(f"{m.role}\x1d{m.content}" for m in p.messages)
         meta = json.dumps([dict(p.meta), dict(p.columns)], sort_keys=True, default=str)
-        columns = (p.id, turns, p.answer, p.checker, p.solution, meta)
+        columns = (p.id, turns, p.answer, p.checker, p.solution, meta, *_rich(p))
         digest.update(("\x1f".join(columns) + "\x1c").encode())
     return digest.hexdigest()[:16]
+
+
+def _rich(problem: Problem) -> tuple[str, ...]:
+    """Return what a row has besides texts, for its hash: nothing for most rows."""
+    turns = problem.dialogue or problem.messages
+    num_trained = sum(m.is_trained for m in problem.dialogue if m.role == "assistant")
+    if num_trained < 2 and not (any(m.more for m in turns) or problem.tools or problem.text):
+        return ()
+    parts = [[m.role, m.content, m.is_trained, dict(m.more)] for m in turns]
+    return (json.dumps([parts, [dict(tool) for tool in problem.tools], problem.text], sort_keys=True),)
 
 
 def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
@@ -287,77 +301,3 @@ def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
                     )
             if unread := [gold for gold in golds if gold.text_only]:
                 prepared.notes.append(f"data.{name}: {said_of(unread, len(unread), len(golds))}")
-
-
-def _check_lengths(prepared: Prepared) -> None:
-    settings = prepared.settings
-    for stage in settings.stages:
-        where = f"stages.{stage.name}"
-        longest = 0
-        if isinstance(stage, SftSettings):
-            kept = prepared.demonstrations[stage.data]
-            longest = max(len(d.token_ids) for d in kept)
-            if (size := stage.sequences_per_step) > (num := num_sequences(stage, len(kept))):
-                fault = f"is more than the {num} sequences of the whole stage"
-                raise UserError(f"{where}.sequences_per_step = {size} {fault}; set a smaller number")
-        if isinstance(stage, RlSettings | RejectionSettings):
-            plan, limit = prepared.methods[stage.name].plan, stage.sampling.max_new_tokens
-            shown = plan.most_shown if plan else 0.0
-            longest = longest_sample(prepared, stage.data, limit, f"{where}.sampling", shown)
-        if isinstance(stage, RlSettings):
-            size, num = stage.prompts_per_step, len(prepared.stage_prompts[stage.name])
-            if size > num:
-                fault = f"is more than the {num} problems of data.{stage.data} that can be trained on"
-                raise UserError(f"{where}.prompts_per_step = {size} {fault}; set a smaller number")
-        if stage.tokens_per_microbatch < longest:
-            raise UserError(
-                f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} is less than the longest "
-                f"sequence, which has {longest} tokens; set {longest} or more"
-            )
-    dev = [stage.dev.data for stage in settings.stages if stage.dev.data]
-    for name in (*dev, *settings.evaluate.data):
-        longest_sample(prepared, name, settings.evaluate.data_sampling.max_new_tokens, "evaluate.sampling")
-
-
-def longest_sample(prepared: Prepared, name: str, limit: int, where: str, shown: float = 0.0) -> int:
-    """Return the largest length of prompt, hint and completion. Raises UserError if it is too large."""
-    prompts = prepared.prompts[name]
-    if shown:
-        prompts = [replace(p, token_ids=hinted_prompt(prepared, p, shown)[1]) for p in prompts]
-    longest = max(prompts, key=lambda p: len(p.token_ids))
-    num, context = len(longest.token_ids), prepared.context_length
-    if num + limit > context:
-        raise UserError(
-            f"{where}.max_new_tokens = {limit} does not fit: the longest prompt of data.{name} "
-            f"({longest.problem.row or longest.problem.id}) takes {num} of {context} tokens; "
-            f"set max_new_tokens = {max(1, context - num)} or less, or a larger model.context_length"
-        )
-    return num + limit
-
-
-def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
-    """Return the batch sizes and numbers of steps that follow from the settings, as one row per stage."""
-    rows: list[Mapping[str, Any]] = []
-    columns = ("problems", "steps", "optimizer updates", "sequences per update", "epochs")
-    values: tuple[Any, ...]
-    for stage in prepared.settings.stages:
-        if isinstance(stage, SftSettings):
-            num = len(prepared.demonstrations[stage.data])
-            updates = prepared.methods[stage.name].updates_per_step
-            steps, epochs = num_steps(stage, num), round(num_sequences(stage, num) / num, 2)
-            values = (num, steps, steps * updates, stage.sequences_per_step // updates, epochs)
-        elif isinstance(stage, RlSettings):
-            num, updates = len(prepared.stage_prompts[stage.name]), stage.updates_per_rollout
-            size = stage.prompts_per_step // updates * stage.samples_per_prompt
-            epochs = round(stage.steps * stage.prompts_per_step / num, 2)
-            values = (num, stage.steps, stage.steps * updates, size, epochs)
-        else:
-            num = len(prepared.prompts[stage.data])
-            values = (num, "after sampling", "–", stage.sequences_per_step, "–")
-        rows.append({
-            "stage": stage.name, "kind": stage.kind, "method": prepared.methods[stage.name].name,
-            **dict(zip(columns, values, strict=True)),
-            "ranks": world_size, "tokens per micro-batch": stage.tokens_per_microbatch,
-            "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
-        })  # fmt: skip
-    return rows

@@ -25,7 +25,7 @@ def rejection_samples(
     Each rank samples for its share of the prompts. All return what all ranks kept, and their own work."""
     prepared, ranks = session.prepared, session.ranks
     engine = make_engine(session, policy, path, stage.sampling.max_running)
-    prompts = {p.problem.id: p for p in prepared.prompts[stage.data]}
+    prompts = {p.problem.id: p for of_set in prepared.stage_prompts[stage.name] for p in of_set}
     with ranks.apart():
         accepted, lengths = _accepted(session, stage, engine, ranks.mine(list(prompts.values())))
     shares = ranks.exchange([[name, list(kept)] for name, kept in accepted.items()])

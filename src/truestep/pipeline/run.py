@@ -197,7 +197,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
     done = {
         "identity": spec.identity, "name": spec.name, "kind": spec.settings.kind,
         "method": spec.updater.method.name, "steps": spec.num_steps, "seconds": time.perf_counter() - began,
-        "data": spec.settings.data, "tokens": asdict(totals[0]),
+        "data": "+".join(spec.settings.data_names), "tokens": asdict(totals[0]),
         "flops_paper": totals[0].paper_flops(shape), "flops_full": totals[0].full_flops(shape),
         "ledger_after": asdict(totals[1]), "best": dict(state.best), "shape": asdict(shape),
         "exported": {"step": step, "why": why}, **(_cost(spec) if session.ranks.rank == 0 else {}),

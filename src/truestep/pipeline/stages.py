@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +18,9 @@ from truestep.objective.schedule import learning_rate
 from truestep.pipeline import shown
 from truestep.pipeline.evaluation import dev_score, sampling_parameters
 from truestep.pipeline.models import Session, make_engine, make_policy, stage_identity
-from truestep.pipeline.prepare import hinted_prompt, num_sequences, num_steps
+from truestep.pipeline.prompts import hinted_prompt
 from truestep.pipeline.rejection import rejection_samples
+from truestep.pipeline.sizes import num_sequences, num_steps
 from truestep.pipeline.vllm import open_vllm
 from truestep.records import Score
 from truestep.rewards.scorer import RewardScorer
@@ -29,6 +32,7 @@ from truestep.train.ahead import Comparison
 from truestep.train.engine_test import GapTest
 from truestep.train.loop import StageSpec
 from truestep.train.optim import MasterOptimizer
+from truestep.train.order import Order
 from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
 from truestep.train.source import DemonstrationSource, RolloutSource
@@ -67,15 +71,16 @@ def make_stage(
     else:
         assert isinstance(stage, SftSettings | RejectionSettings)
         if isinstance(stage, RejectionSettings):
-            kept, cost = rejection_samples(session, stage, policy, folder, path)
-            ledger = ledger + cost
+            sampled, cost = rejection_samples(session, stage, policy, folder, path)
+            kept, ledger = [sampled], ledger + cost
         else:
-            kept = prepared.demonstrations[stage.data]
+            kept = [prepared.demonstrations[name] for name in stage.data_names]
+        nums = [len(of_set) for of_set in kept]
         source = DemonstrationSource(
-            kept, sequences_per_step=stage.sequences_per_step, num_sequences=num_sequences(stage, len(kept)),
+            _order(stage, kept), sequences_per_step=stage.sequences_per_step, num_sequences=num_sequences(stage, nums),
             seed=prepared.settings.seed, ranks=ranks, updates_per_step=method.updates_per_step,
         )  # fmt: skip
-        steps = num_steps(stage, len(kept))
+        steps = num_steps(stage, nums)
     o, updates = stage.optimizer, source.updates_per_step
     rate = learning_rate(
         peak=o.lr, kind=o.schedule, total_steps=steps * updates, warmup_fraction=o.warmup_fraction,
@@ -167,22 +172,36 @@ def stage_folder(run: Path, index: int, stage: StageSettings) -> Path:
     return run / "stages" / f"{index + 1:02d}-{stage.name}"
 
 
+def _order(stage: StageSettings, sets: Sequence[Sequence[Any]]) -> Order[Any]:
+    """Return the order of a stage's rows. Of several data sets, every row has the name of its set."""
+    if len(sets) > 1:
+        sets = [
+            [replace(row, data=name) for row in of] for name, of in zip(stage.data_names, sets, strict=True)
+        ]
+    return Order(sets, tuple(share.weight for share in stage.shares), stage.data_names)
+
+
 def _rollout_source(
     session: Session, stage: RlSettings, engine: Engine, scorer: Scorer, score: Callable[..., list[Score]]
 ) -> RolloutSource:
     prepared = session.prepared
     method = prepared.methods[stage.name]
     assert method.plan is not None  # checked when the run was prepared
-    traces = prepared.demonstrations[stage.data] if method.needs_demonstrations else ()
+    prompts = prepared.stage_prompts[stage.name]
+    named = [
+        (f"{name}/{d.problem_id}" if len(prompts) > 1 else d.problem_id, d.token_ids[d.num_prompt_tokens :])
+        for name in (stage.data_names if method.needs_demonstrations else ())
+        for d in prepared.demonstrations[name]
+    ]
     sampler = Sampler(
         engine=engine, plan=method.plan, sampling=sampling_parameters(stage.sampling, prepared.stop_ids),
         samples_per_prompt=stage.samples_per_prompt, decode=session.decode, score=score,
         seed=prepared.settings.seed, solved_at=stage.solved_at, check_stop=session.check_stop,
-        demonstrations={d.problem_id: d.token_ids[d.num_prompt_tokens :] for d in traces},
+        demonstrations=dict(named),
         hinted=partial(hinted_prompt, prepared),
     )  # fmt: skip
     return RolloutSource(
-        prepared.stage_prompts[stage.name], sampler=sampler, scorer=scorer, method=method,
+        _order(stage, prompts), sampler=sampler, scorer=scorer, method=method,
         prompts_per_step=stage.prompts_per_step, updates_per_step=stage.updates_per_rollout,
         decode_prompt=session.decode_prompt, is_ahead=stage.rollout_ahead == 1,
     )  # fmt: skip

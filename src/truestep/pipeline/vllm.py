@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep.errors import UserError
 from truestep.pipeline.models import Session
-from truestep.pipeline.prepare import longest_sample
+from truestep.pipeline.prompts import longest_of_stage, longest_sample
 from truestep.rollout.engine_vllm import Publisher, VllmEngine, client_of
 from truestep.rollout.vllm_broadcast import Broadcast, require_transfer
 from truestep.rollout.vllm_server import Servers, VllmServer
@@ -104,14 +104,11 @@ def untied_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def _context_length(session: Session, stage: RlSettings) -> int:
     """Return the tokens of the longest prompt and completion, or of the self-test: less than most models' context."""
-    prepared, plan = session.prepared, session.prepared.methods[stage.name].plan
-    limit = stage.sampling.max_new_tokens
-    found = longest_sample(
-        prepared, stage.data, limit, f"stages.{stage.name}.sampling", plan.most_shown if plan else 0.0
-    )
+    prepared = session.prepared
+    found = longest_of_stage(prepared, stage)
     if dev := stage.dev.data:
-        dev_limit = prepared.settings.evaluate.data_sampling.max_new_tokens
-        found = max(found, longest_sample(prepared, dev, dev_limit, "evaluate.sampling"))
+        limit = prepared.settings.evaluate.data_sampling.max_new_tokens
+        found = max(found, longest_sample(prepared, prepared.prompts[dev], dev, limit, "evaluate.sampling"))
     if found > prepared.context_length:
         raise UserError(f"stages.{stage.name}: {found} tokens do not fit into {prepared.context_length}")
     return max(found, min(prepared.context_length, PROMPT_TOKENS + NEW_TOKENS))

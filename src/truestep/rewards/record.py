@@ -50,12 +50,15 @@ def _plain(value: Any) -> Any:
 def read_input(table: Mapping[str, Any]) -> RewardInput:
     """Read the record that ``to_json`` wrote."""
 
-    def messages(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
+    def messages(turns: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
         return tuple(Message(**turn) for turn in turns)
 
-    problem = table["problem"]
+    problem = dict(table["problem"])
+    problem |= {name: messages(problem[name]) for name in ("messages", "dialogue")}
+    problem |= {"tools": tuple(problem["tools"])}
+    problem["sources"] = {ours: tuple(names) for ours, names in problem["sources"].items()}
     changed = {
-        "problem": Problem(**{**problem, "messages": messages(problem["messages"])}),
+        "problem": Problem(**problem),
         "messages": messages(table["messages"]),
         "completion_ids": tuple(table["completion_ids"]),
         "stop": Stop(table["stop"]),

@@ -18,10 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from truestep import rundir, signals
-from truestep.data.files import find_source
+from truestep.data.files import is_local, local_files, sources_of
 from truestep.errors import UserError
 from truestep.pipeline.code import code_of
-from truestep.settings import RejectionSettings, RlSettings, Settings, Stage, load_settings, settings_hash
+from truestep.settings import (
+    DataSettings,
+    RejectionSettings,
+    RlSettings,
+    Settings,
+    Stage,
+    load_settings,
+    settings_hash,
+)
 from truestep.study import cell_results
 from truestep.study.engines import Launch
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
@@ -169,8 +177,8 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
     """Make paths of data, model and code absolute. They are relative to the study file or current folder."""
     data, model = dict(settings.data), settings.model
     for name, one in settings.data.items():
-        if path := local_source(name, one.source, base_dir):
-            data[name] = one.model_copy(update={"source": str(path.resolve())})
+        if paths := [str(path.resolve()) for path in local_sources(name, one, base_dir)]:
+            data[name] = one.model_copy(update={"source": paths[0] if len(paths) == 1 else tuple(paths)})
     if path := local_model(model.path, base_dir):
         model = model.model_copy(update={"path": str(path.resolve())})
     stages = tuple(_absolute_code(stage, base_dir) for stage in settings.stages)
@@ -193,9 +201,12 @@ def _absolute_code(stage: Stage, base_dir: Path) -> Stage:
     return stage.model_copy(update=update)
 
 
-def local_source(name: str, source: str, base_dir: Path) -> Path | None:
-    """Return the file or folder of a data set, or None if the data is generated or comes from a hub."""
-    return None if ":" in source and not (base_dir / source).exists() else find_source(name, source, base_dir)
+def local_sources(name: str, data: DataSettings, base_dir: Path) -> list[Path]:
+    """Return the files or folders of a data set, or [] if the data is generated or comes from a hub."""
+    if not is_local(sources_of(data)[0]):
+        return []
+    sources = local_files(name, data, base_dir)
+    return [p for path, used, _ in sources for p in ([path] if path.exists() else used)]
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
@@ -267,10 +278,12 @@ def given_identity(runner: Runner) -> str:
 
 def files_of(settings: Settings, base_dir: Path) -> str:
     """Hash the files from which data sets and the model are read. Return "" if there are none."""
-    places = {name: local_source(name, one.source, base_dir) for name, one in settings.data.items()}
-    places["model"] = local_model(settings.model.path, base_dir)
+    places = [
+        (name, path) for name, one in settings.data.items() for path in local_sources(name, one, base_dir)
+    ]
+    places += [("model", path) for path in [local_model(settings.model.path, base_dir)] if path]
     parts: list[str] = []
-    for name, place in ((name, place) for name, place in places.items() if place):
+    for name, place in places:
         files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
         parts += [f"{name} {path.name} {rundir.file_sha256(path)}" for path in files]
     return settings_hash(*parts) if parts else ""

@@ -8,7 +8,7 @@ from typing import Any
 from truestep.data.problems import load_problems
 from truestep.errors import UserError
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
-from truestep.pipeline.paper_plan import GIB, STATE_BYTES, rl_work, shape_of
+from truestep.pipeline.paper_plan import GIB, STATE_BYTES, only_set, rl_work, shape_of
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 from truestep.study.plan import Study, cell_settings, stage_tables
 
@@ -71,13 +71,13 @@ def _lengths(settings: Settings, name: str, base_dir: Path, known: Lengths) -> t
 
 
 def _stage(settings: Settings, stage: StageSettings, base_dir: Path, known: Lengths) -> Ledger:
-    prompt, solution = _lengths(settings, stage.data, base_dir, known)
+    prompt, solution = _lengths(settings, only_set(stage), base_dir, known)
     if isinstance(stage, RlSettings):
         return rl_work(stage, prompt, [solution or stage.sampling.max_new_tokens] * stage.samples_per_prompt)
     assert isinstance(stage, SftSettings | RejectionSettings)
-    rows = settings.data[stage.data].limit
+    rows = settings.data[only_set(stage)].limit
     if stage.epochs and rows == "all":
-        raise UserError(f"data.{stage.data}.limit: an estimate needs a number of rows; set limit = N")
+        raise UserError(f"data.{only_set(stage)}.limit: an estimate needs a number of rows; set limit = N")
     count = stage.epochs * int(rows) if stage.epochs else stage.steps * stage.sequences_per_step
     return sequence_work(prompt, solution or 64).times(count)
 

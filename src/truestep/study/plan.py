@@ -297,7 +297,7 @@ def check_study(study: Study, where: str) -> None:
     if study.tuning and study.tuning.data not in sets:
         raise UserError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
     every = every_arm(study, where)
-    trained = {stage.data for settings in every for stage in settings.stages}
+    trained = {name for settings in every for stage in settings.stages for name in stage.data_names}
     chosen = dev_sets(study, every)
     for used, tables, kind in (("selection", chosen, "dev"), ("training", trained, "test")):
         if both := tables & set(tested):

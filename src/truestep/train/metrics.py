@@ -9,6 +9,7 @@ Held by: tests/numerics/test_metrics.py (a group with a few tokens, calculated b
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -62,6 +63,14 @@ _ROWS = (
      "completions/clipped_ratio; response_length/clip_ratio", "share of samples stopped by the length limit"),
     ("demonstrations/correct", "mean", "mean", "share", "", "",
      "share of the groups' demonstrations that the checker accepts"),
+    ("data_rows/{name}", "once", "sum", "rows", "Data sets, rows of a step: {name}", "",
+     "number of sequences (SFT) or prompts (RL) of one data set, if the stage has several"),
+    ("data_nll/{name}", "mean", "mean", "nats", "Data sets, −log π: {name}", "",
+     "−log π at the trained tokens of one data set, if the stage has several"),
+    ("data_reward/{name}", "mean", "mean", "reward", "Data sets, reward: {name}", "",
+     "mean reward over the scored samples of one data set, if the stage has several"),
+    ("data_solved/{name}", "mean", "mean", "share", "", "",
+     "share of scored samples of one data set that solve their problem, if the stage has several"),
     ("dev/score", "once", "mean", "share", "Dev score: score", "", "score on the stage's dev set"),
     ("loss", "sum", "mean", "nats", "Loss: loss", "loss; actor/pg_loss",
      "the value that is differentiated: for SFT, the token-mean NLL; for RL, −Σ C·log π / Z, a surrogate of which "
@@ -229,18 +238,31 @@ def of_groups(meter: Meter, groups: Sequence[GatedGroup]) -> None:
             meter.add("unreadable", score.unreadable)
             meter.add("completions/mean_length", len(rollout.completion_ids))
             meter.add("completions/truncated", rollout.stop is Stop.LENGTH)
+            data = group.prompt.data
             if score.reward is not None:
-                meter.add("reward", score.reward)
-                meter.add("reward_std", score.reward)
+                for key in ("reward", "reward_std", *([f"data_reward/{data}"] if data else [])):
+                    meter.add(key, score.reward)
             if solved is not None:
-                meter.add("solved", solved)
+                for key in ("solved", *([f"data_solved/{data}"] if data else [])):
+                    meter.add(key, solved)
             meter.add("reward_failures", score.failed)
             for name, value in score.parts.items():
                 meter.add(f"reward/{name}", value)
 
 
-def of_tokens(meter: Meter, context: Context) -> None:
-    """Add the metrics of a micro-batch's trained tokens. The expert's tokens are measured separately."""
+def of_sets(names: Iterable[str]) -> dict[str, float]:
+    """Return the number of rows of each data set of a step. Rows without a name are of the stage's only set."""
+    return {f"data_rows/{name}": float(count) for name, count in Counter(names).items() if name}
+
+
+def of_tokens(meter: Meter, context: Context, sets: Sequence[str] = ()) -> None:
+    """Add the metrics of a micro-batch's trained tokens. The expert's tokens are measured separately. ``sets`` are
+    the names of the data sets of all sequences, by their numbers in the step, if there are several."""
+    for name in sorted({*sets} - {""}):
+        numbers = [i for i, of in enumerate(sets) if of == name]
+        index = context.batch.sequence_index
+        mask = (index[:, None] == index.new_tensor(numbers)).any(dim=1)
+        meter.add(f"data_nll/{name}", -float(context.policy_logprobs[mask].sum()), float(mask.sum()))
     batch, origin = context.batch, context.batch.origin
     expert, sampled = origin == int(Origin.EXPERT), origin == int(Origin.POLICY)
     for prefix, mask in (("", ~expert), ("expert/", expert)):

@@ -71,6 +71,7 @@ def sampled_sequence(prompt: Prompt, rollout: Rollout, **given: Any) -> TrainSeq
         num_prefix_tokens=len(context) + (trained[0] if trained else len(rollout.origin)),
         behavior_logprobs=None if behavior is None else tuple(behavior[i] for i in trained),
         policy_version=tuple(rollout.policy_version[i] for i in trained),
+        data=prompt.data,
         **given,
     )
 
@@ -114,6 +115,7 @@ def demonstration_sequence(
         origin=(Origin.CONTEXT,) * num + (origin,) * len(completion),
         num_prefix_tokens=num,
         group=group,
+        data=prompt.data,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from truestep import seeding
 from truestep.flops import Ledger
@@ -19,13 +19,13 @@ from truestep.rollout.sample import Sampler
 from truestep.train import sequences as seq
 from truestep.train.beside import Beside
 from truestep.train.memory import Memory, choose_replays, decide, remember, seen_of, with_waiting
-from truestep.train.metrics import OF_GROUPS, Meter, of_groups
+from truestep.train.metrics import OF_GROUPS, Meter, of_groups, of_sets
+from truestep.train.order import Order, window
 from truestep.train.parallel import Ranks
 from truestep.train.scoring import Scorer
 from truestep.train.sequences import GatedGroup, demonstration_sequence
 from truestep.train.waiting import Sampled, Whole
 
-Item = TypeVar("Item")
 STREAM_GROUP = 1 << 30  # demonstrations outside the sampled groups get group numbers from here
 
 
@@ -44,26 +44,11 @@ class StepData:
     ledger: Ledger = field(default_factory=Ledger)
 
 
-def window(
-    items: Sequence[Item], step: int, size: int, seed: int, limit: int = 0, item: str = ""
-) -> list[Item]:
-    """Return items ``step·size … (step+1)·size`` of a sequence of shuffled epochs, which ends after ``limit``
-    items, or never if ``limit`` is 0. A window may span two epochs. At any time, some items may have
-    been seen once more than the others."""
-    stop = (step + 1) * size if limit == 0 else min(limit, (step + 1) * size)
-    picked: list[Item] = []
-    for epoch in range((step * size) // len(items), (stop - 1) // len(items) + 1):
-        order = seeding.permutation(seed, epoch, len(items), item)
-        first = max(step * size - epoch * len(items), 0)
-        picked += [items[int(i)] for i in order[first : stop - epoch * len(items)]]
-    return picked
-
-
 @dataclass
 class DemonstrationSource:
     """A source of shuffled demonstrations, ``sequences_per_step`` per step and ``num_sequences`` in total."""
 
-    demonstrations: Sequence[Demonstration]
+    order: Order[Demonstration]
     _: KW_ONLY
     sequences_per_step: int
     num_sequences: int
@@ -75,19 +60,21 @@ class DemonstrationSource:
         """Nothing: no step is begun before it is taken."""
 
     def take(self, step: int, memory: Memory) -> StepData:
-        chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
+        chosen = self.order.at(step, self.sequences_per_step, self.seed, limit=self.num_sequences)
         sequences = []
         for i, d in enumerate(chosen):
-            num, own = d.num_prompt_tokens, len(d.token_ids) - d.num_prompt_tokens
-            origin = (Origin.CONTEXT,) * num + (Origin.EXPERT,) * own
-            one = TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
+            one = TrainSequence(
+                token_ids=d.token_ids, origin=d.origin, num_prefix_tokens=0, group=i, data=d.data
+            )
             sequences.append(one)
         size = -(-self.sequences_per_step // self.updates_per_step)
         mine = [self.ranks.mine(sequences[i * size : (i + 1) * size]) for i in range(self.updates_per_step)]
         trained = sum(s.num_trained for cut in mine for s in cut)
         context = sum(len(s.token_ids) for cut in mine for s in cut) - trained
         ledger = Ledger(demonstration_tokens=trained, prompt_tokens=context)
-        return StepData(minibatches=mine, ledger=ledger, memory=memory)
+        return StepData(
+            minibatches=mine, ledger=ledger, memory=memory, metrics=of_sets(d.data for d in chosen)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +97,7 @@ class RolloutSource:
 
     ``take`` does this at once. ``submit`` and ``collect`` have the training of the step before in between."""
 
-    prompts: Sequence[Prompt]
+    order: Order[Prompt]
     _: KW_ONLY
     sampler: Sampler
     scorer: Scorer
@@ -122,6 +109,7 @@ class RolloutSource:
 
     def __post_init__(self) -> None:
         self.submitted: Sampled | tuple[_Planned, Beside] | None = None
+        self.prompts = [prompt for prompts in self.order.sets for prompt in prompts]
         self.ranks, self._by_id = self.scorer.ranks, {p.problem.id: p for p in self.prompts}
 
     @property
@@ -181,7 +169,7 @@ class RolloutSource:
 
     def own_prompts(self, step: int) -> list[Prompt]:
         """Return this rank's share of a step's prompts, without those of a replay store."""
-        return self.ranks.mine(window(self.prompts, step, self.prompts_per_step, self.sampler.seed))
+        return self.ranks.mine(self.order.at(step, self.prompts_per_step, self.sampler.seed))
 
     def restored(self, waiting: Whole) -> Sampled:
         """Return this rank's share of the waiting groups of a checkpoint."""
@@ -238,6 +226,8 @@ class RolloutSource:
         if len(parts) == 1:  # the only part is the reward itself
             del metrics[parts[0]]
         memory, buffered = self._remember(memory, everything, metrics["solved"])
+        if len(self.order.sets) > 1:
+            metrics |= of_sets(p.data for p in self.order.at(step, self.prompts_per_step, self.sampler.seed))
         metrics |= {f"control/{name}": value for name, value in controls.items()}
         if self.method.part(DemonstrationBuffer) is not None:
             metrics["buffer/waiting"] = float(len(memory.waiting))
@@ -274,7 +264,7 @@ class RolloutSource:
 
     def _prompts(self, step: int, memory: Memory) -> tuple[list[Prompt], list[bool]]:
         """Return the step's prompts over all ranks, and which of them come from the replay store."""
-        chosen = window(self.prompts, step, self.prompts_per_step, self.sampler.seed)
+        chosen = self.order.at(step, self.prompts_per_step, self.sampler.seed)
         spec, replayed = self.method.part(Replay), [False] * len(chosen)
         if spec is None or not memory.replay_open:
             return chosen, replayed
@@ -353,7 +343,7 @@ class RolloutSource:
             return []
         sampled = self.prompts_per_step // self.updates_per_step * self.sampler.samples_per_prompt
         count = max(1, round(sampled * share / (1 - share)))
-        prompts = window(self.prompts, update, count, self.sampler.seed, item="stream")
+        prompts = self.order.at(update, count, self.sampler.seed, item="stream")
         return self._demonstrations([p.problem.id for p in prompts])
 
     def _demonstrations(self, names: Sequence[str]) -> list[TrainSequence]:

@@ -63,6 +63,7 @@ class StepPlan:
     statistics: Mapping[str, float] = field(default_factory=dict)  # over the whole step, for coefficients
     controls: Mapping[str, float] = field(default_factory=dict)  # the controller's values for this step
     observe: Observer | None = None  # of the sampled tokens; may refuse the update
+    sets: Sequence[str] = ()  # the data set of every sequence, by its number, for metrics
 
 
 def train_step(
@@ -191,7 +192,7 @@ def microbatch_loss(
         weight_now *= 1.0 if term.scale is None else term.scale(totals)
         loss = loss + weight_now * part
         meter.add(f"loss/{term.name}", weight_now * float(part.detach()))
-    metrics.of_tokens(meter, context)
+    metrics.of_tokens(meter, context, plan.sets)
     return loss
 
 

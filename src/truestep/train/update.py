@@ -84,7 +84,8 @@ class Updater:
         for index, batches in enumerate(packed):
             self._require_columns(batches)
             rate = self.learning_rate(step * self.updates_per_step + index)
-            planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches))
+            sets = [sequence.data for sequence in data.minibatches[index]]
+            planned = plan(learning_rate=rate, microbatch_weights=self._weights(fault, batches), sets=sets)
             reports.append(train_step(self.policy, optimizer, batches, planned, later if index else stops))
             began = began or time.perf_counter()
         metrics = combine([_row(report) for report in reports])
