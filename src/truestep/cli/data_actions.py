@@ -152,12 +152,14 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
     from rich.text import Text
 
+    from truestep.data.templates import choose_template
     from truestep.model.load import load_tokenizer
 
     if not recipe.endswith(".toml"):
         raise UserError(f"{recipe} is not a recipe (.toml); pass a recipe, which names the tokenizer")
     settings = load_settings(recipe, overrides)
     tokenizer = load_tokenizer(settings.model)
+    choose_template(tokenizer, settings.chat.template, settings.model.path)
     console = PlainConsole(soft_wrap=True)
     documents = []
     demonstrated = _demonstrated(settings, Path(recipe).parent)

@@ -76,12 +76,7 @@ class DemonstrationSource:
 
     def take(self, step: int, memory: Memory) -> StepData:
         chosen = window(self.demonstrations, step, self.sequences_per_step, self.seed, self.num_sequences)
-        sequences = []
-        for i, d in enumerate(chosen):
-            num, own = d.num_prompt_tokens, len(d.token_ids) - d.num_prompt_tokens
-            origin = (Origin.CONTEXT,) * num + (Origin.EXPERT,) * own
-            one = TrainSequence(token_ids=d.token_ids, origin=origin, num_prefix_tokens=0, group=i)
-            sequences.append(one)
+        sequences = [seq.whole_demonstration(d, i) for i, d in enumerate(chosen)]
         size = -(-self.sequences_per_step // self.updates_per_step)
         mine = [self.ranks.mine(sequences[i * size : (i + 1) * size]) for i in range(self.updates_per_step)]
         trained = sum(s.num_trained for cut in mine for s in cut)
