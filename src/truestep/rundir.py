@@ -1,6 +1,6 @@
 """The run directory: its file names, its lock, atomic and verified files, and the provenance stamp.
 
-RUN/resolved.toml  provenance.json  report.html  summary.json
+RUN/resolved.toml  provenance.json  history.json  report.html  summary.json
     data/overlap.json
     stages/NN-NAME/{metrics,timings,rollouts}.jsonl  checkpoints/  export/  done.json
     evaluations/CHECKPOINT or TEMPLATE/{DATA.samples.jsonl,DATA.results.json}

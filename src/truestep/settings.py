@@ -24,6 +24,9 @@ from truestep.frozen import Frozen
 from truestep.http_client import LOOPBACK
 from truestep.redaction import INSTEAD, find_secret
 from truestep.reward_settings import RewardSettings, reward_entries
+from truestep.stage_settings import DevSettings as DevSettings
+from truestep.stage_settings import EarlyStoppingSettings, ValidationSettings
+from truestep.stage_settings import OptimizerSettings as OptimizerSettings
 
 M = TypeVar("M", bound=Frozen)
 Positive = Annotated[int, Field(ge=1)]
@@ -50,6 +53,8 @@ class ModelSettings(Frozen):
     path: str  # tiny | smollm2-135m-instruct | folder | file.gguf | hub id
     context_length: Annotated[int, Field(ge=8)] | Literal["model"] = "model"
     rope_theta: Annotated[float, Field(gt=0)] | Literal["model"] = "model"
+    # How RoPE reaches a context_length beyond the model's own; none: the rotations are left as they are.
+    rope_scaling: Literal["model", "none", "linear", "yarn"] = "model"
     tiny: TinySettings = TinySettings()
 
 
@@ -73,6 +78,7 @@ class ChatSettings(Frozen):
     generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; removed from a demonstration's start
     # Special tokens that texts may contain, and that stay in completions, e.g. ["<think>", "</think>"].
     special_tokens: tuple[str, ...] = ()
+    template: Literal["model", "plain", "alpaca", "user-assistant", "chatml", "llama3"] = "model"
     date: str = PINNED_DATE  # the date that a chat template may write; today's would change every day
 
     @model_validator(mode="after")
@@ -85,42 +91,6 @@ class ChatSettings(Frozen):
     def _has_problem(self) -> Self:
         if self.user.count("{problem}") != 1:
             raise ValueError('chat.user must contain "{problem}" exactly once')
-        return self
-
-
-class OptimizerSettings(Frozen):
-    lr: float = Field(gt=0, le=1)
-    kind: Literal["adamw", "sgd"] = "adamw"
-    schedule: Literal["cosine", "constant"] = "constant"
-    warmup_fraction: float = Field(0.0, ge=0, lt=1)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # the cosine's floor
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
-
-    @model_validator(mode="after")
-    def _sgd_is_plain(self) -> Self:
-        if self.kind == "sgd" and self.weight_decay:
-            raise ValueError('kind = "sgd" does not support weight decay; set weight_decay = 0')
-        return self
-
-
-class DevSettings(Frozen):
-    """Evaluation during a stage, on a set that is used neither for training nor for testing."""
-
-    data: str = ""
-    every_steps: int = Field(0, ge=0)
-    select_best: bool = False  # export the best dev checkpoint instead of the last
-    temperature: float = Field(1.0, ge=0)
-    samples_per_problem: int = Field(1, ge=1)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if bool(self.data) != bool(self.every_steps):
-            raise ValueError("dev.data and dev.every_steps go together; set both or neither")
-        if self.select_best and not self.data:
-            raise ValueError("dev.select_best needs dev.data and dev.every_steps")
         return self
 
 
@@ -149,10 +119,15 @@ class StageSettings(Frozen):
     data: OneOrSeveral[DataShare]
     tokens_per_microbatch: int = Field(ge=1)  # memory only; never changes the update
     optimizer: OptimizerSettings
+    freeze: tuple[
+        str, ...
+    ] = ()  # patterns of parameters that are not trained, such as "model.layers.[0-3].*"
     save_every: int = Field(50, ge=1)  # steps
     save_every_minutes: float = Field(0, ge=0)  # also save if the last checkpoint is older; 0: only by steps
     keep_checkpoints: int = Field(2, ge=1)
     dev: DevSettings = DevSettings()
+    validation: ValidationSettings = ValidationSettings()
+    early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
     faults: FaultSettings = FaultSettings()
 
     @property
@@ -171,6 +146,23 @@ class StageSettings(Frozen):
             raise ValueError('data is a list of one; set data = "NAME"')
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f'data has "{twice}" twice; add the weights')
+        return self
+
+    @property
+    def watched_data(self) -> dict[str, str]:
+        """The data sets on which the stage is measured while it trains, by the table that names them."""
+        named = {"dev": self.dev.data, "validation": self.validation.data}
+        return {key: data for key, data in named.items() if data}
+
+    @model_validator(mode="after")
+    def _watched(self) -> Self:
+        if self.dev.select_best and self.validation.select_best:
+            raise ValueError("dev.select_best and validation.select_best exclude each other; set only one")
+        on = "validation" if self.early_stopping.watch == "validation/loss" else "dev"
+        if self.early_stopping.patience and not getattr(self, on).data:
+            raise ValueError(
+                f"early_stopping.patience needs {on}.data and {on}.every_steps, or a different early_stopping.watch"
+            )
         return self
 
 
@@ -460,15 +452,14 @@ class Settings(Frozen):
                     '"-" and "_"; set a different name'
                 )
         wanted = [(f"stages.{s.name}.data", name) for s in self.stages for name in s.data_names]
-        wanted += [(f"stages.{s.name}.dev.data", s.dev.data) for s in self.stages if s.dev.data]
-        wanted += [("evaluate.data", d) for d in self.evaluate.data]
-        for s in self.stages:
-            if s.dev.data and s.dev.data in (
-                *self.evaluate.data,
-                *(name for other in self.stages for name in other.data_names),
-            ):
-                key = f'stages.{s.name}.dev.data = "{s.dev.data}"'
-                raise ValueError(f"{key} is also used for training or testing; choose a different data set")
+        within = [(f"stages.{s.name}.{k}.data", n) for s in self.stages for k, n in s.watched_data.items()]
+        wanted += [*within, *[("evaluate.data", d) for d in self.evaluate.data]]
+        trained = [name for stage in self.stages for name in stage.data_names]
+        for where, name in within:
+            if name in (*self.evaluate.data, *trained):
+                raise ValueError(
+                    f'{where} = "{name}" is also used for training or testing; choose a different data set'
+                )
         for where, name in wanted:
             if name not in self.data:
                 known = (", ".join(self.data) or "none") + did_you_mean(name, list(self.data))
@@ -517,12 +508,12 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return override(raw, overrides)
 
 
-def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def override(raw: dict[str, Any], overrides: Sequence[str], flag: str = "--set") -> dict[str, Any]:
     """Apply ``key=value`` items to the table, in place, and return it."""
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not key.strip():
-            raise UserError(f"--set {item} is not KEY=VALUE; pass, for example, --set stages.rl.steps=50")
+            raise UserError(f"{flag} {item} is not KEY=VALUE; pass, for example, {flag} stages.rl.steps=50")
         try:
             value = tomllib.loads(f"x = {text.strip()}")["x"]
         except tomllib.TOMLDecodeError:
@@ -530,9 +521,9 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         node: Any = raw
         *parents, leaf = [part.strip() for part in key.split(".")]
         for part in parents:
-            node = _child(node, part, item)
+            node = _child(node, part, f"{flag} {item}")
         if not isinstance(node, dict):
-            raise UserError(f"--set {item}: {'.'.join(parents)} is not a table")
+            raise UserError(f"{flag} {item}: {'.'.join(parents)} is not a table")
         node[leaf] = value
     return raw
 
@@ -554,16 +545,19 @@ def _child(node: Any, part: str, item: str) -> Any:
         for i, entry in enumerate(node):
             if isinstance(entry, dict) and part in (entry.get("name"), entry.get("kind"), str(i)):
                 return entry
-        raise UserError(f'--set {item}: no stage is called "{part}"')
+        raise UserError(f'{item}: no stage is called "{part}"')
     if isinstance(node, dict):
         return node.setdefault(part, {})
-    raise UserError(f"--set {item}: {part} cannot be set inside a value that is not a table")
+    raise UserError(f"{item}: {part} cannot be set inside a value that is not a table")
 
 
 _NEWER: tuple[tuple[str, Any], ...] = (
     ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0), ("benchmark_checker", "auto"), ("scorers", []),
     ("columns", {}), ("train_turns", "all"), ("overlong_share", OVERLONG_SHARE), ("epochs_of", ""), ("special_tokens", []),
     ("vllm", VllmSettings().model_dump(mode="json")),
+    ("template", "model"), ("rope_scaling", "model"), ("freeze", []), ("no_decay", []), ("decay_fraction", 0.1),
+    ("validation", ValidationSettings().model_dump(mode="json")),
+    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))
 

@@ -12,10 +12,10 @@ from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettin
 
 SURFACE = """
 name seed trackers declared
-model.path model.context_length model.rope_theta
+model.path model.context_length model.rope_theta model.rope_scaling
 model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
-chat.system chat.user chat.generation_suffix chat.date chat.special_tokens
+chat.system chat.user chat.generation_suffix chat.date chat.special_tokens chat.template
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
 data.*.columns data.*.train_turns data.*.overlong_share
 evaluate.data evaluate.benchmark_checker evaluate.samples_per_problem evaluate.pass_at evaluate.before
@@ -31,8 +31,10 @@ stage.kind stage.name stage.data stage.tokens_per_microbatch stage.save_every st
 stage.keep_checkpoints
 stage.optimizer.lr stage.optimizer.kind stage.optimizer.schedule stage.optimizer.warmup_fraction
 stage.optimizer.min_lr_ratio stage.optimizer.betas stage.optimizer.eps stage.optimizer.weight_decay
-stage.optimizer.max_grad_norm
+stage.optimizer.max_grad_norm stage.optimizer.decay_fraction stage.optimizer.no_decay stage.freeze
 stage.dev.data stage.dev.every_steps stage.dev.select_best stage.dev.temperature stage.dev.samples_per_problem
+stage.validation.data stage.validation.every_steps stage.validation.select_best
+stage.early_stopping.patience stage.early_stopping.watch stage.early_stopping.min_change
 stage.faults.offload_drop stage.faults.micro_mean stage.faults.dp_token_mean stage.faults.others
 stage.faults.sequences_per_microbatch
 

@@ -300,5 +300,5 @@ def test_another_dev_set_is_another_stage(model: str, tmp_path: Path) -> None:
     go(prepared(recipe), tmp_path / "run")
     go(prepared(recipe), tmp_path / "run", resume=True)
     (tmp_path / "dev.jsonl").write_text(json.dumps(row | {"answer": "1"}) + "\n")
-    with pytest.raises(UserError, match="different settings or data"):
+    with pytest.raises(UserError, match=r"begun with other rows of data\.dev"):
         go(prepared(recipe), tmp_path / "run", resume=True)

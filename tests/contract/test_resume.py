@@ -258,7 +258,7 @@ def test_other_rows_are_refused(
     rows = (tmp_path / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text(rows.replace('"problem": "3+', '"problem": "4+'))
     assert command(monkeypatch, changed, half) == 2
-    assert "different settings or data" in capsys.readouterr().err
+    assert "begun with other rows of data.train; restore them" in capsys.readouterr().err
 
 
 def test_what_changes_no_result_may_change(

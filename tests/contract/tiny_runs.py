@@ -135,6 +135,7 @@ PLACES = {
     "take": "decode",
     "record": "evaluate",
     "begin": "decode",
+    "_sums": "validation",
 }
 
 

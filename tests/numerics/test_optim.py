@@ -228,12 +228,69 @@ def test_sgd_is_plain() -> None:
 
 
 @pytest.mark.parametrize(("total", "fraction"), [(10, 0.0), (10, 0.1), (20, 0.25), (7, 0.0)])
-@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "constant", "linear", "wsd"])
 def test_learning_rate_is_the_reference_s(kind: str, total: int, fraction: float) -> None:
-    at = learning_rate(peak=3e-4, kind=kind, total_steps=total, warmup_fraction=fraction, min_ratio=0.1)
+    decay = 3 / total  # three steps
+    shared = {"peak": 3e-4, "kind": kind, "total_steps": total, "warmup_fraction": fraction}
+    at = learning_rate(**shared, min_ratio=0.1, decay_fraction=decay)
     for step in range(total):
-        expected = reference.learning_rate(step, total, 3e-4, kind, fraction, 0.1)
+        expected = reference.learning_rate(step, total, 3e-4, kind, fraction, 0.1, decay)
         assert at(step) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["linear", "warmup_stable_decay"])
+def test_learning_rate_is_that_of_transformers(kind: str) -> None:
+    """After the warm-up, of which transformers' first step has the rate 0."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    of_wsd = {"num_decay_steps": 8, "decay_type": "linear", "min_lr_ratio": 0.0}
+    more = {"scheduler_specific_kwargs": of_wsd} if kind != "linear" else {}
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=4, num_training_steps=40, **more)
+    ours = "linear" if kind == "linear" else "wsd"
+    shared = {"peak": 2.0, "kind": ours, "total_steps": 40, "warmup_fraction": 0.1, "min_ratio": 0.0}
+    at = learning_rate(**shared, decay_fraction=0.2)
+    for step in range(40):
+        if step >= 4:
+            assert at(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12), step
+        optimizer.step()
+        theirs.step()
+    assert at(40) == 0.0
+
+
+class Parts(nn.Module):
+    """A matrix with a bias, and a norm with both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Linear(3, 2), nn.LayerNorm(2)
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("no_decay", "still"),
+    [
+        ((), set()),
+        (("norms",), {"norm.weight", "norm.bias"}),
+        (("biases",), {"proj.bias", "norm.bias"}),
+        (("norms", "biases"), {"norm.weight", "norm.bias", "proj.bias"}),
+        (("proj.w*",), {"proj.weight"}),
+        (("*",), {"norm.weight", "norm.bias", "proj.bias", "proj.weight"}),
+    ],
+)
+def test_weight_decay_leaves_out_what_it_is_told_to(no_decay: tuple[str, ...], still: set[str]) -> None:
+    """Without a gradient, AdamW multiplies by 1 − lr·decay, and nothing else."""
+    module = Parts()
+    settings = OptimizerSettings(lr=0.1, weight_decay=0.5, no_decay=no_decay)
+    optimizer = MasterOptimizer(module, settings)
+    optimizer.step({name: torch.zeros_like(p) for name, p in module.named_parameters()}, 0.1)
+    for name, p in module.named_parameters():
+        expected = 2.0 if name in still else 2.0 * (1 - 0.1 * 0.5)
+        assert torch.equal(p.detach(), torch.full_like(p, expected)), name
+    optimizer.step({name: torch.zeros_like(p) for name, p in module.named_parameters()}, 0.2)
+    for name, p in module.named_parameters():  # another rate reaches both groups
+        assert (float(p.detach().flatten()[0]) == 2.0) == (name in still), name
 
 
 def test_learning_rate_endpoints() -> None:

@@ -232,6 +232,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
     from rich.text import Text
 
+    from truestep.data.templates import choose_template
     from truestep.model.load import load_tokenizer
     from truestep.pipeline.prepare import context_and_eos
 
@@ -239,6 +240,7 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
         raise UserError(f"{recipe} is not a recipe (.toml); pass a recipe, which names the tokenizer")
     settings = load_settings(recipe, overrides)
     tokenizer, (context, _) = load_tokenizer(settings.model), context_and_eos(settings)
+    choose_template(tokenizer, settings.chat.template, settings.model.path)
     console = PlainConsole(soft_wrap=True)
     documents = []
     demonstrated = _demonstrated(settings, Path(recipe).parent)

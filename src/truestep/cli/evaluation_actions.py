@@ -42,7 +42,7 @@ def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path |
         if given:
             own = f"{path} names no benchmarks, so its own data sets are evaluated"
             raise UserError(f"{next(iter(given))}: {own}; pass --benchmarks, or remove this option")
-        execute(only_evaluation(load_settings(path, sets), path), path, out, **how)
+        execute(only_evaluation(load_settings(path, sets), path), path, out, change=(), **how)
         return
     # The limits of a recipe apply only to the benchmarks in use, and only without --limit.
     if limits := raw.pop("limits", None) or table.get("limits"):
@@ -144,13 +144,19 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
         if (name := settings.evaluate.engine) not in ENGINES:
             names = ", ".join(ENGINES)
             raise UserError(f'engine = "{name}": expected {names}, or the URL of an endpoint')
+        from truestep.data.templates import choose_template
         from truestep.model.load import load_tokenizer, model_content
         from truestep.pipeline.prepare import context_and_eos
 
         context, eos = context_and_eos(settings)
+        tokenizer = load_tokenizer(settings.model)
+        if (
+            settings.chat.template != "model"
+        ):  # without one, benchmarks are sent as plain text, and a note says so
+            choose_template(tokenizer, settings.chat.template, settings.model.path)
         open_engine = ENGINES[name]
         adapter = TokenAdapter(
-            tokenizer=load_tokenizer(settings.model), context_length=context, model_eos=eos,
+            tokenizer=tokenizer, context_length=context, model_eos=eos,
             open_engine=cache(lambda: stack.enter_context(open_engine(settings, context))),
             pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
         )  # fmt: skip

@@ -17,6 +17,7 @@ from truestep.cli.output import PlainConsole, echo
 
 if TYPE_CHECKING:
     from truestep.cli.progress import ConsoleReporter
+    from truestep.pipeline.history import History
     from truestep.pipeline.prepare import Prepared
     from truestep.settings import Settings
     from truestep.train.parallel import Ranks
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
 _SET = "Override a setting of the recipe, such as seed=1 or data.NAME.limit=100. Can be repeated."
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_SET)]
+_CHANGE = "Continue the run with another value from here on, such as stages.sft.steps=500. Can be repeated."
+Change = Annotated[list[str] | None, typer.Option("--change", metavar="KEY=VALUE", help=_CHANGE)]
 Out = Annotated[Path | None, typer.Option("--out", help="The run directory.", show_default="runs/NAME-HASH")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")]
 _DRY_RUN = "Check the recipe, models and data, and print the plan; do not train."
@@ -41,6 +44,7 @@ def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Calla
     def command(
         recipe: Recipe,
         overrides: Set = None,
+        change: Change = None,
         out: Out = None,
         resume: Resume = False,
         dry_run: DryRun = False,
@@ -51,7 +55,7 @@ def _verb(help_text: str, select: Callable[[Settings, Path], Settings]) -> Calla
 
         settings = select(load_settings(recipe, overrides or ()), recipe)
         how = {"resume": resume, "dry_run": dry_run, "strict": strict, "as_json": as_json}
-        execute(settings, recipe, out, **how)
+        execute(settings, recipe, out, change=change or (), **how)
 
     command.__doc__ = help_text
     return command
@@ -82,8 +86,8 @@ rl = _verb(
 
 
 def execute(
-    settings: Settings, recipe: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool,
-    strict: bool = False,
+    settings: Settings, recipe: Path, out: Path | None, *, change: Sequence[str] = (), resume: bool = False,
+    dry_run: bool = False, as_json: bool = False, strict: bool = False,
 ) -> None:  # fmt: skip
     """Check the recipe, print its plan, run it and write the report. Stdout ends with the run directory."""
     from truestep.cli.progress import ConsoleReporter, announce
@@ -91,6 +95,7 @@ def execute(
     announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
     from truestep.data.overlap import overlap_lines
     from truestep.device import world
+    from truestep.pipeline.history import continued, said
     from truestep.pipeline.prepare import prepare
     from truestep.pipeline.run import check_run_folder, open_run_folder
     from truestep.pipeline.sizes import batch_table
@@ -110,8 +115,11 @@ def execute(
         ranks.channel.speak = partial(_last_words, reporter, folder)
         ranks.channel.advice = partial(advice, folder)
     if not dry_run and rank == 0:
-        check_run_folder(settings, folder, resume=resume)  # before any data is read
-    prepared = prepare(settings, base_dir=recipe.parent)
+        check_run_folder(settings, folder, resume=resume or bool(change))  # before any data is read
+    history = _history(settings, folder, change, ranks, dry_run=dry_run)
+    prepared = prepare(continued(settings, history), base_dir=recipe.parent, history=history)
+    prepared.notes += [f"changed: {line}" for line in said(history)]
+    resume = resume or bool(change)
     rows = batch_table(prepared, world_size)
     if rank == 0:
         _print_rows(rows, reporter)
@@ -119,6 +127,8 @@ def execute(
             reporter.say(note)
     if dry_run:
         plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
+        if history.changes:
+            plan["changes"] = [one.model_dump(mode="json", exclude={"command"}) for one in history.changes]
         echo(json.dumps(plan) if as_json else str(folder))
         return
     if resume and rank == 0 and not (folder / "resolved.toml").exists():
@@ -128,6 +138,22 @@ def execute(
         summary = _go(prepared, folder, reporter, ranks, strict)
         if rank == 0:
             show(folder, summary, write_report(folder), as_json)
+
+
+def _history(
+    settings: Settings, folder: Path, change: Sequence[str], ranks: Ranks, *, dry_run: bool
+) -> History:
+    """Return the history of the run in the folder, with the changes that are asked for. Rank 0 reads it for all."""
+    from truestep.pipeline.history import History, changed
+    from truestep.redaction import redact_command
+
+    def own() -> History:
+        return changed(settings, folder, change, redact_command(["truestep", *sys.argv[1:]]))
+
+    if dry_run:
+        return own()
+    made = own().model_dump(mode="json") if ranks.rank == 0 else None
+    return History.model_validate(ranks.exchange(made)[0])
 
 
 def _go(
@@ -146,7 +172,9 @@ def _go(
     except signals.Interrupted as stop:
         reporter.close()
         leave()
-        words = [word for word in sys.argv[1:] if word != "--resume"]
+        words = [
+            word for word in sys.argv[1:] if word != "--resume"
+        ]  # a change that was made already is not made again
         several = ["torchrun", f"--nproc-per-node={ranks.world_size}", "-m"] if ranks.world_size > 1 else []
         again = shlex.join([*several, "truestep", *words, "--resume"])
         reporter.say(f"{stop}; all finished work is saved. Continue with: {again}")

@@ -25,20 +25,30 @@ def warmed_cosine(*, valley: float, peak: float, warmup_steps: int, decay_steps:
 
 
 def learning_rate(
-    *, peak: float, kind: str, total_steps: int, warmup_fraction: float, min_ratio: float
+    *,
+    peak: float,
+    kind: str,
+    total_steps: int,
+    warmup_fraction: float,
+    min_ratio: float,
+    decay_fraction: float = 0.1,
 ) -> Schedule:
-    """Return a linear warm-up over W = ⌈fraction·T⌉ steps from peak/W, then a constant or a cosine.
+    """Return a linear warm-up over W = ⌈fraction·T⌉ steps from peak/W, then a constant, a cosine or a line.
 
-    The cosine falls to min_ratio·peak.
-    Source: arXiv:2604.23747, app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant)."""
+    Cosine and line begin after the warm-up and reach min_ratio·peak at step T. With "wsd" (warm-up, stable, decay),
+    the peak is kept until the last D = ⌈decay_fraction·T⌉ steps, and the line begins there.
+    Source: WSD is MiniCPM's (arXiv:2404.06395), with SmolLM2's linear decay (arXiv:2502.02737); the others are arXiv:2604.23747's,
+    app. A (SFT: cosine, 10 % warm-up, floor 0.1; RL: constant)."""
     warmup = math.ceil(warmup_fraction * total_steps)
+    begin = max(warmup, total_steps - math.ceil(decay_fraction * total_steps)) if kind == "wsd" else warmup
 
     def at(step: int) -> float:
         if step < warmup:
             return peak * (step + 1) / warmup
         if kind == "constant":
             return peak
-        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+        done = min(1.0, max(0, step - begin) / max(1, total_steps - begin))
+        left = 0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done
+        return peak * (min_ratio + (1 - min_ratio) * left)
 
     return at

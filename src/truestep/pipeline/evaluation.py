@@ -12,7 +12,7 @@ from truestep.evaluate.run import EvaluationPlan, Key, conclude, engine_answers,
 from truestep.pipeline.models import Session, evaluation_identity, make_engine, stage_identity
 from truestep.rollout.engine import Engine, SamplingParameters
 from truestep.settings import SamplingSettings
-from truestep.train.loop import DevScore
+from truestep.train.loop import Measure
 from truestep.train.parallel import is_sharded
 from truestep.train.policy import Policy
 from truestep.train.weight_sync import publish
@@ -24,7 +24,7 @@ def sampling_parameters(settings: SamplingSettings, stop_ids: tuple[int, ...]) -
 
 def dev_score(
     session: Session, index: int, policy: Policy, engine: Engine | None, folder: Path, path: str
-) -> DevScore | None:
+) -> Measure | None:
     """Return a function that gives the score on the stage's dev set at a step, or None without a dev set.
     Samples stay in ``folder`` if interrupted. They come from ``engine`` or, if that is None, ``policy``, which
     starts from the model in ``path``. All ranks call the function, and it returns the same on all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ from truestep.device import compute_device, matmul_rate
 from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
+from truestep.model.select import freeze
+from truestep.pipeline.history import MEASURES, Change, begun_with
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.track import Log
 from truestep.progress import Reporter
 from truestep.records import Prompt
 from truestep.rollout.engine_torch import TorchEngine
-from truestep.settings import OUTSIDE_COMPUTE, OUTSIDE_RESULTS, RejectionSettings, RlSettings, settings_hash
+from truestep.settings import (
+    OUTSIDE_COMPUTE,
+    OUTSIDE_RESULTS,
+    ChatSettings,
+    RejectionSettings,
+    RlSettings,
+    settings_hash,
+)
+from truestep.train.checkpoints import Earlier
 from truestep.train.parallel import Ranks, replicate, shard
 from truestep.train.policy import Policy
 
@@ -60,10 +71,11 @@ def open_model(session: Session, path: str) -> LoadedModel:
     return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
 
 
-def make_policy(session: Session, path: str) -> Policy:
-    """Make a policy from a folder, sharded or replicated over the ranks."""
+def make_policy(session: Session, path: str, frozen: Sequence[str] = ()) -> Policy:
+    """Make a policy from a folder, sharded or replicated over the ranks, without gradients for what is frozen."""
     compute = session.prepared.settings.compute
     loaded = open_model(session, path)
+    freeze(loaded.model, frozen)
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
     for note in policy.notes:
         session.reporter.say(note)
@@ -90,30 +102,59 @@ def make_engine(session: Session, policy: Policy | None, path: str, max_running:
 
 
 def stage_identity(prepared: Prepared, index: int) -> str:
-    """Return the hash of the settings, code and data of a stage and of every stage before it."""
-    settings = prepared.settings
-    parts: list[Any] = [base_identity(prepared), settings.chat]
+    """Return the hash of the settings, code, data and changes of a stage and of every stage before it."""
+    return _identity(prepared, index, prepared.history.changes)
+
+
+def earlier_identities(prepared: Prepared, index: int) -> dict[str, Earlier]:
+    """Return the identities that the stage had before its last changes, at the step of these changes."""
+    changes, found = list(prepared.history.changes), {}
+    own = prepared.history.of(prepared.settings.stages[index].name)
+    is_same = True
+    for change in reversed(own):
+        if change.step != own[-1].step:
+            break
+        del changes[changes.index(change) :]
+        is_same &= not any(fnmatchcase(key, pattern) for key in change.values for pattern in MEASURES)
+        found[_identity(prepared, index, changes)] = Earlier(step=change.step, keeps_best=is_same)
+    return found
+
+
+def _identity(prepared: Prepared, index: int, changes: Sequence[Change]) -> str:
+    settings = begun_with(prepared.settings, prepared.history)
+    parts: list[Any] = [base_identity(prepared), _chat(prepared)]
     for stage in settings.stages[: index + 1]:
         ignored: dict[str, Any] = {**OUTSIDE_RESULTS}
         if isinstance(stage, RlSettings | RejectionSettings):
             ignored["sampling"] = stage.sampling.model_copy(update={"max_running": 1})
         if code := prepared.code[stage.name]:
             parts.append(str(sorted(code.items())))
-        frozen, dev = stage.model_copy(update=ignored), stage.dev.data
+        frozen, dev, held = stage.model_copy(update=ignored), stage.dev.data, stage.validation.data
         parts += [
             frozen,
             *(prepared.content[name] for name in stage.data_names),
             prepared.content.get(dev, ""),
         ]
+        parts += [prepared.content[held]] if held else []
         parts += [settings.evaluate.data_sampling.model_copy(update={"max_running": 1})] if dev else []
+        for change in (c for c in changes if c.stage == stage.name):
+            parts.append(
+                {"step": change.step, "changed": {key: pair[1] for key, pair in change.values.items()}}
+            )
     return settings_hash(*parts)
+
+
+def _chat(prepared: Prepared) -> ChatSettings:
+    """Return the chat settings as they are part of an identity."""
+    chat = prepared.settings.chat
+    return chat.model_copy(update={"template": "model"}) if prepared.is_plain else chat
 
 
 def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> str:
     """Return the hash of everything that an evaluation on the data set ``name`` depends on."""
     settings = prepared.settings
     sampling = settings.evaluate.data_sampling.model_copy(update={"max_running": 1})
-    sampled = (sampling, settings.evaluate.data_samples, settings.chat, settings.seed)
+    sampled = (sampling, settings.evaluate.data_samples, _chat(prepared), settings.seed)
     return settings_hash(*sampled, model_identity, prepared.content[name])
 
 

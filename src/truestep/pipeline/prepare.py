@@ -17,14 +17,17 @@ from truestep.data.describe import describe, not_used, read_as
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
+from truestep.data.templates import choose_template
 from truestep.device import world
 from truestep.errors import UserError
 from truestep.grade.score import Grader
-from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, read_config, resolve
+from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, override, read_config, resolve
+from truestep.model.select import check_patterns
 from truestep.objective.corrections import REWEIGHTING
 from truestep.objective.methods import METHODS, Method, build, fits_older_samples
 from truestep.pipeline.code import code_of
 from truestep.pipeline.golds import grade_golds, said_of
+from truestep.pipeline.history import History
 from truestep.pipeline.prompts import prompts_of_stage
 from truestep.pipeline.sizes import check_lengths
 from truestep.pipeline.track import require_trackers
@@ -61,9 +64,13 @@ class Prepared:
     code: dict[str, dict[str, str]] = field(default_factory=dict)  # ``code_of`` each stage, by name
     overlap: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    is_plain: bool = (
+        False  # the plain template, for a tokenizer without one: what was once used without asking
+    )
+    history: History = field(default_factory=History)  # of the run that is continued
 
 
-def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
+def prepare(settings: Settings, *, base_dir: Path, history: History | None = None) -> Prepared:
     """Load and check everything that a run needs, within seconds and without a model. Raises a UserError that
     names the file, row and field, or the setting, and the remedy."""
     if settings.evaluate.benchmarks:
@@ -78,15 +85,21 @@ def prepare(settings: Settings, *, base_dir: Path) -> Prepared:
     _check_engines(settings)
     require_trackers(settings.trackers)
     tokenizer = load_tokenizer(settings.model)
+    is_plain = getattr(tokenizer, "chat_template", None) is None and settings.chat.template == "plain"
+    choose_template(tokenizer, settings.chat.template, settings.model.path)
     context, eos = context_and_eos(settings)
     prepared = Prepared(
-        settings=settings, base_dir=base_dir, tokenizer=tokenizer, context_length=context,
+        settings=settings, base_dir=base_dir, history=history or History(),
+        is_plain=is_plain, tokenizer=tokenizer, context_length=context,
         stop_ids=stop_token_ids(tokenizer, eos), model_content=model_content(settings.model),
         methods={s.name: method_of(s, base_dir) for s in settings.stages},
+        # Sets that were used before a change are part of identities, too.
+        content=dict(history.content) if history is not None and history.changes else {},
         code={s.name: code_of(s, base_dir) for s in settings.stages},
     )  # fmt: skip
     check_special_tokens(tokenizer, settings.chat, prepared.stop_ids)
     _check_rewards(settings, base_dir)
+    check_patterns(settings.model, [(s.name, s.freeze, s.optimizer.no_decay) for s in settings.stages])
     needs = _needs(settings)
     sampled = [s for s in settings.stages if s.kind != "sft"]
     guided = {
@@ -145,6 +158,8 @@ def _needs(settings: Settings) -> dict[str, set[str]]:
             needs[name].add(column if checked else "problem")
         if stage.dev.data:
             needs[stage.dev.data].add("answer")
+        if stage.validation.data:
+            needs[stage.validation.data].add("solution")
     for name in settings.evaluate.data:
         needs[name].add("answer")
     return needs
@@ -223,13 +238,15 @@ def _user(where: str, work: Callable[..., Any], *given: Any) -> Any:
 
 
 def context_and_eos(settings: Settings) -> tuple[int, Any]:
-    """Return the model's context length (with the recipe's override) and eos ids, without loading weights."""
-    source, override = resolve(settings.model), settings.model.context_length
+    """Return the model's context length (with the recipe's override) and eos ids, without loading weights. Raises
+    UserError if the override cannot be applied."""
+    source, length = resolve(settings.model), settings.model.context_length
     if source == "tiny":
-        return (TINY_CONTEXT if override == "model" else override), ()
+        return (TINY_CONTEXT if length == "model" else length), ()
     config = read_config(source)
-    own = int(getattr(config, "max_position_embeddings", 0) or 2**20)
-    return (own if override == "model" else override), getattr(config, "eos_token_id", None)
+    override(config, settings.model)
+    context = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+    return context, getattr(config, "eos_token_id", None)
 
 
 def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:

@@ -26,12 +26,14 @@ from truestep.grade.score import Grader
 from truestep.pipeline import shown
 from truestep.pipeline.code import with_absolute_paths
 from truestep.pipeline.evaluation import evaluate_checkpoint
-from truestep.pipeline.models import Session, base_identity, open_model, stage_identity
+from truestep.pipeline.history import difference, stage_folder, write_history
+from truestep.pipeline.models import Session, base_identity, earlier_identities, open_model, stage_identity
 from truestep.pipeline.prepare import Prepared
-from truestep.pipeline.stages import make_stage, stage_folder, strict_reason
+from truestep.pipeline.sizes import num_steps
+from truestep.pipeline.stages import make_stage, strict_reason
 from truestep.pipeline.track import open_trackers
 from truestep.progress import Reporter
-from truestep.settings import Settings, load_settings
+from truestep.settings import RlSettings, Settings, SftSettings, load_settings
 from truestep.signals import Interrupted
 from truestep.train.checkpoints import load_best, summed
 from truestep.train.loop import StageSpec, run_stage
@@ -62,21 +64,45 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
         return
     settings = prepared.settings
     check_run_folder(settings, folder, resume=resume)
+    for index in range(len(settings.stages)):
+        _require_identity(prepared, index, folder)
+        _require_steps(prepared, index, folder)
+    write_history(folder, prepared)
     for index, stage in enumerate(settings.stages):
-        _require_identity(stage_folder(folder, index, stage), stage_identity(prepared, index))
+        done = stage_folder(folder, index, stage) / "done.json"
+        if done.exists() and read_done(done.parent)["identity"] != stage_identity(prepared, index):
+            done.unlink()  # the stage was changed after it had ended, so it goes on
     rundir.open_run(folder, with_absolute_paths(settings, prepared.base_dir).model_dump(mode="json"))
 
 
-def _require_identity(stage: Path, identity: str) -> None:
-    """Raise UserError if a finished or unfinished stage was made with different settings or data."""
-    found = [read_done(stage)["identity"]] if (stage / "done.json").exists() else []
+def _require_identity(prepared: Prepared, index: int, folder: Path) -> None:
+    """Raise UserError if a begun stage was made with different settings or data, other than by a change."""
+    stage = stage_folder(folder, index, prepared.settings.stages[index])
+    found = []
+    if (stage / "done.json").exists():
+        done = read_done(stage)
+        found.append((done["identity"], done["steps"]))
     if state := newest_state(stage / "checkpoints"):
-        found.append(state["identity"])
-    if others := [other for other in found if other != identity]:
-        raise UserError(
-            f"{stage} was made with different settings or data (identity {others[0]}, now {identity}); "
-            f"{rundir.ELSEWHERE}, or delete that folder to train the stage again"
-        )
+        found.append((state["identity"], state["step"]))
+    identity, earlier = stage_identity(prepared, index), earlier_identities(prepared, index)
+    for other, step in found:
+        if other != identity and (other not in earlier or earlier[other].step != step):
+            raise UserError(difference(prepared, index, folder))
+
+
+def _require_steps(prepared: Prepared, index: int, folder: Path) -> None:
+    """Raise UserError if a stage has done more steps than it has now."""
+    stage = prepared.settings.stages[index]
+    done = latest_step(stage_folder(folder, index, stage) / "checkpoints")
+    if done and isinstance(stage, SftSettings | RlSettings):
+        steps = stage.steps
+        if isinstance(stage, SftSettings):
+            steps = num_steps(stage, [len(prepared.demonstrations[name]) for name in stage.data_names])
+        if steps < done:
+            key = f"stages.{stage.name}.steps"
+            raise UserError(
+                f"{key} = {steps}, but {done} steps are done; set {done} or more, or {rundir.ELSEWHERE}"
+            )
 
 
 def read_done(stage: Path) -> dict[str, Any]:
@@ -100,8 +126,8 @@ def run(
     make_deterministic()
     keep_free_memory()
     if ranks.rank == 0:
-        stamp = {**rundir.provenance(settings.seed), "threads": threads}
-        rundir.write_json(folder / "provenance.json", stamp)
+        rundir.write_json(folder / "provenance.json", {**_stamp(prepared), "threads": threads})
+    ranks.barrier()  # rank 0 has opened the run directory
     with Grader() as grader:
         trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
         session = Session(
@@ -123,6 +149,12 @@ def run(
     return summarize(session, "done") if ranks.rank == 0 else {}
 
 
+def _stamp(prepared: Prepared) -> dict[str, Any]:
+    """Return the provenance, with the changes that were made after the run had begun."""
+    changes = [change.model_dump(mode="json") for change in prepared.history.changes]
+    return rundir.provenance(prepared.settings.seed) | ({"changes": changes} if changes else {})
+
+
 def _stages(session: Session) -> None:
     prepared, ranks = session.prepared, session.ranks
     settings = prepared.settings
@@ -131,7 +163,6 @@ def _stages(session: Session) -> None:
         _evaluate(session, "base", path, base_identity(prepared))
     for index, stage in enumerate(settings.stages):
         folder, identity = stage_folder(session.folder, index, stage), stage_identity(prepared, index)
-        _require_identity(folder, identity)
         if (folder / "done.json").exists():
             done = read_done(folder)
             marks = {n: e for n, e in done.get("files", {}).items() if n.startswith("export/")}
@@ -184,25 +215,33 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         if latest:
             session.reporter.say(f"{spec.name}: resuming at step {latest}/{spec.num_steps}")
         session.reporter.say(shown.stage_line(spec))
-        kind, has_dev = spec.settings.kind, spec.dev_score is not None
-        session.reporter.begin(f"{spec.name} ({kind})", spec.num_steps, latest, shown.head(kind, has_dev))
+        kind, measured = spec.settings.kind, spec.settings.watched_data
+        session.reporter.begin(f"{spec.name} ({kind})", spec.num_steps, latest, shown.head(kind, measured))
         state = run_stage(spec)
+    if state.step < spec.num_steps:
+        watch, stall = spec.settings.early_stopping.watch, state.stall
+        session.reporter.say(
+            f"{spec.name}: ended early after step {state.step}/{spec.num_steps}: {watch} was measured "
+            f"{stall['since']:.0f} times without a value better than {stall['best']:.6g}"
+        )
     if state.best:
         load_best(spec, state)
-    step, why = shown.exported(spec, state.best)
+    step, why = shown.exported(spec, state.step, state.best)
     session.reporter.say(f"{spec.name}: exports step {step} of {spec.num_steps}, {why}")
     own = Ledger(**{k: v - vars(before)[k] for k, v in vars(state.ledger).items()})
     totals = [summed(part, session.ranks) for part in (own, state.ledger)]
     shape = spec.policy.shape
     done = {
         "identity": spec.identity, "name": spec.name, "kind": spec.settings.kind,
-        "method": spec.updater.method.name, "steps": spec.num_steps, "seconds": time.perf_counter() - began,
+        "method": spec.updater.method.name, "steps": state.step, "seconds": time.perf_counter() - began,
         "data": "+".join(spec.settings.data_names), "tokens": asdict(totals[0]),
         "flops_paper": totals[0].paper_flops(shape), "flops_full": totals[0].full_flops(shape),
         "ledger_after": asdict(totals[1]), "best": dict(state.best), "shape": asdict(shape),
         "exported": {"step": step, "why": why}, **(_cost(spec) if session.ranks.rank == 0 else {}),
         "warnings": [warning for warning in session.warned if warning["stage"] == spec.name],
     }  # fmt: skip
+    if state.step < spec.num_steps:
+        done["ended_early"] = {"planned_steps": spec.num_steps, **state.stall}
     _export(session, index, spec, done)
     if session.ranks.rank == 0:
         mark = rundir.record_files(spec.folder, [spec.folder / "export" / rundir.EXPORT_MARK])
@@ -241,8 +280,7 @@ def _card(session: Session, index: int, done: Mapping[str, Any]) -> str:
     """Return the model card of a stage's export, with only its own scores."""
     settings, rows = session.prepared.settings, [*stage_rows(session, index), stage_row(session, done)]
     scores = [score for score in score_rows(session) if score["checkpoint"] == done["name"]]
-    stamp = rundir.provenance(settings.seed)
-    return model_card(settings.name, settings.model.path, rows, scores, stamp)
+    return model_card(settings.name, settings.model.path, rows, scores, _stamp(session.prepared))
 
 
 def _complete_card(session: Session, index: int, done: Mapping[str, Any]) -> None:

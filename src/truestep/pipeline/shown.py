@@ -4,7 +4,7 @@ A row fits into 80 columns, with the step and the time left, which the reporter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from truestep.device import peak_memory_bytes
@@ -23,7 +23,10 @@ _RATE = _metric("lr", 8, "learning_rate", ".1e")
 _NORM = _metric("grad", 7, "grad_norm", ".3g")
 _SPEED: Column = ("tok/s", 8, lambda metrics, seconds: f"{metrics['num_tokens'] / max(seconds, 1e-9):,.0f}")
 _MEMORY: Column = ("memory", 9, lambda *_: f"{peak_memory_bytes() / 2**30:.1f} GiB")
-_DEV = _metric("dev", 6, "dev/score", ".3f")
+_MEASURED = {
+    "dev": _metric("dev", 6, "dev/score", ".3f"),
+    "validation": _metric("val", 7, "validation/loss", ".4f"),
+}
 _OF_RL = (
     _metric("reward", 7, "reward", ".3f"), _metric("mixed", 6, "mixed_groups", ".2f"), _RATE, _NORM,
     _metric("length", 7, "completions/mean_length", ",.0f"), _SPEED, _MEMORY,
@@ -31,18 +34,18 @@ _OF_RL = (
 _OF_SFT = (_metric("loss", 8, "loss", ".4f"), _RATE, _NORM, _SPEED, _MEMORY)
 
 
-def _columns(spec_kind: str, has_dev: bool) -> tuple[Column, ...]:
-    return (_OF_RL if spec_kind == "rl" else _OF_SFT) + ((_DEV,) if has_dev else ())
+def _columns(spec_kind: str, measured: Iterable[str]) -> tuple[Column, ...]:
+    return (_OF_RL if spec_kind == "rl" else _OF_SFT) + tuple(_MEASURED[name] for name in measured)
 
 
-def head(kind: str, has_dev: bool) -> str:
+def head(kind: str, measured: Iterable[str]) -> str:
     """Return the headings of the rows."""
-    return " ".join(f"{heading:>{width}}" for heading, width, _ in _columns(kind, has_dev))
+    return " ".join(f"{heading:>{width}}" for heading, width, _ in _columns(kind, measured))
 
 
-def row(kind: str, has_dev: bool, metrics: Metrics, seconds: float) -> str:
+def row(kind: str, measured: Iterable[str], metrics: Metrics, seconds: float) -> str:
     """Return a step's numbers. tok/s: trained tokens by the seconds of the whole step. memory: the largest so far."""
-    return " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, has_dev))
+    return " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, measured))
 
 
 def stage_line(spec: StageSpec) -> str:
@@ -50,7 +53,7 @@ def stage_line(spec: StageSpec) -> str:
     policy: Policy = spec.policy
     parameters = list(policy.parameters())
     total = policy.shape.num_parameters
-    trained = sum(p.requires_grad for p in parameters) / len(parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
     share = "all trained" if trained == 1 else f"{100 * trained:.1f} % trained"
     ranks = f", {spec.ranks.world_size} ranks" if spec.ranks.world_size > 1 else ""
     kind = str(parameters[0].dtype).removeprefix("torch.")
@@ -60,8 +63,11 @@ def stage_line(spec: StageSpec) -> str:
     )
 
 
-def exported(spec: StageSpec, best: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the step whose weights are exported, and why."""
+def exported(spec: StageSpec, step: int, best: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the step whose weights are exported, and why. ``step`` is the last one."""
+    if "loss" in best:
+        return int(best["step"]), f"the lowest validation loss, {best['loss']:.4f}"
     if best:
         return int(best["step"]), f"the best dev score, {best['score']:.3f}"
-    return spec.num_steps, "the last" + (", because dev.select_best is off" if spec.dev_score else "")
+    measured = ", ".join(f"{name}.select_best" for name in spec.settings.watched_data)
+    return step, f"the last, because {measured} is off" if measured else "the last"

@@ -17,7 +17,8 @@ from truestep.objective.methods.row import DemonstrationBuffer, Replay
 from truestep.objective.schedule import learning_rate
 from truestep.pipeline import shown
 from truestep.pipeline.evaluation import dev_score, sampling_parameters
-from truestep.pipeline.models import Session, make_engine, make_policy, stage_identity
+from truestep.pipeline.history import stage_folder
+from truestep.pipeline.models import Session, earlier_identities, make_engine, make_policy, stage_identity
 from truestep.pipeline.prompts import hinted_prompt
 from truestep.pipeline.rejection import rejection_samples
 from truestep.pipeline.sizes import num_sequences, num_steps
@@ -37,6 +38,7 @@ from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
 from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.update import Updater
+from truestep.train.validation import ValidationLoss
 from truestep.train.watch import Watch
 
 
@@ -47,7 +49,7 @@ def make_stage(
     prepared, ranks = session.prepared, session.ranks
     stage, method = prepared.settings.stages[index], prepared.methods[prepared.settings.stages[index].name]
     folder = stage_folder(session.folder, index, stage)
-    policy = make_policy(session, path)
+    policy = make_policy(session, path, stage.freeze)
     sampling = getattr(stage, "sampling", None)
     scorer = Scorer(
         policy=policy,
@@ -84,7 +86,7 @@ def make_stage(
     o, updates = stage.optimizer, source.updates_per_step
     rate = learning_rate(
         peak=o.lr, kind=o.schedule, total_steps=steps * updates, warmup_fraction=o.warmup_fraction,
-        min_ratio=o.min_lr_ratio,
+        min_ratio=o.min_lr_ratio, decay_fraction=o.decay_fraction,
     )  # fmt: skip
     gaps = GapTest(getattr(torch, prepared.settings.compute.dtype)) if engine is not None else None
     updater = Updater(
@@ -95,11 +97,22 @@ def make_stage(
     )  # fmt: skip
     return StageSpec(
         name=stage.name, folder=folder, settings=stage, identity=stage_identity(prepared, index),
+        earlier=earlier_identities(prepared, index),
         policy=policy, source=source, updater=updater, num_steps=steps, engine=engine, gaps=gaps,
         ranks=ranks,
-        dev_score=dev_score(session, index, policy, engine, folder, path), ledger=ledger,
+        dev_score=dev_score(session, index, policy, engine, folder, path),
+        validation_loss=_validation_loss(session, stage, policy), ledger=ledger,
         on_step=_on_step(session, stage, steps_before, watch_of(session, index, policy, folder, steps)),
         warn=session.reporter.say, stop_reason=partial(strict_reason, session),
+    )  # fmt: skip
+
+
+def _validation_loss(session: Session, stage: StageSettings, policy: Policy) -> ValidationLoss | None:
+    if not stage.validation.data:
+        return None
+    return ValidationLoss(
+        policy=policy, demonstrations=session.prepared.demonstrations[stage.validation.data],
+        tokens_per_microbatch=stage.tokens_per_microbatch, ranks=session.ranks,
     )  # fmt: skip
 
 
@@ -158,7 +171,7 @@ def _on_step(
     """Return a function that reports progress and logs to trackers, with steps counted over the whole run."""
 
     def on_step(step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        session.reporter.advance(step, shown.row(stage.kind, bool(stage.dev.data), metrics, seconds))
+        session.reporter.advance(step, shown.row(stage.kind, stage.watched_data, metrics, seconds))
         see(step, metrics)
         row = {f"{stage.name}/{key}": value for key, value in metrics.items()}
         row |= {f"{stage.name}/seconds": seconds}
@@ -166,10 +179,6 @@ def _on_step(
             log(before + step, row)
 
     return on_step
-
-
-def stage_folder(run: Path, index: int, stage: StageSettings) -> Path:
-    return run / "stages" / f"{index + 1:02d}-{stage.name}"
 
 
 def _order(stage: StageSettings, sets: Sequence[Sequence[Any]]) -> Order[Any]:

@@ -23,6 +23,7 @@ from truestep.train.parallel import Ranks, is_sharded, local
 from truestep.train.policy import Policy
 from truestep.train.source import RolloutSource
 from truestep.train.step import NonFiniteError
+from truestep.train.validation import is_better
 from truestep.train.waiting import Sampled, Whole, gathered
 
 if TYPE_CHECKING:
@@ -32,15 +33,25 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """The state of a stage after ``step`` steps, without weights and optimizer. ``ledger`` is the run's work
-    on this rank, ``best`` the step and score of the best dev checkpoint, ``unlogged`` what must be logged, and
-    ``waiting`` this rank's groups of the next step if they are sampled already."""
+    on this rank, ``best`` the step and value of the best checkpoint, ``stall`` what early stopping counts, ``unlogged`` what
+    must be logged, and ``waiting`` this rank's groups of the next step if they are sampled already."""
 
     step: int = 0
     memory: Memory = field(default_factory=Memory)
     ledger: Ledger = field(default_factory=Ledger)
     best: Mapping[str, float] = field(default_factory=dict)
+    stall: Mapping[str, float] = field(default_factory=dict)
     unlogged: Mapping[str, Any] | None = None
     waiting: Sampled | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """A checkpoint from before a change of settings. ``keeps_best`` is whether its best value still counts, which it
+    does not if something else is measured now."""
+
+    step: int
+    keeps_best: bool
 
 
 def summed(ledger: Ledger, ranks: Ranks) -> Ledger:
@@ -56,11 +67,12 @@ def save(spec: StageSpec, state: TrainState) -> None:
     _save(spec, state, "checkpoints", tensors, spec.settings.keep_checkpoints)
 
 
-def keep_best(spec: StageSpec, state: TrainState, score: float) -> TrainState:
-    """Save the weights if the stage exports its best weights and ``score`` is the best dev score so far."""
-    if not spec.settings.dev.select_best or score <= state.best.get("score", float("-inf")):
+def keep_best(spec: StageSpec, state: TrainState, key: str, value: float) -> TrainState:
+    """Save the weights if ``value`` (of the metric ``key``) is the best so far, because the stage exports its best."""
+    name = key.partition("/")[2]  # score or loss
+    if name in state.best and not is_better(key, value, state.best[name]):
         return state
-    best = {"step": state.step, "score": score}
+    best = {"step": state.step, name: value}
     _save(spec, replace(state, best=best, waiting=None), "best", {}, 1)
     return replace(state, best=best)
 
@@ -83,6 +95,7 @@ def _save(
         "identity": spec.identity,
         "ledger": asdict(summed(state.ledger, spec.ranks)),
         "best": dict(state.best),
+        "stall": dict(state.stall),
         "unlogged": state.unlogged,
         "threads": torch.get_num_threads(),
         "layout": _layout(spec),
@@ -114,10 +127,12 @@ def restore(spec: StageSpec) -> TrainState:
     state = TrainState(memory=first_memory(spec.updater.method), ledger=spec.ledger)
     if (found := _newest(spec, folder)) is not None:
         header = found.state
-        if header["identity"] != spec.identity:
-            identities = f"identity {header['identity']}, now {spec.identity}"
-            remedy = "pass a different --out, or delete the folder"
-            raise UserError(f"{folder}: these checkpoints have different settings ({identities}); {remedy}")
+        earlier = spec.earlier.get(header["identity"])
+        if header["identity"] != spec.identity and (earlier is None or earlier.step != found.step):
+            raise UserError(
+                f"{folder}: the newest intact checkpoint (step {found.step}) has different settings or data; restore a newer "
+                "one from a backup, pass a different --out, or delete the folder"
+            )
         if "logs" not in header:
             raise UserError(
                 f"{folder}: the checkpoints are from an older version of truestep; use that version"
@@ -140,8 +155,11 @@ def restore(spec: StageSpec) -> TrainState:
             memory=Memory.load(header["memory"], found.tensors["memory"]),
             ledger=Ledger(**header["ledger"]) if spec.ranks.rank == 0 else Ledger(),
             best=dict(header["best"]),
+            stall=dict(header.get("stall", {})),
             unlogged=header.get("unlogged"),
         )
+        if earlier is not None and not earlier.keeps_best:
+            state = replace(state, best={}, stall={})
         if "waiting" in header and isinstance(spec.source, RolloutSource):
             waiting = Whole.load(header["waiting"], found.tensors["waiting"])
             state = replace(state, waiting=spec.source.restored(waiting))
@@ -162,9 +180,7 @@ def load_best(spec: StageSpec, state: TrainState) -> None:
     """Load the weights of the best dev checkpoint into the policy."""
     best = _newest(spec, spec.folder / "best")
     if best is None or best.step != state.best["step"]:
-        raise RecordError(
-            f"{spec.folder / 'best'} does not contain step {state.best['step']}, the best on the dev set"
-        )
+        raise RecordError(f"{spec.folder / 'best'} does not contain step {state.best['step']}, the best one")
     load_parameters(spec.policy, best)
 
 

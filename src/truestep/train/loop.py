@@ -19,7 +19,7 @@ from truestep.rollout.engine import Engine
 from truestep.settings import StageSettings
 from truestep.signals import Interrupted
 from truestep.train import ahead, checkpoints
-from truestep.train.checkpoints import TrainState, summed
+from truestep.train.checkpoints import Earlier, TrainState, summed
 from truestep.train.engine_test import GapTest, SelfTest
 from truestep.train.logs import StageLogs
 from truestep.train.memory import learn
@@ -30,28 +30,32 @@ from truestep.train.source import DemonstrationSource, RolloutSource
 from truestep.train.step import NonFiniteError
 from truestep.train.undo import Undo
 from truestep.train.update import Updater
+from truestep.train.validation import counted, has_stalled
 from truestep.train.watch import WorthlessError
 from truestep.train.weight_sync import publish
 
-DevScore = Callable[[int], float]  # step → score on the dev set
+Measure = Callable[[int], float]  # step → score on the dev set, or validation loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """One training stage, with its policy, data and updates. ``identity`` is the hash of everything that the
-    result depends on; a checkpoint with a different identity is refused."""
+    result depends on. A checkpoint with a different identity is refused, unless it is one of the ``earlier`` ones,
+    from before a change of settings that was made at its step."""
 
     name: str
     folder: Path
     settings: StageSettings
     identity: str
+    earlier: Mapping[str, Earlier] = field(default_factory=dict)
     policy: Policy
     source: DemonstrationSource | RolloutSource
     updater: Updater
     num_steps: int
     engine: Engine | None = None
     gaps: GapTest | None = None  # the updater's observer of what the engine sampled
-    dev_score: DevScore | None = None
+    dev_score: Measure | None = None
+    validation_loss: Measure | None = None
     ranks: Ranks = field(default_factory=Ranks)
     ledger: Ledger = field(default_factory=Ledger)  # the run's work before this stage
     on_step: Callable[[int, Mapping[str, float], float], None] = lambda step, metrics, seconds: None
@@ -74,7 +78,7 @@ def run_stage(spec: StageSpec) -> TrainState:
         prove_engine(spec, spec.engine, state.step)
     undo = Undo(tuple(spec.updater.optimizers.values()), spec.ranks)
     try:
-        while state.step < spec.num_steps or state.unlogged is not None:
+        while not is_done(spec, state) or state.unlogged is not None:
             if state.unlogged is None:
                 _stop_together(spec)
                 # A step may be dropped in the middle if the state before it is on the disk or in memory.
@@ -82,8 +86,8 @@ def run_stage(spec: StageSpec) -> TrainState:
                 signals.release()
             state = finish(spec, state)
             signals.release()
-            reason = spec.stop_reason()
-            if _must_save(spec, state.step, time.monotonic() - saved_at) or reason:
+            reason, is_last = spec.stop_reason(), is_done(spec, state)
+            if is_last or _must_save(spec, state.step, time.monotonic() - saved_at) or reason:
                 checkpoints.save(spec, state)
                 saved, saved_at = state, time.monotonic()
             if reason:
@@ -147,14 +151,19 @@ def train(spec: StageSpec, state: TrainState, undo: Undo, *, may_drop: bool) -> 
 
 
 def finish(spec: StageSpec, state: TrainState) -> TrainState:
-    """Compute the step's dev score, if one is due, and write its log lines. A resumed run does both again."""
+    """Compute what is measured after the step, and write its log lines. A resumed run does both again."""
     unlogged, began = state.unlogged, time.perf_counter()
     assert unlogged is not None
     metrics, times = dict(unlogged["metrics"]), dict(unlogged["times"])
-    every = spec.settings.dev.every_steps
-    if spec.dev_score is not None and (state.step % every == 0 or state.step == spec.num_steps):
-        metrics["dev/score"] = spec.dev_score(state.step)
-        state = checkpoints.keep_best(spec, state, metrics["dev/score"])
+    for key, measure, settings in (
+        ("dev/score", spec.dev_score, spec.settings.dev),
+        ("validation/loss", spec.validation_loss, spec.settings.validation),
+    ):
+        if measure is not None and (state.step % settings.every_steps == 0 or state.step == spec.num_steps):
+            metrics[key] = measure(state.step)
+            if settings.select_best:
+                state = checkpoints.keep_best(spec, state, key, metrics[key])
+    state = replace(state, stall=counted(spec.settings.early_stopping, state.stall, metrics))
     shape, work = spec.policy.shape, summed(state.ledger, spec.ranks)
     metrics |= {f"work/{kind}": float(count) for kind, count in vars(work).items()}
     metrics |= {"flops_paper": work.paper_flops(shape), "flops_full": work.full_flops(shape)}
@@ -171,11 +180,16 @@ def finish(spec: StageSpec, state: TrainState) -> TrainState:
     return replace(state, unlogged=None)
 
 
+def is_done(spec: StageSpec, state: TrainState) -> bool:
+    """Return whether all steps are done, or the stage ends early."""
+    return state.step >= spec.num_steps or has_stalled(spec.settings.early_stopping, state.stall)
+
+
 def _must_save(spec: StageSpec, step: int, seconds: float) -> bool:
     """Return whether a checkpoint is due after this step. ``seconds`` have passed since the last one. If time
     decides, rank 0's clock decides for all ranks (a collective)."""
     minutes = spec.settings.save_every_minutes
-    if step % spec.settings.save_every == 0 or step == spec.num_steps:
+    if step % spec.settings.save_every == 0:
         return True
     if minutes == 0:
         return False

@@ -72,6 +72,8 @@ _ROWS = (
     ("data_solved/{name}", "mean", "mean", "share", "", "",
      "share of scored samples of one data set that solve their problem, if the stage has several"),
     ("dev/score", "once", "mean", "share", "Dev score: score", "", "score on the stage's dev set"),
+    ("validation/loss", "once", "mean", "nats", "Validation loss: loss", "eval_loss; val/loss",
+     "mean −log π over all trained tokens of the stage's validation set, after the step"),
     ("loss", "sum", "mean", "nats", "Loss: loss", "loss; actor/pg_loss",
      "the value that is differentiated: for SFT, the token-mean NLL; for RL, −Σ C·log π / Z, a surrogate of which "
      "only the gradient matters"),

@@ -8,8 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from truestep.model.select import chosen
 from truestep.settings import OptimizerSettings
 from truestep.train.parallel import Ranks, local
+from truestep.train.policy import Policy
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -19,7 +21,8 @@ class MasterOptimizer:
 
     A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A
     bfloat16 parameter has a float32 master and a float32 gradient that every backward pass is added to, so
-    that neither small updates nor small gradients are lost to rounding. An optimizer created with ``beside``
+    that neither small updates nor small gradients are lost to rounding. A frozen parameter (without
+    ``requires_grad``) has no master, gradient or moments. An optimizer created with ``beside``
     shares the masters and gradient sums of that other optimizer of the same module, but has separate moments.
     Held by: tests/numerics/test_optim.py"""
 
@@ -44,7 +47,18 @@ class MasterOptimizer:
         if s.kind == "sgd":
             self._inner = torch.optim.SGD(masters, lr=s.lr)
         else:
-            self._inner = torch.optim.AdamW(masters, s.lr, s.betas, s.eps, s.weight_decay, fused=True)
+            groups = [{"params": part, **decay} for part, decay in self._decay_groups(module) if part]
+            self._inner = torch.optim.AdamW(groups, s.lr, s.betas, s.eps, s.weight_decay, fused=True)
+
+    def _decay_groups(self, module: nn.Module) -> list[tuple[list[Tensor], dict[str, float]]]:
+        """Return the masters with weight decay, then those without."""
+        model = (
+            module.model if isinstance(module, Policy) else module
+        )  # patterns are of the model's own names
+        free = {id(p) for p in chosen(model, self.settings.no_decay, "optimizer.no_decay").values()}
+        is_free = {name: id(p) in free for name, p in self.parameters.items()}
+        decayed = [master for name, master in self.masters.items() if not is_free[name]]
+        return [(decayed, {}), ([m for n, m in self.masters.items() if is_free[n]], {"weight_decay": 0.0})]
 
     def _accumulate(self, name: str, parameter: Tensor) -> None:
         grad, parameter.grad = parameter.grad, None

@@ -11,7 +11,7 @@ from truestep.objective.advantage import GroupView
 from truestep.objective.gate import GateDecision
 from truestep.objective.methods import Method
 from truestep.objective.methods.row import Overlong
-from truestep.records import Group, Origin, Prompt, Rollout, Score, TrainSequence
+from truestep.records import Demonstration, Group, Origin, Prompt, Rollout, Score, TrainSequence
 from truestep.rollout.sample import Decode, num_sampled_tokens
 from truestep.train.metrics import Meter
 
@@ -103,6 +103,13 @@ def of_versions(meter: Meter, minibatches: Sequence[Sequence[TrainSequence]], st
         )
         ages = [step - version for origin, version in pairs if origin is Origin.POLICY]
         meter.add("sampling/staleness", float(sum(ages)), float(len(ages)))
+
+
+def whole_demonstration(d: Demonstration, group: int) -> TrainSequence:
+    """Return a demonstration of an SFT set as a sequence. The tokens of its own turns are trained on."""
+    return TrainSequence(
+        token_ids=d.token_ids, origin=d.origin, num_prefix_tokens=0, group=group, data=d.data
+    )
 
 
 def demonstration_sequence(

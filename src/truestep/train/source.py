@@ -61,12 +61,7 @@ class DemonstrationSource:
 
     def take(self, step: int, memory: Memory) -> StepData:
         chosen = self.order.at(step, self.sequences_per_step, self.seed, limit=self.num_sequences)
-        sequences = []
-        for i, d in enumerate(chosen):
-            one = TrainSequence(
-                token_ids=d.token_ids, origin=d.origin, num_prefix_tokens=0, group=i, data=d.data
-            )
-            sequences.append(one)
+        sequences = [seq.whole_demonstration(d, i) for i, d in enumerate(chosen)]
         size = -(-self.sequences_per_step // self.updates_per_step)
         mine = [self.ranks.mine(sequences[i * size : (i + 1) * size]) for i in range(self.updates_per_step)]
         trained = sum(s.num_trained for cut in mine for s in cut)

@@ -258,12 +258,15 @@ def learning_rate(
     schedule: str = "constant",
     warmup_fraction: float = 0.0,
     min_lr_ratio: float = 0.1,
+    decay_fraction: float = 0.1,
 ) -> float:
     """Return the learning rate of ``step``, which is 0 … total_steps − 1.
 
     Equation: W = round(warmup_fraction · T). If s < W, the rate is peak·(s+1)/W; otherwise, it is peak if
     the schedule is constant, and floor + (peak−floor)·½(1+cos(π(s−W)/(T−W))) if it is cosine, where floor is
     min_lr_ratio·peak. Steps W−1 and W have the peak rate; only step T, one after the last, would have floor.
+    linear: the point at s on the line from (W, peak) to (T, floor). wsd: the same line from (T−D, peak), where
+    D = round(decay_fraction·T), and peak before it.
     """
     if not 0 <= step < total_steps:
         raise ValueError(f"step {step} is not one of 0..{total_steps - 1}")
@@ -272,9 +275,12 @@ def learning_rate(
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    if schedule != "cosine":
-        raise ValueError(f"unknown schedule {schedule!r}; use constant or cosine")
     floor = min_lr_ratio * peak
+    if schedule in ("linear", "wsd"):
+        start = warmup_steps if schedule == "linear" else total_steps - round(decay_fraction * total_steps)
+        return min(peak, peak - (peak - floor) / (total_steps - start) * (step - start))
+    if schedule != "cosine":
+        raise ValueError(f"unknown schedule {schedule!r}; use constant, cosine, linear or wsd")
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -345,7 +351,13 @@ def reference_steps(
         loss = loss_of(model)
         gradients = gradient(model, loss)
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        how = (settings.lr, settings.schedule, settings.warmup_fraction, settings.min_lr_ratio)
+        how = (
+            settings.lr,
+            settings.schedule,
+            settings.warmup_fraction,
+            settings.min_lr_ratio,
+            settings.decay_fraction,
+        )
         lr = learning_rate(step, total_steps, *how)
         moved, state, norm = reference_step(parameters, gradients, state, lr, settings)
         with torch.no_grad():

@@ -1,0 +1,82 @@
+"""Chooses parameters by pattern: what a stage freezes, and what has no weight decay.
+
+A pattern is a shell pattern (``*`` matches any characters, also dots) of a parameter's name in the Hugging Face
+model, such as ``model.layers.[0-3].*``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from truestep.errors import UserError, did_you_mean
+from truestep.model.load import override, read_config, resolve
+from truestep.model.tiny import tiny_model, tiny_tokenizer
+from truestep.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WORDS: dict[str, Callable[[nn.Module, str], bool]] = {
+    "norms": lambda owner, leaf: "norm" in type(owner).__name__.lower(),
+    "biases": lambda owner, leaf: leaf == "bias",
+}
+
+
+def chosen(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, Tensor]:
+    """Return the parameters that a pattern, or a word for a kind of parameters, matches. A tied parameter has
+    several names, any of which may match. Raises UserError, naming the key, if a pattern matches nothing."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    owners = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for pattern in patterns:
+        if (kind := WORDS.get(pattern)) is not None:  # a model may have none of them
+            found |= {
+                n: p for n, p in names.items() if kind(owners[n.rpartition(".")[0]], n.rpartition(".")[2])
+            }
+            continue
+        matched = {name: p for name, p in names.items() if fnmatchcase(name, pattern)}
+        if not matched:
+            hint = did_you_mean(pattern, list(names)) or f"; the first parameter is {next(iter(names))}"
+            raise UserError(
+                f"{key}: {pattern!r} matches no parameter of the model{hint}; a pattern may end with *"
+            )
+        found |= matched
+    return found
+
+
+def freeze(model: nn.Module, patterns: Sequence[str], key: str = "freeze") -> None:
+    """Switch off the gradients of the parameters that the patterns match. Raises UserError if none is left."""
+    for parameter in chosen(model, patterns, key).values():
+        parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"{key} = {list(patterns)} matches every parameter, so nothing is trained; remove a pattern"
+        )
+
+
+def empty_model(settings: ModelSettings) -> PreTrainedModel:
+    """Return the model without memory for its weights (on the meta device), to look at its names."""
+    from transformers import AutoModelForCausalLM
+
+    source = resolve(settings)
+    with torch.device("meta"):
+        if source == "tiny":
+            return tiny_model(settings.tiny, len(tiny_tokenizer()), 8, seed=0)
+        config = read_config(source)
+        override(config, settings)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_patterns(
+    settings: ModelSettings, patterns: Sequence[tuple[str, Sequence[str], Sequence[str]]]
+) -> None:
+    """Raise UserError for a stage (its name, ``freeze`` and ``optimizer.no_decay``) whose patterns do not fit."""
+    for name, frozen, undecayed in patterns:
+        if frozen or undecayed:
+            model = empty_model(settings)
+            chosen(model, undecayed, f"stages.{name}.optimizer.no_decay")
+            freeze(model, frozen, f"stages.{name}.freeze")
