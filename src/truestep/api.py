@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep import rundir
 from truestep.errors import UserError
+from truestep.signals import Interrupted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,9 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """summary.json. Raises UserError if there is none."""
-        found = rundir.read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
+        found = (
+            rundir.read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
+        )
         if not isinstance(found, dict):
             raise UserError(f"{self.path} contains no run with a summary")
         return found
@@ -105,8 +108,12 @@ class Run:
             if data in ("", row["data"]) and group in ("", row.get("checkpoint"), row.get("prompt"))
         ]  # fmt: skip
         if not rows:
-            known = sorted({f"{row['data']} · {row.get('checkpoint') or row.get('prompt')}" for row in self.scores})
-            raise UserError(f"{self.path} has no samples of {data} {group}; it has {', '.join(known) or 'none'}")
+            known = sorted(
+                {f"{row['data']} · {row.get('checkpoint') or row.get('prompt')}" for row in self.scores}
+            )
+            raise UserError(
+                f"{self.path} has no samples of {data} {group}; it has {', '.join(known) or 'none'}"
+            )
         return read_samples(samples_of(self.path, rows[-1]))
 
     @property
@@ -115,7 +122,9 @@ class Run:
         return self.path / "report.html"
 
     def _stage(self, name: str) -> Path:
-        found = [p for p in sorted(self.path.glob("stages/[0-9][0-9]-*")) if name in ("", p.name.partition("-")[2])]
+        found = [
+            p for p in sorted(self.path.glob("stages/[0-9][0-9]-*")) if name in ("", p.name.partition("-")[2])
+        ]
         if not found:
             raise UserError(f'{self.path} has no stage "{name}"; it has {", ".join(self.stages) or "none"}')
         return found[-1]
@@ -129,7 +138,9 @@ class Run:
         rows = tables.score_table(self.path)
         headings, cells = tables.cells_of(rows, tables.score_columns(rows)) if rows else ([], [])
         head = "".join(f"<th>{escape(text)}</th>" for text in headings)
-        body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in cells)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in cells
+        )
         return f"<p><code>{escape(str(self.path))}</code></p><table><tr>{head}</tr>{body}</table>"
 
 
@@ -175,11 +186,19 @@ def evaluate(
 
     >>> evaluate("Qwen/Qwen3-0.6B", ["math500", "my.jsonl"], limit=50).scores
     """
-    from truestep.cli.evaluation_actions import evaluated
+    from truestep.cli.evaluation_actions import evaluated, folder_of
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.evaluate.jobs import evaluation_settings
 
-    table = {"model": {"path": str(model)}, **settings}
-    table["benchmarks"] = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
-    return Run(evaluated(table, Path(out) if out else None, resume=resume, quiet=quiet))
+    named = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
+    table = {"model": {"path": str(model)}, "benchmarks": named, **settings}
+    asked = evaluation_settings(table, "truestep.evaluate")
+    folder = folder_of(asked, Path(out) if out else None)
+    try:
+        evaluated(asked, Path(), folder, resume=resume, reporter=ConsoleReporter(quiet=quiet))
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    return Run(folder)
 
 
 def compare(a: PathLike | Run, b: PathLike | Run, metric: str = "") -> dict[str, Any]:
