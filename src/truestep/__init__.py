@@ -23,7 +23,9 @@ class Verb(types.ModuleType):
     is still a module (docs/decisions/014)."""
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        return getattr(importlib.import_module("truestep.api"), self.__name__.rpartition(".")[2])(*given, **named)
+        return getattr(importlib.import_module("truestep.api"), self.__name__.rpartition(".")[2])(
+            *given, **named
+        )
 
     @classmethod
     def make(cls, name: str) -> None:

@@ -11,6 +11,7 @@ mend are ``truestep.errors.UserError`` with one sentence. Held by: tests/api/tes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ class Run:
     def frame(self, stage: str = "") -> Any:
         """Return the metrics of a stage as a pandas DataFrame with one row per step. Raises UserError without pandas."""
         try:
-            import pandas
+            import pandas  # type: ignore[import-untyped]
         except ModuleNotFoundError:
             raise UserError("Run.frame needs pandas; install it, or use Run.metrics") from None
         return pandas.DataFrame(self.metrics(stage)).set_index("step")
@@ -150,22 +151,39 @@ def train(
     out: PathLike = "",
     resume: bool = False,
     overrides: Sequence[str] = (),
+    change: Sequence[str] = (),
+    strict: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Run a recipe: its stages and evaluations. ``recipe`` is a TOML file or its table, whose paths are then relative
     to the current folder; ``overrides`` are KEY=VALUE, as of ``--set``. ``out`` is the run directory, by default
-    runs/NAME-HASH. With ``resume``, an interrupted run is continued.
+    runs/NAME-HASH. With ``resume``, an interrupted run is continued. ``change`` and ``strict`` are ``--change`` and ``--strict``.
 
     Raises UserError for a bad recipe, bad data or a folder that is in use, before anything is trained. After Ctrl-C,
     the finished work is saved and KeyboardInterrupt is raised.
 
     >>> run = train("recipes/demo.toml", overrides=["stages.sft.steps=10"])
     """
-    from truestep.cli.run import ready, settings_of, started
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.cli.run import How, checked, folder_of, trained
+    from truestep.settings import Settings, load_settings, override, parse
+    from truestep.train.parallel import join
 
-    settings, base = settings_of(recipe, overrides)
-    with started(ready(settings, base, out, resume=resume, quiet=quiet)) as summary:
-        return Run(summary["run_dir"])
+    if isinstance(recipe, Mapping):
+        base, settings = Path(), parse(Settings, override(deepcopy(dict(recipe)), overrides), where="the recipe")
+    else:
+        base, settings = Path(recipe).parent, load_settings(Path(recipe), overrides)
+    how, ranks = How(change=change, resume=resume, strict=strict), join()
+    folder, reporter = (
+        folder_of(settings, Path(out) if out else None),
+        ConsoleReporter(quiet=quiet or ranks.rank != 0),
+    )
+    prepared, _ = checked(settings, base, folder, how, ranks, reporter)
+    try:
+        trained(prepared, folder, how, ranks, reporter)
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    return Run(folder)
 
 
 def evaluate(
