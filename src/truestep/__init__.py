@@ -20,7 +20,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys(
 
 class Verb(types.ModuleType):
     """A package that can be called: ``truestep.train(...)`` is ``truestep.api.train(...)``, and ``truestep.train.loop``
-    is still a module (docs/decisions/014)."""
+    is still a module (docs/decisions/015)."""
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         return getattr(importlib.import_module("truestep.api"), self.__name__.rpartition(".")[2])(
