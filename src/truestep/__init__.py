@@ -1,6 +1,13 @@
-"""truestep: SFT-then-RL training, with tests that every optimizer step is the one you configured."""
+"""truestep: SFT-then-RL training, with tests that every optimizer step is the one you configured.
 
+From Python: ``truestep.train``, ``evaluate``, ``compare``, ``grade``, ``audit`` and ``Run``; see ``truestep.api``.
+"""
+
+import importlib
 import os
+import sys
+import types
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -9,3 +16,35 @@ __version__ = "0.1.0"
 # spinning keeps an idle machine as fast as it would be otherwise. Values that the user has set are kept.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+
+
+class Verb(types.ModuleType):
+    """A package that can be called: ``truestep.train(...)`` is ``truestep.api.train(...)``, and ``truestep.train.loop``
+    is still a module (docs/decisions/015)."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return getattr(importlib.import_module("truestep.api"), self.__name__.rpartition(".")[2])(
+            *given, **named
+        )
+
+    @classmethod
+    def make(cls, name: str) -> None:
+        """Make an imported package callable."""
+        sys.modules[name].__class__ = cls
+
+
+_VERBS = ("train", "evaluate", "grade", "audit")
+_NAMES = ("compare", "Run")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, so that ``import truestep`` is fast and needs no torch."""
+    if name in _VERBS:
+        return importlib.import_module(f"truestep.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module("truestep.api"), name)
+    raise AttributeError(f"module 'truestep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_VERBS, *_NAMES])

@@ -355,8 +355,8 @@ CASES = [
     ),
     Case(
         "no problem",
-        row(3, '{"question": "x", "answer": "4"}'),
-        ("train.jsonl:3", "problem", 'did you mean "problem"'),
+        row(3, '{"problm": "x", "answer": "4", "solution": "#### 4"}'),
+        ("train.jsonl:3", "problem", "problm"),
     ),
     Case("missing answer", row(1, '{"problem": "1+1=?", "solution": "#### 2"}'), ("train.jsonl:1", "answer")),
     Case("missing solution", row(1, '{"problem": "1+1=?", "answer": "2"}'), ("train.jsonl:1", "solution")),

@@ -52,22 +52,40 @@ def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path |
     _execute(settings, path.parent if is_recipe else Path(), out, **how)
 
 
+def folder_of(settings: Settings, out: Path | None) -> Path:
+    return out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
+
+
 def _execute(
     settings: Settings, base_dir: Path, out: Path | None, *, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
-    folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
-    reporter = ConsoleReporter()
-    if not dry_run:
-        _check_folder(settings, folder, resume=resume)
-        if resume and not folder.exists():
-            reporter.say(f"nothing to resume in {folder}; starting a new evaluation there")
+    folder, reporter = folder_of(settings, out), ConsoleReporter()
+    if dry_run:
+        jobs = make_jobs(settings, base_dir)
+        with opened(settings) as (adapter, _):
+            plan = plan_of(settings, jobs, adapter)
+        echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
+        return
+    try:
+        summary = evaluated(settings, base_dir, folder, resume=resume, reporter=reporter)
+    except signals.Interrupted as stop:
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        command = shlex.join(["truestep", *words, "--resume"])
+        reporter.say(f"{stop}; every finished sample is saved. To continue: {command}")
+        raise typer.Exit(128 + stop.signum) from None
+    show(folder, summary, folder / "report.html", as_json)
+
+
+def evaluated(
+    settings: Settings, base_dir: Path, folder: Path, *, resume: bool, reporter: ConsoleReporter
+) -> dict[str, Any]:
+    """Evaluate, write the run directory and its page, and return the summary. Raises Interrupted after a signal."""
+    _check_folder(settings, folder, resume=resume)
+    if resume and not folder.exists():
+        reporter.say(f"nothing to resume in {folder}; starting a new evaluation there")
     jobs = make_jobs(settings, base_dir)
     with ExitStack() as stack:
         adapter, content = stack.enter_context(opened(settings))
-        if dry_run:
-            plan = plan_of(settings, jobs, adapter)
-            echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
-            return
         stack.enter_context(rundir.locked(folder))
         _check_folder(settings, folder, resume=resume)  # another process may have used it in the meantime
         # A sample that a function cannot score is a record of its own, so no share of them stops an evaluation.
@@ -88,20 +106,16 @@ def _execute(
                     settings, plans, notes, adapter=adapter, judge=grader.judge, folder=folder,
                     reporter=reporter, check_stop=signals.check,
                 )  # fmt: skip
-        except signals.Interrupted as stop:
-            reporter.close()
-            words = [word for word in sys.argv[1:] if word != "--resume"]
-            command = shlex.join(["truestep", *words, "--resume"])
-            reporter.say(f"{stop}; every finished sample is saved. To continue: {command}")
+        except signals.Interrupted:
             end_summary(folder, "interrupted")
-            raise typer.Exit(128 + stop.signum) from None
+            raise
         except BaseException as error:
             end_summary(folder, "failed", error)
             raise
         finally:
             reporter.close()
-        report = write_evaluation_report(folder)
-    show(folder, summary, report, as_json)
+        write_evaluation_report(folder)
+    return summary
 
 
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:

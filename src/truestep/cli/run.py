@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,59 +86,123 @@ rl = _verb(
 )
 
 
-def execute(
-    settings: Settings, recipe: Path, out: Path | None, *, change: Sequence[str] = (), resume: bool = False,
-    dry_run: bool = False, as_json: bool = False, strict: bool = False,
-) -> None:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How a recipe is run; the options that ``truestep run`` and ``truestep.train`` share."""
+
+    change: Sequence[str] = ()
+    resume: bool = False
+    dry_run: bool = False
+    strict: bool = False
+
+    @property
+    def continues(self) -> bool:
+        return self.resume or bool(self.change)
+
+
+def folder_of(settings: Settings, out: Path | None) -> Path:
+    from truestep.settings import settings_hash
+
+    return out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
+
+
+def execute(settings: Settings, recipe: Path, out: Path | None, *, as_json: bool = False, **how: Any) -> None:
     """Check the recipe, print its plan, run it and write the report. Stdout ends with the run directory."""
     from truestep.cli.progress import ConsoleReporter, announce
 
     announce(f"truestep {' '.join(sys.argv[1:2])}: loading torch, checking the model and data of {recipe}")
-    from truestep.data.overlap import overlap_lines
+    from truestep import signals
     from truestep.device import world
-    from truestep.pipeline.history import continued, said
-    from truestep.pipeline.prepare import prepare
-    from truestep.pipeline.run import check_run_folder, open_run_folder
-    from truestep.pipeline.sizes import batch_table
-    from truestep.report.html import write_report
-    from truestep.rundir import locked
-    from truestep.settings import settings_hash
     from truestep.train.parallel import Ranks, join
 
-    rank, world_size = world()
-    folder = out or Path("runs") / f"{settings.name}-{settings_hash(settings)[:8]}"
+    asked, folder, (rank, world_size) = How(**how), folder_of(settings, out), world()
     reporter = ConsoleReporter(quiet=rank != 0)
-    if dry_run and settings.declared:
+    if asked.dry_run and settings.declared:
         show_declared(settings, recipe, folder, reporter, as_json)
         return
-    ranks = Ranks(rank=rank, world_size=world_size) if dry_run else join()
+    ranks = Ranks(rank=rank, world_size=world_size) if asked.dry_run else join()
+    prepared, rows = checked(settings, recipe.parent, folder, asked, ranks, reporter)
+    if asked.dry_run:
+        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
+        if changes := prepared.history.changes:
+            plan["changes"] = [one.model_dump(mode="json", exclude={"command"}) for one in changes]
+        echo(json.dumps(plan) if as_json else str(folder))
+        return
+    try:
+        summary = trained(prepared, folder, asked, ranks, reporter)
+    except signals.Interrupted as stop:
+        # A change that was made already is not made again.
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        several = ["torchrun", f"--nproc-per-node={ranks.world_size}", "-m"] if ranks.world_size > 1 else []
+        again = shlex.join([*several, "truestep", *words, "--resume"])
+        reporter.say(f"{stop}; all finished work is saved. Continue with: {again}")
+        raise typer.Exit(128 + stop.signum) from None
+    if rank == 0:
+        show(folder, summary, folder / "report.html", as_json)
+
+
+def checked(
+    settings: Settings, base_dir: Path, folder: Path, how: How, ranks: Ranks, reporter: ConsoleReporter
+) -> tuple[Prepared, Sequence[Mapping[str, Any]]]:
+    """Check everything that a run needs, and say what follows from the settings. Return the prepared run and the
+    rows of its plan. Raises UserError."""
+    from truestep.data.overlap import overlap_lines
+    from truestep.pipeline.history import continued, said
+    from truestep.pipeline.prepare import prepare
+    from truestep.pipeline.run import check_run_folder
+    from truestep.pipeline.sizes import batch_table
+
     if ranks.channel is not None:
         ranks.channel.speak = partial(_last_words, reporter, folder)
         ranks.channel.advice = partial(advice, folder)
-    if not dry_run and rank == 0:
-        check_run_folder(settings, folder, resume=resume or bool(change))  # before any data is read
-    history = _history(settings, folder, change, ranks, dry_run=dry_run)
-    prepared = prepare(continued(settings, history), base_dir=recipe.parent, history=history)
+    if not how.dry_run and ranks.rank == 0:
+        check_run_folder(settings, folder, resume=how.continues)  # before any data is read
+    history = _history(settings, folder, how.change, ranks, dry_run=how.dry_run)
+    prepared = prepare(continued(settings, history), base_dir=base_dir, history=history)
     prepared.notes += [f"changed: {line}" for line in said(history)]
-    resume = resume or bool(change)
-    rows = batch_table(prepared, world_size)
-    if rank == 0:
+    rows = batch_table(prepared, ranks.world_size)
+    if ranks.rank == 0:
         _print_rows(rows, reporter)
         for note in (*prepared.notes, *overlap_lines(prepared.overlap)):
             reporter.say(note)
-    if dry_run:
-        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
-        if history.changes:
-            plan["changes"] = [one.model_dump(mode="json", exclude={"command"}) for one in history.changes]
-        echo(json.dumps(plan) if as_json else str(folder))
-        return
-    if resume and rank == 0 and not (folder / "resolved.toml").exists():
+    return prepared, rows
+
+
+def trained(
+    prepared: Prepared, folder: Path, how: How, ranks: Ranks, reporter: ConsoleReporter
+) -> dict[str, Any]:
+    """Run a prepared run, write its page, and return its summary on rank 0. After a signal, raises Interrupted; the
+    finished work is saved."""
+    from truestep import signals
+    from truestep.errors import UserError
+    from truestep.pipeline.run import open_run_folder
+    from truestep.pipeline.run import run as run_pipeline
+    from truestep.report.html import write_report
+    from truestep.rundir import locked
+    from truestep.train.parallel import leave
+
+    is_first = ranks.rank == 0
+    if how.continues and is_first and not (folder / "resolved.toml").exists():
         reporter.say(f"nothing to resume in {folder}; starting a new run there")
-    with locked(folder) if rank == 0 else contextlib.nullcontext():
-        open_run_folder(prepared, folder, resume=resume, rank=rank)
-        summary = _go(prepared, folder, reporter, ranks, strict)
-        if rank == 0:
-            show(folder, summary, write_report(folder), as_json)
+    with locked(folder) if is_first else contextlib.nullcontext():
+        open_run_folder(prepared, folder, resume=how.continues, rank=ranks.rank)
+        try:
+            with signals.deferred(reporter.place, is_alone=ranks.world_size == 1):
+                summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter, is_strict=how.strict)
+        except BaseException as error:
+            reporter.close()
+            if isinstance(error, signals.Interrupted):
+                leave()
+            if is_first:
+                with contextlib.suppress(OSError, UserError):  # the run ends with its own error
+                    write_report(folder)
+            raise
+        finally:
+            reporter.close()
+        leave()
+        if is_first:
+            write_report(folder)
+    return summary
 
 
 def _history(
@@ -154,42 +219,6 @@ def _history(
         return own()
     made = own().model_dump(mode="json") if ranks.rank == 0 else None
     return History.model_validate(ranks.exchange(made)[0])
-
-
-def _go(
-    prepared: Prepared, folder: Path, reporter: ConsoleReporter, ranks: Ranks, strict: bool
-) -> dict[str, Any]:
-    """Run a prepared run and return its summary. After a signal, say how to continue and exit."""
-    from truestep import signals
-    from truestep.errors import UserError
-    from truestep.pipeline.run import run as run_pipeline
-    from truestep.report.html import write_report
-    from truestep.train.parallel import leave
-
-    try:
-        with signals.deferred(reporter.place, is_alone=ranks.world_size == 1):
-            summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter, is_strict=strict)
-    except signals.Interrupted as stop:
-        reporter.close()
-        leave()
-        words = [
-            word for word in sys.argv[1:] if word != "--resume"
-        ]  # a change that was made already is not made again
-        several = ["torchrun", f"--nproc-per-node={ranks.world_size}", "-m"] if ranks.world_size > 1 else []
-        again = shlex.join([*several, "truestep", *words, "--resume"])
-        reporter.say(f"{stop}; all finished work is saved. Continue with: {again}")
-        if ranks.rank == 0:
-            write_report(folder)
-        raise typer.Exit(128 + stop.signum) from None
-    except BaseException:
-        if ranks.rank == 0:
-            with contextlib.suppress(OSError, UserError):  # the run ends with its own error
-                write_report(folder)
-        raise
-    finally:
-        reporter.close()
-    leave()
-    return summary
 
 
 def _last_words(reporter: ConsoleReporter, folder: Path, text: str) -> None:
@@ -232,7 +261,7 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
 def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
     from rich.table import Table
 
-    if rows:
+    if rows and not reporter.quiet:
         table = Table(title="values that follow from the settings")
         for column in ("", *[str(row["stage"]) for row in rows]):
             table.add_column(column)

@@ -1,0 +1,258 @@
+"""The Python interface: train, evaluate, compare, grade and audit, with what the command line uses.
+
+    import truestep
+    run = truestep.train("recipe.toml")
+    run.scores, run.metrics("rl")["reward"], run.model
+
+``truestep.train`` is short for ``truestep.api.train``, and so on. Progress goes to stderr. All errors that a user can
+mend are ``truestep.errors.UserError`` with one sentence. Held by: tests/api/test_api.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truestep import rundir
+from truestep.errors import UserError
+from truestep.signals import Interrupted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from truestep.audit.measure.findings import Finding
+
+PathLike = str | Path
+NAMES = ("Run", "train", "evaluate", "compare", "grade", "audit")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory: of ``train``, ``evaluate`` or the commands. Everything is read from its files when asked for.
+
+    >>> run = Run("runs/gsm8k-1a2b3c4d")
+    >>> run.scores[0]["score"]
+    0.25
+    """
+
+    folder: PathLike
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json. Raises UserError if there is none."""
+        found = (
+            rundir.read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
+        )
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path} contains no run with a summary")
+        return found
+
+    @property
+    def status(self) -> str:
+        """running, interrupted, failed or done."""
+        return str(self.summary["status"])
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        """One row per checkpoint (or prompt) and data set: score, low and high (95 % interval), n, and more."""
+        return list(self.summary["scores"])
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of the stages that have begun, in order."""
+        return [path.name.partition("-")[2] for path in sorted(self.path.glob("stages/[0-9][0-9]-*"))]
+
+    def metrics(self, stage: str = "") -> dict[str, np.ndarray]:
+        """Return the metrics of a stage (by default the last one) by name, with the key ``step``. A step without a
+        value has NaN. docs/metrics.md explains the names."""
+        import numpy as np
+
+        rows = rundir.read_jsonl(self._stage(stage) / "metrics.jsonl")
+        short = [{key.partition("/")[2] or key: value for key, value in row.items()} for row in rows]
+        names = dict.fromkeys(name for row in short for name in row)
+        return {name: np.array([row.get(name, np.nan) for row in short], dtype=float) for name in names}
+
+    def frame(self, stage: str = "") -> Any:
+        """Return the metrics of a stage as a pandas DataFrame with one row per step. Raises UserError without pandas."""
+        try:
+            import pandas  # type: ignore[import-untyped]
+        except ModuleNotFoundError:
+            raise UserError("Run.frame needs pandas; install it, or use Run.metrics") from None
+        return pandas.DataFrame(self.metrics(stage)).set_index("step")
+
+    def checkpoints(self, stage: str = "") -> list[Path]:
+        """Return the folders of a stage's checkpoints that are kept, oldest first."""
+        return sorted((self._stage(stage) / "checkpoints").glob("step_*"))
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face folder of the last finished stage. Raises UserError if no stage is finished."""
+        found = sorted(self.path.glob("stages/*/export"))
+        if not found:
+            raise UserError(f"{self.path} has no trained model yet")
+        return found[-1]
+
+    def samples(self, data: str = "", group: str = "") -> list[dict[str, Any]]:
+        """Return the samples of an evaluation: of the data set (or benchmark) ``data`` and the checkpoint (or prompt)
+        ``group``, by default the last ones."""
+        from truestep.evaluate.files import read_samples, samples_of
+
+        rows = [
+            row for row in self.scores
+            if data in ("", row["data"]) and group in ("", row.get("checkpoint"), row.get("prompt"))
+        ]  # fmt: skip
+        if not rows:
+            known = sorted(
+                {f"{row['data']} · {row.get('checkpoint') or row.get('prompt')}" for row in self.scores}
+            )
+            raise UserError(
+                f"{self.path} has no samples of {data} {group}; it has {', '.join(known) or 'none'}"
+            )
+        return read_samples(samples_of(self.path, rows[-1]))
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
+
+    def _stage(self, name: str) -> Path:
+        found = [
+            p for p in sorted(self.path.glob("stages/[0-9][0-9]-*")) if name in ("", p.name.partition("-")[2])
+        ]
+        if not found:
+            raise UserError(f'{self.path} has no stage "{name}"; it has {", ".join(self.stages) or "none"}')
+        return found[-1]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table of scores."""
+        from html import escape
+
+        from truestep.report import tables
+
+        rows = tables.score_table(self.path)
+        headings, cells = tables.cells_of(rows, tables.score_columns(rows)) if rows else ([], [])
+        head = "".join(f"<th>{escape(text)}</th>" for text in headings)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in cells
+        )
+        return f"<p><code>{escape(str(self.path))}</code></p><table><tr>{head}</tr>{body}</table>"
+
+
+def train(
+    recipe: PathLike | Mapping[str, Any],
+    *,
+    out: PathLike = "",
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    change: Sequence[str] = (),
+    strict: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """Run a recipe: its stages and evaluations. ``recipe`` is a TOML file or its table, whose paths are then relative
+    to the current folder; ``overrides`` are KEY=VALUE, as of ``--set``. ``out`` is the run directory, by default
+    runs/NAME-HASH. With ``resume``, an interrupted run is continued. ``change`` and ``strict`` are ``--change`` and ``--strict``.
+
+    Raises UserError for a bad recipe, bad data or a folder that is in use, before anything is trained. After Ctrl-C,
+    the finished work is saved and KeyboardInterrupt is raised.
+
+    >>> run = train("recipes/demo.toml", overrides=["stages.sft.steps=10"])
+    """
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.cli.run import How, checked, folder_of, trained
+    from truestep.settings import Settings, load_settings, override, parse
+    from truestep.train.parallel import join
+
+    if isinstance(recipe, Mapping):
+        base, settings = Path(), parse(Settings, override(deepcopy(dict(recipe)), overrides), where="the recipe")
+    else:
+        base, settings = Path(recipe).parent, load_settings(Path(recipe), overrides)
+    how, ranks = How(change=change, resume=resume, strict=strict), join()
+    folder, reporter = (
+        folder_of(settings, Path(out) if out else None),
+        ConsoleReporter(quiet=quiet or ranks.rank != 0),
+    )
+    prepared, _ = checked(settings, base, folder, how, ranks, reporter)
+    try:
+        trained(prepared, folder, how, ranks, reporter)
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    return Run(folder)
+
+
+def evaluate(
+    model: PathLike,
+    benchmarks: Sequence[str] | str,
+    *,
+    out: PathLike = "",
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Evaluate a model (folder, hub id or name on a server) on benchmarks: ids of pinned ones, or files and folders of
+    your own. ``settings`` are further keys of an evaluation's recipe, such as limit, samples, prompts, few_shot, engine,
+    temperature, max_new_tokens, data (a folder with the pinned benchmarks) and scorers.
+
+    Raises UserError, also if a benchmark is not as pinned. After Ctrl-C, KeyboardInterrupt is raised; every finished sample is
+    saved.
+
+    >>> evaluate("Qwen/Qwen3-0.6B", ["math500", "my.jsonl"], limit=50).scores
+    """
+    from truestep.cli.evaluation_actions import evaluated, folder_of
+    from truestep.cli.progress import ConsoleReporter
+    from truestep.evaluate.jobs import evaluation_settings
+
+    named = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
+    table = {"model": {"path": str(model)}, "benchmarks": named, **settings}
+    asked = evaluation_settings(table, "truestep.evaluate")
+    folder = folder_of(asked, Path(out) if out else None)
+    try:
+        evaluated(asked, Path(), folder, resume=resume, reporter=ConsoleReporter(quiet=quiet))
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    return Run(folder)
+
+
+def compare(a: PathLike | Run, b: PathLike | Run, metric: str = "") -> dict[str, Any]:
+    """Compare two evaluations of the same problems: run directories, or logs of lm-eval, lighteval and inspect. Return
+    ``comparisons``, one row per task: difference b − a, low, high, p_value, detectable (80 % power), and the sides.
+
+    >>> compare("runs/before", "runs/after")["comparisons"][0]["difference"]
+    """
+    from truestep.evaluate.import_compare import compare_evaluations
+
+    first, second = (side.path if isinstance(side, Run) else Path(side) for side in (a, b))
+    return compare_evaluations(first, second, metric)
+
+
+def grade(gold: str, completion: str, *, choices: Sequence[str] = ()) -> dict[str, Any]:
+    """Grade one completion: verdict (correct, incorrect or unscored), strict and lenient verdicts, the extracted answer,
+    how it was found, and the reason. For many, use ``truestep.grade.pairs.grade_pairs``.
+
+    >>> grade("1/2", r"So the answer is \\boxed{0.5}.")["verdict"]
+    'correct'
+    """
+    from truestep.grade.pairs import Pair, grade_pairs
+
+    pair = Pair(id="1", gold=gold, pred=completion, choices=tuple(choices))
+    found: dict[str, Any] = grade_pairs([pair], workers=1)["samples"][0]
+    return found
+
+
+def audit(step: Callable[..., Any], **options: Any) -> Finding:
+    """Audit your own training step, ``step(model, optimizer, microbatches)``, in this process: what weight did every
+    micro-batch get in the update? Return a finding with ``verdict`` (RIGHT, DEFAULT, FAULT, NOT OBSERVABLE), weights and
+    reasons. For installed frameworks, use ``truestep audit``.
+
+    >>> audit(my_step).verdict
+    <Verdict.RIGHT: 'RIGHT'>
+    """
+    from truestep.audit.environments.in_process import audit_function
+
+    return audit_function(step, **options)

@@ -1,0 +1,226 @@
+"""The Python interface: what it offers, that it does what the commands do, and that its examples run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import truestep
+from truestep import api
+from truestep.errors import UserError
+from truestep.rundir import read_jsonl
+
+pytest.importorskip("torch")
+
+# Users write these names. A name may be added here; one that is removed or renamed breaks their code.
+SURFACE = {
+    "Run": ["path", "summary", "status", "scores", "stages", "metrics", "frame", "checkpoints", "model", "samples",
+            "report", "folder"],
+    "train": ["recipe", "out", "resume", "overrides", "change", "strict", "quiet"],
+    "evaluate": ["model", "benchmarks", "out", "resume", "quiet", "settings"],
+    "compare": ["a", "b", "metric"],
+    "grade": ["gold", "completion", "choices"],
+    "audit": ["step", "options"],
+}  # fmt: skip
+RECIPE: dict[str, Any] = {
+    "name": "api",
+    "model": {
+        "path": "tiny",
+        "tiny": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32},
+    },
+    "compute": {"threads": 1},
+    "data": {
+        "train": {"source": "procedural:addition", "limit": 8},
+        "test": {"source": "procedural:addition", "split": "test", "limit": 3},
+    },
+    "evaluate": {"data": ["test"], "sampling": {"max_new_tokens": 8}},
+    "stages": [
+        {
+            "kind": "sft",
+            "data": "train",
+            "steps": 3,
+            "sequences_per_step": 4,
+            "tokens_per_microbatch": 4096,
+            "optimizer": {"lr": 1e-2},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> api.Run:
+    found = truestep.train(RECIPE, out=tmp_path_factory.mktemp("api") / "run", quiet=True)
+    assert isinstance(found, api.Run)
+    return found
+
+
+def test_the_surface() -> None:
+    assert set(api.NAMES) == set(SURFACE)
+    for name in api.NAMES:
+        found = getattr(truestep, name)
+        assert name in dir(truestep)
+        if inspect.isclass(found):
+            own = [n for n in dir(found) if not n.startswith("_")]
+            own += [field for field in found.__dataclass_fields__ if field not in own]
+            assert sorted(own) == sorted(SURFACE[name])
+        else:
+            assert list(inspect.signature(getattr(api, name)).parameters) == SURFACE[name]
+
+
+def test_packages_are_also_verbs() -> None:
+    """In a fresh process, whichever is imported first, and without torch."""
+    code = (
+        "import sys, truestep; assert 'torch' not in sys.modules; import truestep.grade.pairs; "
+        "assert truestep.grade('2', '2')['verdict'] == 'correct'; assert 'torch' not in sys.modules; "
+        "import truestep.train.order; assert callable(truestep.train); "
+        "from truestep import compare, Run; assert not hasattr(truestep, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_what_the_command_makes(run: api.Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    from truestep.rundir import to_toml
+
+    recipe.write_text(to_toml(RECIPE))
+    command = [sys.executable, "-m", "truestep", "run", str(recipe), "--out", str(tmp_path / "cli"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert json.loads(done.stdout)["scores"] == run.scores
+    rows = read_jsonl(tmp_path / "cli/stages/01-sft/metrics.jsonl")
+    found = run.metrics("sft")
+    assert found["step"].tolist() == [1, 2, 3]
+    assert found["loss"].tolist() == [row["sft/loss"] for row in rows]
+    assert (run.status, run.stages) == ("done", ["sft"])
+    assert (run.model / "config.json").is_file()
+    assert [path.name for path in run.checkpoints()] == ["step_00000003"]
+    assert run.report.is_file()
+    assert len(run.samples("test", "sft")) == 3
+    assert run.samples() == run.samples("test", "sft")
+    assert "<table>" in run._repr_html_()
+
+
+def test_metrics_as_a_frame(run: api.Run) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = run.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.index.name == "step"
+    assert np.array_equal(frame["loss"], run.metrics()["loss"])
+
+
+def test_errors_are_one_sentence(run: api.Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="stages"):
+        truestep.train(RECIPE | {"stages": [{"kind": "sft"}]}, out=tmp_path / "x", quiet=True)
+    with pytest.raises(UserError, match=r"stages\.sft\.steps=x|steps"):
+        truestep.train(RECIPE, out=tmp_path / "x", overrides=["stages.sft.steps=x"], quiet=True)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match='has no stage "rl"; it has sft'):
+        run.metrics("rl")
+    with pytest.raises(UserError, match="has no samples of nothing"):
+        run.samples("nothing")
+    with pytest.raises(UserError, match="contains no run with a summary"):
+        _ = api.Run(tmp_path).scores
+    with pytest.raises(UserError, match="already"):
+        truestep.train(RECIPE, out=run.path, quiet=True)
+    assert RECIPE["stages"][0]["steps"] == 3, "the caller's table is not changed"
+
+
+def test_interrupted_and_resumed(run: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from truestep import signals
+    from truestep.train import loop
+
+    train = loop.train
+
+    def once(spec: Any, state: Any, *more: Any, **options: Any) -> Any:
+        if state.step == 1:
+            signals._pending.append(2)
+        return train(spec, state, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", once)
+        with pytest.raises(KeyboardInterrupt):
+            truestep.train(RECIPE, out=tmp_path / "run", quiet=True)
+    assert api.Run(tmp_path / "run").status == "interrupted"
+    again = truestep.train(RECIPE, out=tmp_path / "run", resume=True, quiet=True)
+    assert again.scores == run.scores
+    assert again.metrics()["loss"].tolist() == run.metrics()["loss"].tolist()
+
+
+def test_evaluate_and_compare(run: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": f"{n}+{n}", "answer": str(2 * n)} for n in range(3)]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how: dict[str, Any] = {"prompts": ["brief"], "max_new_tokens": 8, "quiet": True}
+    before = truestep.evaluate(run.model, "own.jsonl", out="before", **how)
+    after = truestep.evaluate(str(run.model), ["own.jsonl"], out="after", temperature=0.9, **how)
+    (row,) = truestep.compare(before, after)["comparisons"]
+    assert row["num_problems"] == 3
+    assert row["difference"] == after.scores[0]["score"] - before.scores[0]["score"]
+    with pytest.raises(UserError, match="max_new_token"):
+        truestep.evaluate(run.model, "own.jsonl", out="x", max_new_token=8, quiet=True)
+
+
+def my_step(model: Any, optimizer: Any, microbatches: Any) -> None:
+    import torch
+
+    total = sum(int((b["labels"][:, 1:] != -100).sum()) for b in microbatches)
+    for batch in microbatches:
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"})
+        logits = getattr(logits, "logits", logits)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
+        (loss / total).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_audit_and_grade() -> None:
+    assert truestep.audit(my_step).verdict == "RIGHT"
+    assert truestep.grade("B", "The answer is (B).", choices=["x", "y"])["verdict"] == "correct"
+    assert truestep.grade("3", "I do not know")["verdict"] == "incorrect"
+
+
+def test_every_name_has_an_example_that_runs(
+    run: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples of the docstrings, with a small run in the place of theirs."""
+    from truestep.rundir import to_toml
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/demo.toml").write_text(to_toml(RECIPE))
+    Path("my.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    how: dict[str, Any] = {"prompts": ["brief"], "max_new_tokens": 8, "quiet": True}
+    for name in ("before", "after"):
+        truestep.evaluate(run.model, "my.jsonl", out=f"runs/{name}", **how)
+
+    def small(model: Any, benchmarks: Any, **more: Any) -> api.Run:
+        found = truestep.evaluate(run.model, [b for b in benchmarks if b == "my.jsonl"], **how, **more)
+        assert isinstance(found, api.Run)
+        return found
+
+    names = {
+        "Run": lambda folder: run, "train": truestep.train, "evaluate": small, "compare": truestep.compare,
+        "grade": truestep.grade, "audit": truestep.audit, "my_step": my_step,
+    }  # fmt: skip
+    for name in api.NAMES:
+        text = inspect.getdoc(getattr(api, name)) or ""
+        examples = doctest.DocTestParser().get_examples(text)
+        assert examples, name
+        made = dict(names)
+        for example in examples:
+            tree = ast.parse(example.source)
+            last = tree.body[-1]
+            assert isinstance(last, ast.Expr | ast.Assign)
+            exec(compile(tree, name, "exec"), made)
