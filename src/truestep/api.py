@@ -170,7 +170,10 @@ def train(
     from truestep.train.parallel import join
 
     if isinstance(recipe, Mapping):
-        base, settings = Path(), parse(Settings, override(deepcopy(dict(recipe)), overrides), where="the recipe")
+        base, settings = (
+            Path(),
+            parse(Settings, override(deepcopy(dict(recipe)), overrides), where="the recipe"),
+        )
     else:
         base, settings = Path(recipe).parent, load_settings(Path(recipe), overrides)
     how, ranks = How(change=change, resume=resume, strict=strict), join()
