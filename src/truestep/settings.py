@@ -551,6 +551,15 @@ def _child(node: Any, part: str, item: str) -> Any:
     raise UserError(f"{item}: {part} cannot be set inside a value that is not a table")
 
 
+def table_of(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain values, for a file. Stages are dumped one by one: within the whole table, pydantic
+    writes the truth values among ``method_options`` as numbers."""
+    return {
+        **settings.model_dump(mode="json"),
+        "stages": [s.model_dump(mode="json") for s in settings.stages],
+    }
+
+
 _NEWER: tuple[tuple[str, Any], ...] = (
     ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0), ("benchmark_checker", "auto"), ("scorers", []),
     ("columns", {}), ("train_turns", "all"), ("overlong_share", OVERLONG_SHARE), ("epochs_of", ""), ("special_tokens", []),

@@ -35,6 +35,9 @@ def test_trackio_writes_into_the_run_directory(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     monkeypatch.setenv("TRACKIO_DIR", "restored after the test")
     monkeypatch.delenv("TRACKIO_DIR")
-    (log,) = open_trackers(["trackio"], tmp_path / "run", "name")
+    try:
+        (log,) = open_trackers(["trackio"], tmp_path / "run", "name")
+    finally:
+        sys.modules.pop("trackio", None)  # other tests use the real one
     log(7, {"rl/reward": 0.5})
     assert (tmp_path / "run/trackio/7.txt").read_text() == "{'rl/reward': 0.5}"

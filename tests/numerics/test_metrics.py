@@ -317,7 +317,20 @@ ON_PAPER: dict[str, tuple[Callable[[], dict[str, float]], Mapping[str, float]]] 
     "older samples": (of_older_samples, OF_OLDER_SAMPLES),
 }
 # Computed apart from a run, by the last tests of this file.
-OF_A_RUN = ("dev/score", "validation/loss", "work/demonstration_tokens", "flops_paper", "flops_full")
+OF_SETS = (
+    "data_rows/a",
+    "data_nll/a",
+    "data_reward/a",
+    "data_solved/a",
+)  # tests/contract/test_several_sets.py
+OF_A_RUN = (
+    *OF_SETS,
+    "dev/score",
+    "validation/loss",
+    "work/demonstration_tokens",
+    "flops_paper",
+    "flops_full",
+)
 
 
 def test_every_metric_has_its_value_in_this_file() -> None:

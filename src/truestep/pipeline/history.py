@@ -29,6 +29,7 @@ from truestep.settings import (
     override,
     parse,
     parse_settings,
+    table_of,
 )
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def has_begun(stage: Path) -> bool:
 
 def flat(settings: Settings) -> dict[str, Any]:
     """Return every setting by its key, such as "stages.sft.optimizer.lr"."""
-    table = settings.model_dump(mode="json")
+    table = table_of(settings)
     table["stages"] = {stage["name"]: stage for stage in table["stages"]}
     return dict(_leaves(table, ""))
 
@@ -115,7 +116,7 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 
 def with_values(settings: Settings, values: Values) -> Settings:
     """Return the settings with other values. Keys of stages that the settings do not have are left out."""
-    table, known = settings.model_dump(mode="json"), {s.name: i for i, s in enumerate(settings.stages)}
+    table, known = table_of(settings), {s.name: i for i, s in enumerate(settings.stages)}
     for key, value in values.items():
         top, *path = key.split(".")
         node = table[top]
@@ -158,7 +159,7 @@ def changed(settings: Settings, folder: Path, wanted: Sequence[str], command: Se
             f"{folder} is not a run that could be changed; pass its --out, or use --set for a new run"
         )
     before = continued(settings, history)
-    table = override(before.model_dump(mode="json"), wanted, flag="--change")
+    table = override(table_of(before), wanted, flag="--change")
     old, new = flat(before), flat(parse_settings(table, where="--change"))
     found = {key: (old[key], value) for key, value in new.items() if old.get(key) != value}
     for key in found:

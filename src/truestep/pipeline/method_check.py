@@ -30,7 +30,7 @@ from truestep.pipeline.run import open_run_folder, run
 from truestep.pipeline.stages import make_stage, optimizers_of
 from truestep.progress import Reporter
 from truestep.records import Origin, TrainSequence
-from truestep.settings import Settings, parse_settings
+from truestep.settings import Settings, parse_settings, table_of
 from truestep.train.loop import StageSpec
 from truestep.train.memory import first_memory, learn
 from truestep.train.parallel import Ranks
@@ -170,7 +170,7 @@ def _run(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter, r
 def _ranks(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Relation:
     """Compare a run on two processes (gloo) with a run on one."""
     path = folder / "recipe.toml"
-    rundir.write_atomic(path, rundir.to_toml(settings.model_dump(mode="json")))
+    rundir.write_atomic(path, rundir.to_toml(table_of(settings)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "truestep", "run", str(path), "--out", str(folder / "two")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=folder)

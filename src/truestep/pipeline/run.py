@@ -33,7 +33,7 @@ from truestep.pipeline.sizes import num_steps
 from truestep.pipeline.stages import make_stage, strict_reason
 from truestep.pipeline.track import open_trackers
 from truestep.progress import Reporter
-from truestep.settings import RlSettings, Settings, SftSettings, load_settings
+from truestep.settings import RlSettings, Settings, SftSettings, load_settings, table_of
 from truestep.signals import Interrupted
 from truestep.train.checkpoints import load_best, summed
 from truestep.train.loop import StageSpec, run_stage
@@ -72,7 +72,7 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
         done = stage_folder(folder, index, stage) / "done.json"
         if done.exists() and read_done(done.parent)["identity"] != stage_identity(prepared, index):
             done.unlink()  # the stage was changed after it had ended, so it goes on
-    rundir.open_run(folder, with_absolute_paths(settings, prepared.base_dir).model_dump(mode="json"))
+    rundir.open_run(folder, table_of(with_absolute_paths(settings, prepared.base_dir)))
 
 
 def _require_identity(prepared: Prepared, index: int, folder: Path) -> None:

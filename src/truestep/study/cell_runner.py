@@ -29,6 +29,7 @@ from truestep.settings import (
     Stage,
     load_settings,
     settings_hash,
+    table_of,
 )
 from truestep.study import cell_results
 from truestep.study.engines import Launch
@@ -127,7 +128,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
         # named after its key, because it depends on chance which of the arms that share it comes first
         named = settings.model_copy(update={"name": f"{runner.study.name}-{key}"})
         absolute = with_absolute_paths(named, runner.where.parent)
-        rundir.write_atomic(home / "recipe.toml", rundir.to_toml(absolute.model_dump(mode="json")))
+        rundir.write_atomic(home / "recipe.toml", rundir.to_toml(table_of(absolute)))
         name = cell_results.cell_name(arm, settings.seed)
         rundir.write_atomic(home / "name", name + "\n")
         child(runner, _order(runner, f"cells/{key}", share, devices), name)
@@ -219,7 +220,7 @@ def local_model(path: str, base_dir: Path) -> Path | None:
 def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
     """Copy the stages and evaluations of a parent run to a run. ``truestep run`` checks their identities."""
     if not (run / "resolved.toml").exists():
-        rundir.write_atomic(run / "resolved.toml", rundir.to_toml(settings.model_dump(mode="json")))
+        rundir.write_atomic(run / "resolved.toml", rundir.to_toml(table_of(settings)))
     names = [s.name for s in settings.stages[:num_stages]]
     stages = [parent / "stages" / f"{i + 1:02d}-{name}" for i, name in enumerate(names)]
     for folder in (*stages, *(parent / "evaluations" / name for name in ("base", *names))):
@@ -301,7 +302,7 @@ def _base(runner: Runner) -> Path:
             )
         return link
     made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
-    rundir.write_atomic(home / "recipe.toml", rundir.to_toml(made.model_dump(mode="json")))
+    rundir.write_atomic(home / "recipe.toml", rundir.to_toml(table_of(made)))
     rundir.write_atomic(identity, base_identity(runner) + "\n")
     share = runner.study.resources.of("base")
     with runner._places.take(share.gpus) as devices:
