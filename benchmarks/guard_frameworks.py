@@ -61,7 +61,7 @@ def plan() -> list[tuple[str, str, int, list[str]]]:
     groups.append(("openrlhf-0.10.2", "guard_loops", 1, ["openrlhf_sft"]))
     for environment in ("llamafactory-0.9.5", "axolotl-0.19.0", "liger-0.8.5"):
         names = [n for n in others if n.startswith(environment.partition("-")[0])]
-        # Axolotl changes classes of transformers for an adapter, so each of its loops has a process of its own.
+        # For an adapter, axolotl changes classes of transformers, so each of its loops runs in a separate process.
         for own in [[n] for n in names] if environment.startswith("axolotl") else [names]:
             groups.append((environment, "guard_loops_tuners", 1, own))
     return [group for group in groups if group[3]]

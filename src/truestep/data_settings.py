@@ -72,4 +72,4 @@ class DataShare(Frozen):
     """One of several data sets of a stage. The weights are the shares of a step's sequences or prompts."""
 
     name: str
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)

@@ -334,8 +334,8 @@ class EvaluateSettings(Frozen):
     samples_per_problem: Positive | Pinned = 1
     pass_at: tuple[int, ...] = (1,)  # for data sets; a benchmark gets every k
     sampling: EvaluationSampling = EvaluationSampling(temperature=0.6, max_new_tokens=256)
-    benchmarks: tuple[str, ...] = ()  # ids, or files and folders of one's own: PATH or NAME=PATH
-    benchmark_checker: Checker | Literal["auto"] = "auto"  # of one's own benchmarks, instead of a row's
+    benchmarks: tuple[str, ...] = ()  # ids, or your own files and folders: PATH or NAME=PATH
+    benchmark_checker: Checker | Literal["auto"] = "auto"  # of your own benchmarks, instead of a row's
     scorers: tuple[
         RewardSettings, ...
     ] = ()  # rewards that every sample of a benchmark gets, next to its verdict

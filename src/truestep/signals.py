@@ -77,6 +77,8 @@ def deferred(place: Callable[[], str] = lambda: "", *, is_alone: bool = True) ->
             signal.signal(signum, previous[signal.Signals(signum)])
             signal.raise_signal(signum)
 
+    global _is_held
+    _is_held = False  # a step that was made outside of a stage leaves it held
     previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

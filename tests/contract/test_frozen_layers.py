@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_jobs import Job
-from tiny_runs import differing, fingerprint, go, interrupted_at, prepared, write_recipe
+from tiny_runs import assert_continues, go, interrupted_at, prepared, write_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from truestep import rundir
@@ -21,7 +21,6 @@ from truestep.model.select import freeze
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.pipeline.models import stage_identity
 from truestep.settings import TinySettings, load_settings
-from truestep.signals import Interrupted
 
 torch.set_num_threads(1)
 FREEZE = 'freeze=["lm_head.weight", "model.layers.0.self_attn.[qk]_proj.*", "model.norm.weight"]'  # the head is tied
@@ -87,14 +86,8 @@ def test_frozen_layers_keep_their_bits_and_a_stopped_stage_continues(
     assert rates[8:] == sorted(rates[8:], reverse=True)
     assert rates[9] < 2e-2
     rl = looks.index("decode")
-    for at in (*range(2, rl, rl // 4), *range(rl, len(looks), (len(looks) - rl) // 3)):
-        folder = tmp_path / f"stopped-{at}"
-        with monkeypatch.context() as patch:
-            interrupted_at(patch, at)
-            with pytest.raises(Interrupted):
-                go(made, folder)
-        go(made, folder, resume=True)
-        assert differing(fingerprint(folder), fingerprint(tmp_path / "whole")) == []
+    places = (*range(2, rl, rl // 4), *range(rl, len(looks), (len(looks) - rl) // 3))
+    assert_continues(made, tmp_path / "whole", places, monkeypatch)
 
 
 def test_in_bfloat16_a_frozen_layer_has_no_master(recipe: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_jobs import Job
-from tiny_runs import differing, fingerprint, go, interrupted_at, prepared, write_recipe
+from tiny_runs import assert_continues, differing, fingerprint, go, interrupted_at, prepared, write_recipe
 from transformers import LlamaForCausalLM
 
 from truestep import rundir
@@ -20,7 +20,6 @@ from truestep.checkpoint.reader import read_checkpoint
 from truestep.cli.main import main
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.settings import TinySettings
-from truestep.signals import Interrupted
 
 torch.set_num_threads(1)
 HELD = [
@@ -179,14 +178,8 @@ def test_a_stage_ends_early_and_exports_its_best_weights(
     exported = LlamaForCausalLM.from_pretrained(stage / "export").state_dict()
     assert all(torch.equal(exported[name.removeprefix("model.")], tensor) for name, tensor in kept.items())
     assert any(place == "validation" for place in looks)
-    for at in range(3, looks.index("proximal") if "proximal" in looks else len(looks), 9):
-        folder = tmp_path / f"stopped-{at}"
-        with monkeypatch.context() as patch:
-            interrupted_at(patch, at)
-            with pytest.raises(Interrupted):
-                go(made, folder)
-        go(made, folder, resume=True)
-        assert differing(fingerprint(folder), fingerprint(tmp_path / "whole")) == []
+    places = range(3, looks.index("proximal") if "proximal" in looks else len(looks), 9)
+    assert_continues(made, tmp_path / "whole", places, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from truestep.pipeline.prepare import Prepared, prepare
 from truestep.pipeline.run import open_run_folder
 from truestep.pipeline.run import run as run_pipeline
 from truestep.settings import load_settings
+from truestep.signals import Interrupted
 from truestep.train.parallel import Ranks
 
 RECIPE = """
@@ -165,6 +166,20 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, ring_at: int) -> Alarm:
 
 
 # ----------------------------------------------------------------------------------------------- what is left
+
+
+def assert_continues(
+    made: Prepared, whole: Path, places: Iterable[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that are stopped at one of the places, and resumed, have the bytes of the whole run."""
+    for at in places:
+        folder = whole.parent / f"stopped-{at}"
+        with monkeypatch.context() as patch:
+            interrupted_at(patch, at)
+            with pytest.raises(Interrupted):
+                go(made, folder)
+        go(made, folder, resume=True)
+        assert differing(fingerprint(folder), fingerprint(whole)) == []
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

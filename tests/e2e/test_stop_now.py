@@ -109,3 +109,10 @@ def test_a_second_signal_waits_for_a_state_that_can_be_kept(capfd: pytest.Captur
 def twice(signum: signal.Signals) -> None:
     for _ in range(2):
         signal.raise_signal(signum)
+
+
+def test_a_step_outside_of_a_stage_holds_nothing() -> None:
+    """A step that was made alone does not make a later second signal wait."""
+    signals.hold()
+    with signals.deferred(), pytest.raises(Interrupted):
+        twice(signal.SIGTERM)

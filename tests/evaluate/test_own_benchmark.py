@@ -1,4 +1,4 @@
-"""Benchmarks of one's own: files and folders in the place of a pinned benchmark's id, with checkers, choices and
+"""The user's own benchmarks: files and folders in the place of a pinned benchmark's id, with checkers, choices and
 rewards as scorers."""
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def words(samples):
 
 
 def test_scored_resumed_compared_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole evaluation with a reward of one's own: a sample that it cannot score is no zero, an interrupted
+    """A whole evaluation with the user's own reward: a sample that it cannot score does not count as zero, an interrupted
     evaluation ends with the same bytes, and the files work as those of a pinned benchmark."""
     monkeypatch.chdir(tmp_path)
     rows = [{"problem": f"{n}+{n}?", "answer": str(2 * n)} for n in range(4)]

@@ -157,10 +157,19 @@ class Wire(Broadcast):
 
     previous: dict[str, torch.Tensor] | None = None
 
-    def send(self, weights: Any, *more: Any, **options: Any) -> Any:
-        now = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        before, self.previous = self.previous, now
-        return super().send(now if before is None else self.tampered(dict(now), before), *more, **options)
+    def send(self, clients: Any, seconds: float, write: Any, **options: Any) -> Any:
+        names = [n for name in self.tensors for n in (name, self.copies.get(name)) if n]
+
+        def tampered(send: Any) -> None:
+            read: list[torch.Tensor] = []
+            write(lambda tensor: read.append(tensor.detach().clone()))
+            now = dict(zip(names, read, strict=True))
+            before, self.previous = self.previous, now
+            changed = now if before is None else self.tampered(dict(now), before)
+            for name in names:
+                send(changed[name])
+
+        return super().send(clients, seconds, tampered, **options)
 
     def tampered(
         self, now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]

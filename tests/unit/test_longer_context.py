@@ -103,7 +103,7 @@ def test_a_larger_theta_and_none_are_rules_too(own: str) -> None:
 def test_rules_that_do_not_fit_are_refused(own: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs a model.context_length beyond the model's own"):
         loaded(own, rope_scaling="yarn")
-    with pytest.raises(UserError, match="64 positions of its own, which is enough"):
+    with pytest.raises(UserError, match="64 positions, which are enough"):
         loaded(own, rope_scaling="yarn", context_length=32)
     scaled = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
     ruled = folder_of(tmp_path / "ruled", rope_parameters=scaled)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 
-from truestep.train.order import Order, Shares, window
+from truestep.train.order import LONGEST, Order, Shares, window
 
 WEIGHTS = [
     (1.0,),
@@ -44,7 +45,7 @@ def test_a_stage_ends_when_the_named_set_was_seen(weights: tuple[float, ...], co
         assert shares.before(steps - 1, k) < count
 
 
-def test_every_set_has_epochs_of_its_own() -> None:
+def test_every_set_has_separate_epochs() -> None:
     """Until a row of a set comes again, all others of the set were seen; the rows of a step are spread over it."""
     sets = [[f"a{i}" for i in range(7)], [f"b{i}" for i in range(4)]]
     order = Order(sets, (2.0, 1.0), ("a", "b"))
@@ -74,3 +75,32 @@ def test_one_set_is_ordered_as_before() -> None:
     for step in range(4):
         assert Order([items]).at(step, 3, 5, limit=11) == window(items, step, 3, 5, 11)
         assert Order([items]).at(step, 3, 5, item="stream") == window(items, step, 3, 5, item="stream")
+
+
+@pytest.mark.parametrize("weights", [w for w in WEIGHTS if len(w) > 1])
+def test_the_largest_debt_is_paid_first(weights: tuple[float, ...]) -> None:
+    """The definition, place by place, with exact fractions."""
+    exact = [Fraction(str(weight)) / sum(Fraction(str(w)) for w in weights) for weight in weights]
+    owed, shares = [Fraction(0)] * len(exact), Shares(weights, 3)
+    for step in range(50):
+        places = []
+        for _ in range(3):
+            owed = [debt + share for debt, share in zip(owed, exact, strict=True)]
+            largest = max(range(len(owed)), key=lambda k: owed[k])
+            owed[largest] -= 1
+            places.append(largest)
+        assert shares.of_step(step) == places
+
+
+@pytest.mark.parametrize("weights", [(1 / 3, 1.0), (0.123456789, 0.7, 2.0), (1e-9, 1.0), (1e-9, 1e-9, 1.0)])
+def test_weights_with_many_digits_are_rounded(weights: tuple[float, ...]) -> None:
+    """They repeat after at most LONGEST places, and no set is left out."""
+    shares, size = Shares(weights, 7), 7
+    steps = LONGEST
+    had = [shares.before(steps, k) for k in range(len(weights))]
+    assert sum(had) == steps * size
+    for k, weight in enumerate(weights):
+        assert abs(had[k] / (steps * size) - weight / sum(weights)) <= (len(weights)) / LONGEST
+        assert had[k] > 0
+        assert 0 < shares.most(k) <= size
+        assert shares.before(shares.steps_until(k, 3), k) >= 3

@@ -88,7 +88,7 @@ def evaluated(
         adapter, content = stack.enter_context(opened(settings))
         stack.enter_context(rundir.locked(folder))
         _check_folder(settings, folder, resume=resume)  # another process may have used it in the meantime
-        # A sample that a function cannot score is a record of its own, so no share of them stops an evaluation.
+        # Samples that a function cannot score are counted, and never stop an evaluation, however many there are.
         entries = [e.model_copy(update={"max_failure_share": 1.0}) for e in settings.evaluate.scorers]
         code = "".join(source.sha256 for source in sources(entries, base_dir).values())
         plans, notes = make_plans(settings, jobs, adapter, folder, content, code)

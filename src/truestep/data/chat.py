@@ -59,8 +59,8 @@ def encode_demonstration(
 
     If the solution begins with the end of the prompt (such as ``<think>``, from the template or
     ``generation_suffix``), this beginning is removed. A thought or tool calls of the last turn are written by the
-    template. Raises UserError as ``encode_prompt`` does, and also if there is no solution, if a thought is never
-    closed, if the template renders an answered prompt differently, or if no stop token would be trained on."""
+    template. Raises UserError in the cases of ``encode_prompt``. It also does if there is no solution, if a thought is
+    never closed, if the template renders an answered prompt differently, or if no stop token would be trained on."""
     prompt_ids, _ = _prompt(tokenizer, problem, chat)
     messages = prompt_messages(problem, chat)
     prompt, before, after = _answered(tokenizer, problem, messages, chat)

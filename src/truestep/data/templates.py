@@ -76,8 +76,8 @@ def _missing(tokenizer: Any, name: str) -> list[str]:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, name: str, model: str) -> None:
-    """Give the tokenizer the template ``name`` ("model": its own). Raises UserError, which offers those that fit, if it
-    has none of its own, or lacks a token of the template."""
+    """Give the tokenizer the template ``name`` ("model": the one that it has). If it has none, or a token of the
+    template is missing, raises UserError, which names the templates that fit."""
     if name == "model":
         if getattr(tokenizer, "chat_template", None) is None:
             raise UserError(

@@ -1,9 +1,9 @@
-"""Benchmarks of one's own: a file or a folder of files in place of a pinned benchmark's id.
+"""The user's own benchmarks: a file or a folder of files in place of a pinned benchmark's id.
 
     my.jsonl    a/folder    NAME=my.jsonl
 
-A file has rows with a question and an answer, with or without choices, in one of the layouts of published benchmarks,
-or problems as for training. Its name is NAME or the file's, and its content is identified by a hash, as that of the
+A file has rows with a question and an answer, with or without choices: in the layouts of published benchmarks, or in any
+that training reads. Its name is NAME or the file's, and its content is identified by a hash, as that of the
 pinned ones is. Held by: tests/evaluate/test_own_benchmark.py
 """
 
@@ -15,16 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from truestep.data.problems import load_problems
-from truestep.data.rows import RowError
+from truestep.data.rows import READ, kind_of, read_rows
 from truestep.errors import UserError
 from truestep.evaluate.benchmarks import BY_ID, Benchmark, problem_of
-from truestep.evaluate.sources import Item, content_hash, file_items, file_rows
+from truestep.evaluate.sources import Item, content_hash, items_of
 from truestep.records import Problem
 from truestep.settings import DataSettings
 
-SUFFIXES = (".jsonl", ".parquet", ".csv")
-# Columns of published layouts (sources.item_of) that rows of problems do not have.
-_OF_ITEMS = {"question", "Question", "choices", "options", "Correct Answer", "Body"}
+# Columns of rows with choices, or in two parts (sources.item_of); other rows are problems as for training.
+_OF_ITEMS = {"choices", "options", "Correct Answer", "Body"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -45,13 +44,17 @@ def load_own(entry: str, base_dir: Path, checker: str) -> list[tuple[Benchmark, 
     if name and not _NAME.fullmatch(name):
         raise UserError(f'benchmarks: "{name}" is not a name; use only letters, digits, ".", "_" and "-"')
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+        files = sorted(f for f in path.iterdir() if kind_of(f))
         if not files:
-            raise UserError(f"benchmarks: the folder {path} has no {', '.join(SUFFIXES)} file")
-        return [_load(f, f"{name}-{f.stem}" if name else f.stem, checker) for f in files]
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"benchmarks: {path}: expected a file with the ending {', '.join(SUFFIXES)}")
-    return [_load(path, name or path.stem, checker)]
+            raise UserError(f"benchmarks: the folder {path} has no {', '.join(READ)} file")
+        return [_load(f, f"{name}-{_stem(f)}" if name else _stem(f), checker) for f in files]
+    if not kind_of(path):
+        raise UserError(f"benchmarks: {path}: expected a file with the ending {', '.join(READ)}")
+    return [_load(path, name or _stem(path), checker)]
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(kind_of(path))
 
 
 def _found(place: Path, base_dir: Path) -> Path:
@@ -69,29 +72,27 @@ def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]
         raise UserError(
             f"benchmarks: {path} has the name of a pinned benchmark; give it another: my-{name}={path}"
         )
-    first = next(iter(file_rows(path)), (0, {}))[1]
+    rows = list(read_rows(path))
     items: Sequence[Item] = ()
-    if path.suffix == ".csv" or (isinstance(first, dict) and _OF_ITEMS & first.keys()):
-        items = file_items(path)
-        is_choice = bool(items) and all(item.choices for item in items)
+    if any(isinstance(row, dict) and _OF_ITEMS & row.keys() for _, row in rows):
+        items = items_of(str(path), name, rows)
+        is_choice = all(item.choices for item in items)
         if not is_choice and (mixed := [n for n, item in enumerate(items, start=1) if item.choices]):
             raise UserError(
                 f"{path}:{mixed[0]}: choices: some rows have choices and some have none; use two files"
             )
         scorer = ("exact" if is_choice else "math") if checker == "auto" else checker
         own = _benchmark(name, items, "choice" if is_choice else "math", scorer)
-        rows = [dict(row) for _, row in file_rows(path) if not isinstance(row, RowError)]
         problems = [
             replace(problem_of(own, item, f"{path}:{number}"), columns=row)
-            for number, (item, row) in enumerate(zip(items, rows, strict=True), start=1)
+            for item, (number, row) in zip(items, rows, strict=True)
+            if isinstance(row, dict)
         ]
     else:
         settings = DataSettings.model_validate({"source": str(path), "checker": checker})
         problems = load_problems(name, settings, seed=0, base_dir=Path())
         items = [Item(id=p.id, question=p.messages[-1].content, answer=p.answer) for p in problems]
         own = _benchmark(name, items, "math", ",".join(sorted({p.checker for p in problems})))
-    if not problems:
-        raise UserError(f"{path}: expected at least one row, got none")
     return own, problems
 
 

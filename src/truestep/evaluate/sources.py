@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,13 +107,8 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
 
 
 def file_items(path: Path) -> list[Item]:
-    """Return the items in a .jsonl, .parquet or .csv file. Raises UserError with file, row and field."""
-    return _items(str(path), path.stem, file_rows(path))
-
-
-def file_rows(path: Path) -> Iterable[tuple[int, Row | RowError]]:
-    """Yield the number and the content of every row of a .jsonl, .parquet or .csv file."""
-    return _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
+    """Return the items in a file of any kind in ``rows.READ``. Raises UserError with file, row and field."""
+    return items_of(str(path), path.stem, read_rows(path))
 
 
 def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]:
@@ -131,10 +125,11 @@ def hub_items(name: str, repository: str, config: str, split: str) -> list[Item]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = f"pass --data FOLDER with {name}.jsonl"
         raise NotThere(f"{where} cannot be loaded ({reason}); {hint}") from None
-    return _items(where, name, enumerate((dict(row) for row in table), start=1))
+    return items_of(where, name, enumerate((dict(row) for row in table), start=1))
 
 
-def _items(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) -> list[Item]:
+def items_of(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) -> list[Item]:
+    """Return the items in numbered rows. Raises UserError with ``label``, row and field."""
     items: dict[str, Item] = {}
     for number, row in rows:
         try:
@@ -147,11 +142,3 @@ def _items(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) ->
             raise UserError(f"{label}:{number}: {error}; correct the row") from None
         items[item.id] = item
     return list(items.values())
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row | RowError]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from enumerate((dict(row) for row in csv.DictReader(file)), start=1)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path} as CSV: {type(error).__name__}") from None

@@ -229,7 +229,7 @@ def _extend(config: Any, settings: ModelSettings, length: int) -> None:
     if length <= own:
         if rule in ("linear", "yarn") and not (length == own and kind == rule):
             raise UserError(
-                f'model.rope_scaling = "{rule}": the model has {own} positions of its own, which is enough for '
+                f'model.rope_scaling = "{rule}": the model has {own} positions, which are enough for '
                 f"model.context_length = {length}; remove rope_scaling"
             )
         return

@@ -181,7 +181,7 @@ def _stages(session: Session) -> None:
             _complete_card(session, index, done)
             _warn_if_worse(session, stage.name)
         if reason := strict_reason(session):
-            raise WorthlessError(f"{reason} (stopped by --strict; --resume without --strict continues)")
+            raise WorthlessError(reason)
 
 
 def _warn_if_worse(session: Session, stage: str) -> None:

@@ -144,7 +144,7 @@ def watch_of(session: Session, index: int, policy: Policy, folder: Path, num_ste
     def see(step: int, metrics: Mapping[str, float]) -> None:
         if session.ranks.rank != 0:
             return
-        logged = read_jsonl(folder / "metrics.jsonl") if step > 1 and not watch.rows else []
+        logged = read_jsonl(folder / "metrics.jsonl") if step > 1 and not watch.num_seen else []
         for row in logged:
             if row["step"] < step:
                 own = {key.removeprefix(f"{stage.name}/"): value for key, value in row.items()}
@@ -162,7 +162,8 @@ def strict_reason(session: Session) -> str:
     if not session.is_strict:
         return ""
     said = "; ".join(f"{warning['stage']}: {warning['text']}" for warning in session.warned)
-    return str(session.ranks.exchange(said)[0])
+    told = str(session.ranks.exchange(said)[0])
+    return told and f"{told} (stopped by --strict; --resume without --strict continues)"
 
 
 def _on_step(

@@ -93,9 +93,8 @@ class Publisher:
             if self.broadcast is None or not self.is_first:
                 self._write(weights)
             else:
-                found = self.broadcast.send(
-                    weights, clients, PUBLISH_SECONDS, wakes=self.sleeps, write=self._write
-                )
+                write = partial(self._write, weights)
+                found = self.broadcast.send(clients, PUBLISH_SECONDS, write, wakes=self.sleeps)
         told = [self._received(client, found.get(client.base)) for client in clients] if self.is_first else []
         self.delivery.told = _merged(self.gather(told)[0])
         held = dict(self.delivery.told)
@@ -106,8 +105,8 @@ class Publisher:
         why = "" if tells else "a server without truestep's worker extension cannot tell which bits it loaded"
         return Receipt(version=version, fingerprints=held, is_received=True, unread=why)
 
-    def _write(self, weights: Mapping[str, Tensor]) -> None:
-        write_weights(self.folder, weights, self.copies, writes=self.is_first and self.keeps)
+    def _write(self, weights: Mapping[str, Tensor], send: Callable[[Tensor], None] | None = None) -> None:
+        write_weights(self.folder, weights, self.copies, writes=self.is_first and self.keeps, send=send)
 
     def _received(self, client: Client, found: dict[str, int] | Exception | None) -> dict[str, int]:
         """Return what a server told of the weights. If it was not sent any, or was lost, it loads them."""

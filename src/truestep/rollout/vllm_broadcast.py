@@ -1,14 +1,13 @@
 """Sends weights to vLLM servers from memory to memory, by vLLM's own interface for weight transfer.
 
-Each server is in a group of its own with the trainer's first rank (``tensor_group``), so a server that is lost
-breaks no other's. vLLM's workers receive in ``vllm_transfer``. While a server takes an update, it is paused, as with
+Each server has a separate group with the trainer's first rank (``tensor_group``), so a lost server does not break
+the groups of the others. vLLM's workers receive in ``vllm_transfer``. While a server takes an update, it is paused, as with
 files. What it received is compared by fingerprints.
 """
 
 from __future__ import annotations
 
 import socket
-from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,18 +27,6 @@ from truestep.rollout.vllm_weights import Abilities, FileDelivery
 BACKEND = "truestep"  # of vLLM's --weight-transfer-config
 Told = dict[str, int]
 Lost = (OSError, RuntimeError, BadAnswer)  # torch raises RuntimeError if a process of a group is gone
-
-
-class _Passing(UserDict[str, Tensor]):
-    """Weights that are also given to ``send`` when they are read, one at a time."""
-
-    def __init__(self, weights: Mapping[str, Tensor], send: Callable[[str, Tensor], None]) -> None:
-        self.data, self.send = weights, send  # type: ignore[assignment]
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.data[name]
-        self.send(name, tensor)
-        return tensor
 
 
 @dataclass
@@ -64,11 +51,11 @@ class Broadcast:
     groups: dict[str, TensorGroup] = field(default_factory=dict)  # by address
 
     def send(
-        self, weights: Mapping[str, Tensor], clients: Sequence[Client], seconds: float, *, wakes: bool,
-        write: Callable[[Mapping[str, Tensor]], None],
+        self, clients: Sequence[Client], seconds: float, write: Callable[[Callable[[Tensor], None]], None],
+        *, wakes: bool,
     ) -> dict[str, Told | Exception]:  # fmt: skip
-        """Read all weights once, through ``write``, which may keep them, and send each to all servers. Return what
-        each server told of them, or why it did not take them, by address. Called by the rank that sends."""
+        """Send all weights to all servers: ``write`` gives each to the function that it gets. Return what each server
+        told of them, or why it did not take them, by address. Called by the rank that sends."""
         found: dict[str, Told | Exception] = {}
         updates: list[_Update] = []
 
@@ -83,20 +70,21 @@ class Broadcast:
                 found[address] = error
                 self.groups.pop(address, None)
 
-        def send(name: str, tensor: Tensor) -> None:
+        def begin(client: Client) -> None:
+            updates.append(self._begun(client, seconds, wakes, threads))
+
+        def send(tensor: Tensor) -> None:
             data = tensor.detach().to(self.device).contiguous()
-            for _ in filter(None, (name, self.copies.get(name))):
-                for one in updates:
-                    trying(one.client.base, lambda one=one: one.group.broadcast(data))  # type: ignore[misc]
+            for one in updates:
+                trying(one.client.base, partial(one.group.broadcast, data))
 
         def end(one: _Update) -> None:
             found[one.client.base] = self._ended(one, wakes)
 
         with ThreadPoolExecutor(max(1, len(clients)), "weights") as threads:
             for client in clients:
-                begin = partial(self._begun, client, seconds, wakes, threads)
-                trying(client.base, lambda begin=begin: updates.append(begin()))  # type: ignore[misc]
-            write(_Passing(weights, send))
+                trying(client.base, partial(begin, client))
+            write(send)
             for one in updates:
                 trying(one.client.base, partial(end, one))
         return found

@@ -155,9 +155,11 @@ def write_weights(
     copies: Mapping[str, str] | None = None,
     *,
     writes: bool = True,
+    send: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Write all weights as safetensors files. ``copies`` maps a name to a second one under which the tensor is
-    written, too. A process with ``writes`` False only takes part in the gathering of sharded weights."""
+    written, too. A process with ``writes`` False only takes part in the gathering of sharded weights. ``send`` is
+    given each tensor as often as it would be written."""
     from safetensors.torch import save_file
 
     batch: dict[str, Tensor] = {}
@@ -173,9 +175,11 @@ def write_weights(
 
     for name in weights:
         tensor = weights[name]
-        if not writes:
-            continue
         for written in filter(None, (name, (copies or {}).get(name))):
+            if send is not None:
+                send(tensor)
+            if not writes:
+                continue
             if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > FILE_BYTES:
                 flush()
             batch[written] = tensor.detach().cpu().contiguous().clone()

@@ -91,7 +91,7 @@ def run_stage(spec: StageSpec) -> TrainState:
                 checkpoints.save(spec, state)
                 saved, saved_at = state, time.monotonic()
             if reason:
-                raise WorthlessError(f"{reason} (stopped by --strict; --resume without --strict continues)")
+                raise WorthlessError(reason)
     except Interrupted:
         signals.hold()
         spec.source.drop()

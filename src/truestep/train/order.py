@@ -6,15 +6,18 @@ Held by: tests/unit/test_order.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from itertools import pairwise
+from functools import cache
 from typing import Generic, TypeVar
+
+import numpy as np
 
 from truestep import seeding
 
+LONGEST = 10_000  # places after which the sets of a mixture repeat
 Item = TypeVar("Item")
 
 
@@ -38,56 +41,68 @@ def window(
     return stretch(items, step * size, stop, seed, item)
 
 
+@cache
+def _cycle(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the set of each of D places, and how many places each set has had before each of them, and after the last
+    one. Then every set has had exactly its share, and the places repeat. Shapes: [D], [D + 1, sets]."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    length = math.lcm(*(share.denominator for share in shares))
+    if length > LONGEST:
+        length, shares = LONGEST, _rounded(shares)
+    parts = np.array([int(share * length) for share in shares])
+    owed, places = np.zeros(len(parts), dtype=np.int64), np.empty(length, dtype=np.int64)
+    for place in range(length):
+        owed += parts
+        places[place] = largest = int(owed.argmax())  # the first one, if several are owed the same
+        owed[largest] -= length
+    one = places[:, None] == np.arange(len(parts))
+    return places, np.concatenate([np.zeros((1, len(parts)), dtype=np.int64), one.cumsum(0)])
+
+
+def _rounded(shares: Sequence[Fraction]) -> list[Fraction]:
+    """Return the shares as multiples of 1/LONGEST with the sum 1, none of them 0."""
+    parts = [max(1, int(share * LONGEST)) for share in shares]
+    rests = sorted(range(len(shares)), key=lambda k: parts[k] - shares[k] * LONGEST)
+    while (missing := LONGEST - sum(parts)) > 0:
+        for k in rests[:missing]:
+            parts[k] += 1
+    while sum(parts) > LONGEST:
+        parts[parts.index(max(parts))] -= 1
+    return [Fraction(part, LONGEST) for part in parts]
+
+
 @dataclass(frozen=True)
 class Shares:
     """The data set of every place of a step. After any number of steps, a set has had its weight's share of all
-    places, up to less than one place for every set. ``size`` is the number of places of a step."""
+    places, up to less than one place for every set. ``size`` is the number of places of a step. Weights that would
+    repeat only after more than LONGEST places are rounded to multiples of 1/LONGEST of their sum."""
 
     weights: tuple[float, ...]
     size: int
 
-    @cached_property
-    def _pattern(self) -> list[list[int]]:
-        """The sets of the places of each step. After these steps, all have had exactly their shares."""
-        exact = [Fraction(str(weight)) for weight in self.weights]
-        shares = [weight / sum(exact) for weight in exact]
-        owed, steps = [Fraction(0)] * len(shares), list[list[int]]()
-        while not steps or any(owed):
-            places = []
-            for _ in range(self.size):
-                owed = [debt + share for debt, share in zip(owed, shares, strict=True)]
-                largest = max(range(len(owed)), key=lambda k: owed[k])
-                owed[largest] -= 1
-                places.append(largest)
-            steps.append(places)
-        return steps
-
-    @cached_property
-    def _counts(self) -> list[list[int]]:
-        """How many places each set has had before each step of the pattern, and after all of it."""
-        counts = [[0] * len(self.weights)]
-        for places in self._pattern:
-            counts.append([had + places.count(k) for k, had in enumerate(counts[-1])])
-        return counts
-
     def of_step(self, step: int) -> list[int]:
         """Return the set of every place of a step."""
-        return self._pattern[step % len(self._pattern)]
+        places, _ = _cycle(self.weights)
+        return [int(k) for k in places[np.arange(step * self.size, (step + 1) * self.size) % len(places)]]
 
     def before(self, step: int, which: int) -> int:
         """Return how many places a set has had in all steps before ``step``."""
-        rounds, rest = divmod(step, len(self._pattern))
-        return rounds * self._counts[-1][which] + self._counts[rest][which]
+        places, counts = _cycle(self.weights)
+        rounds, rest = divmod(step * self.size, len(places))
+        return int(rounds * counts[-1, which] + counts[rest, which])
 
     def most(self, which: int) -> int:
         """Return the largest number of places that a set has in one step."""
-        return max(after[which] - before[which] for before, after in pairwise(self._counts))
+        steps = len(_cycle(self.weights)[0]) // math.gcd(len(_cycle(self.weights)[0]), self.size)
+        return max(self.before(step + 1, which) - self.before(step, which) for step in range(steps))
 
     def steps_until(self, which: int, count: int) -> int:
         """Return the number of steps after which a set has had ``count`` places for the first time."""
-        rounds, rest = divmod(count - 1, self._counts[-1][which])
-        reached = next(i for i, counts in enumerate(self._counts) if counts[which] > rest)
-        return rounds * len(self._pattern) + reached
+        places, counts = _cycle(self.weights)
+        rounds, rest = divmod(count - 1, int(counts[-1, which]))
+        place = rounds * len(places) + int(np.flatnonzero(places == which)[rest])
+        return place // self.size + 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,7 @@ class Order(Generic[Item]):
 
     def at(self, step: int, size: int, seed: int, *, limit: int = 0, item: str = "") -> list[Item]:
         """Return the ``size`` items of a step (fewer at the end, if there is a ``limit`` for a single set). Every set
-        has shuffled epochs of its own."""
+        has separate shuffled epochs."""
         if len(self.sets) == 1:
             return window(self.sets[0], step, size, seed, limit, item)
         shares = Shares(self.weights, size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 # Steps that are judged together. Without a mixed group there were at most 7 steps in a row (in trials with twice the
@@ -45,16 +44,24 @@ class Watch:
     vocabulary: int
     is_own: bool = True
     is_steady: bool = True
-    rows: list[Row] = field(default_factory=list)
+    num_seen: int = 0
+    first: list[Row] = field(default_factory=list)  # of the first and the last steps, at most WINDOW each
+    last: list[Row] = field(default_factory=list)
+    jumps: float = 0.0  # sum of the squared differences of the rewards of neighboring steps
     warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def see(self, step: int, metrics: Row) -> list[dict[str, Any]]:
         """Take a step's metrics. Return the new warnings, each with stage, kind, step and text."""
-        self.rows.append({key: metrics[key] for key in _KEPT if key in metrics})
+        row = {key: metrics[key] for key in _KEPT if key in metrics}
+        if self.last and "reward" in row and "reward" in self.last[-1]:
+            self.jumps += (row["reward"] - self.last[-1]["reward"]) ** 2
+        self.num_seen += 1
+        self.first = [*self.first, row] if self.num_seen <= WINDOW else self.first
+        self.last = [*self.last, row][-WINDOW:]
         new: list[dict[str, Any]] = []
         size = min(WINDOW, self.num_steps)
-        if len(self.rows) >= size:
-            last, given = self.rows[-size:], {w["kind"] for w in self.warnings}
+        if self.num_seen >= size:
+            last, given = self.last[-size:], {w["kind"] for w in self.warnings}
             for kind, judge in (_OF_RL if self.kind == "rl" else _OF_SFT).items():
                 if kind not in given and (text := judge(self, last)):
                     new.append({"stage": self.stage, "kind": kind, "step": step, "text": text})
@@ -117,10 +124,8 @@ def _below_start(watch: Watch, last: Sequence[Row]) -> str:
     start, now = _ends(watch, "reward")
     if len(now) < WINDOW or not watch.is_steady:
         return ""
-    rewards = [row["reward"] for row in watch.rows]
     # From the differences of neighboring steps, so that learning is not counted as noise.
-    squares = [(b - a) ** 2 for a, b in pairwise(rewards)]
-    error = math.sqrt(sum(squares) / (2 * len(squares)) * 2 / WINDOW)
+    error = math.sqrt(watch.jumps / (2 * (watch.num_seen - 1)) * 2 / WINDOW)
     if mean(start) - mean(now) <= ERRORS_BELOW * error:
         return ""
     return (
@@ -148,8 +153,12 @@ _OF_SFT: Mapping[str, Callable[[Watch, Sequence[Row]], str]] = {"uniform": _abov
 def _ends(watch: Watch, key: str) -> tuple[list[float], list[float]]:
     """Return a metric's first and last values: WINDOW of each, or fewer that do not overlap in a short stage."""
     size = min(WINDOW, watch.num_steps // 2)
-    values = [row[key] for row in watch.rows if key in row]
-    return (values[:size], values[-size:]) if size and len(values) >= 2 * size else ([], [])
+    if not size or watch.num_seen < 2 * size:
+        return [], []
+    first, last = (
+        [row[key] for row in rows if key in row] for rows in (watch.first[:size], watch.last[-size:])
+    )
+    return (first, last) if len(first) == len(last) == size else ([], [])
 
 
 def _steps(rows: Sequence[Row]) -> str:
