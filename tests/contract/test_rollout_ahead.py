@@ -422,3 +422,29 @@ def test_a_policy_that_changes_much_is_not_a_wrong_engine(tmp_path: Path) -> Non
     fast = made(tmp_path / "recipe", "stages.rl.optimizer.lr=0.2", "stages.rl.prompts_per_step=8")
     go(fast, tmp_path / "run")
     assert max(row["rl/sampling/policy_change_mean"] for row in rows(tmp_path / "run")) > 0.5
+
+
+def test_a_step_without_an_update_is_compared_too(tmp_path: Path) -> None:
+    """If no token is trained, no update compares engine and trainer; the samples must not be used before."""
+
+    class Untrained:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(updater, name)
+
+        def update(self, data: StepData, *given: Any, **more: Any) -> Any:
+            return updater.update(replace(data, minibatches=[[] for _ in data.minibatches]), *given, **more)
+
+    class Late(Elsewhere):
+        """Samples at another temperature from version 1 on."""
+
+        def generate(self, requests: Any, sampling: SamplingParameters, *more: Any) -> Iterator[Any]:
+            times = 1.3 if self.policy_version else 1.0
+            yield from super().generate(requests, replace(sampling, temperature=times), *more)
+
+    with opened(made(tmp_path / "recipe", "stages.rl.prompts_per_step=8"), tmp_path) as spec:
+        assert isinstance(spec.engine, TorchEngine)
+        updater, engine = spec.updater, Late(spec.engine)
+        with pytest.raises(StaleWeightsError):
+            run_stage(replace(with_engine(spec, engine), updater=Untrained()))  # type: ignore[arg-type]
+        assert engine.policy_version == 1
+        assert len(logged(spec)) == 1
