@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 # Let Python save byte code; without it, every process would compile torch's source files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm engine-proof guard-bench mutate study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm engine-proof guard-bench architectures notebooks mutate study smollm clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,12 @@ guard-bench: $(DEV) ## the live guard: 600 right runs, its cost, its power again
 	@$(BIN)/python benchmarks/guard_cost.py --out results/guard_cost.json
 	@$(BIN)/python benchmarks/guard_engine_power.py
 	@$(BIN)/python benchmarks/guard_frameworks.py
+
+architectures: $(DEV) ## train a small model of each of sixteen architectures, on one and two ranks, and write the table (10 minutes)
+	@$(BIN)/python benchmarks/architectures.py
+
+notebooks: $(TRAIN) ## execute the notebooks in a separate environment, and write their outputs into them
+	@$(BIN)/python benchmarks/notebooks.py
 
 mutate: $(DEV) ## make random one-place changes to the code that decides numbers, and report the share that no test detects (hours; resumable)
 	@$(BIN)/python benchmarks/mutate.py $(MUTATE)

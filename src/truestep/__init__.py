@@ -34,7 +34,7 @@ class Verb(types.ModuleType):
 
 
 _VERBS = ("train", "evaluate", "grade", "audit")
-_NAMES = ("compare", "Run")
+_NAMES = ("compare", "Audit", "Run")
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from truestep.audit.measure.findings import Finding
 
 PathLike = str | Path
-NAMES = ("Run", "train", "evaluate", "compare", "grade", "audit")
+NAMES = ("Audit", "Run", "train", "evaluate", "compare", "grade", "audit")
 
 
 @dataclass(frozen=True)
@@ -248,14 +248,50 @@ def grade(gold: str, completion: str, *, choices: Sequence[str] = ()) -> dict[st
     return found
 
 
-def audit(step: Callable[..., Any], **options: Any) -> Finding:
+@dataclass(frozen=True)
+class Audit:
+    """What ``audit`` found. ``print`` shows it in words.
+
+    >>> Audit(finding).verdict
+    'RIGHT'
+    """
+
+    finding: Finding
+
+    @property
+    def verdict(self) -> str:
+        """RIGHT, DEFAULT, FAULT, NOT OBSERVABLE or NOT RUN."""
+        return str(self.finding.verdict)
+
+    @property
+    def codes(self) -> list[str]:
+        """The names of what differs from the mean over all trained tokens, the main one first."""
+        return list(self.finding.codes)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight that each micro-batch of one step had in the update; 1 is right."""
+        return list(self.finding.weights[0]) if self.finding.weights else []
+
+    @property
+    def tokens(self) -> list[int]:
+        """The trained tokens of each micro-batch of that step."""
+        return list(self.finding.tokens[0]) if self.finding.tokens else []
+
+    def __repr__(self) -> str:
+        from truestep.audit.present.words import as_text, row_of
+
+        return f"{self.verdict}: {as_text(row_of(self.finding))}"
+
+
+def audit(step: Callable[..., Any], *, arch: str = "plain", accumulation: int = 4, seed: int = 0) -> Audit:
     """Audit your own training step, ``step(model, optimizer, microbatches)``, in this process: what weight did every
-    micro-batch get in the update? Return a finding with ``verdict`` (RIGHT, DEFAULT, FAULT, NOT OBSERVABLE), weights and
-    reasons. For installed frameworks, use ``truestep audit``.
+    micro-batch get in the update? ``arch`` is the tiny model: plain, llama, qwen2, gemma3, gpt2, neox or opt. An error of
+    the step is raised. For installed frameworks, use ``truestep audit``.
 
     >>> audit(my_step).verdict
-    <Verdict.RIGHT: 'RIGHT'>
+    'RIGHT'
     """
     from truestep.audit.environments.in_process import audit_function
 
-    return audit_function(step, **options)
+    return Audit(audit_function(step, arch=arch, accumulation=accumulation, seed=seed))

@@ -25,11 +25,12 @@ pytest.importorskip("torch")
 SURFACE = {
     "Run": ["path", "summary", "status", "scores", "stages", "metrics", "frame", "checkpoints", "model", "samples",
             "report", "folder"],
+    "Audit": ["finding", "verdict", "codes", "weights", "tokens"],
     "train": ["recipe", "out", "resume", "overrides", "change", "strict", "quiet"],
     "evaluate": ["model", "benchmarks", "out", "resume", "quiet", "settings"],
     "compare": ["a", "b", "metric"],
     "grade": ["gold", "completion", "choices"],
-    "audit": ["step", "options"],
+    "audit": ["step", "arch", "accumulation", "seed"],
 }  # fmt: skip
 RECIPE: dict[str, Any] = {
     "name": "api",
@@ -186,7 +187,11 @@ def my_step(model: Any, optimizer: Any, microbatches: Any) -> None:
 
 
 def test_audit_and_grade() -> None:
-    assert truestep.audit(my_step).verdict == "RIGHT"
+    found = truestep.audit(my_step)
+    assert (found.verdict, found.codes) == ("RIGHT", [])
+    assert found.weights == pytest.approx([1.0] * 4, abs=1e-4)
+    assert len(found.tokens) == 4
+    assert "weights per micro-batch: 1" in str(found)
     assert truestep.grade("B", "The answer is (B).", choices=["x", "y"])["verdict"] == "correct"
     assert truestep.grade("3", "I do not know")["verdict"] == "incorrect"
 
@@ -211,7 +216,8 @@ def test_every_name_has_an_example_that_runs(
         return found
 
     names = {
-        "Run": lambda folder: run, "train": truestep.train, "evaluate": small, "compare": truestep.compare,
+        "Run": lambda folder: run, "Audit": api.Audit, "finding": truestep.audit(my_step).finding,
+        "train": truestep.train, "evaluate": small, "compare": truestep.compare,
         "grade": truestep.grade, "audit": truestep.audit, "my_step": my_step,
     }  # fmt: skip
     for name in api.NAMES:

@@ -17,6 +17,7 @@ from truestep.errors import UserError
 from truestep.evaluate.benchmarks import TABLE
 from truestep.evaluate.estimate import mean_rewards
 from truestep.evaluate.own import is_own, load_own
+from truestep.evaluate.prompts import chosen, messages_of
 from truestep.rundir import read_jsonl
 
 pytest.importorskip("torch")
@@ -197,3 +198,90 @@ def test_means_of_rewards() -> None:
     assert mean_rewards(rows[:2])["r"] | {"value": 0} == {
         "value": 0, "stderr": None, "low": None, "high": None, "num_problems": 1, "missing": 0,
     }  # fmt: skip
+
+
+OWN_PROMPTS = """
+[[template]]
+id = "exam"
+system = "Be brief."
+math = "Task: {problem}"
+worked = [["3+3?", "six"], ["4+4?", "eight"]]
+"""
+
+
+def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the model is asked what is in the file; a template of a file is sent as written, with its examples."""
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "sums.jsonl", {"problem": "1+1?", "answer": "2"})
+    (tmp_path / "mine.toml").write_text(OWN_PROMPTS)
+    words = [
+        "--benchmark",
+        "sums.jsonl",
+        "--prompts",
+        "question,mine.toml",
+        "--few-shot",
+        "1",
+        "--out",
+        "out",
+    ]
+    assert [row["prompt"] for row in call(*words)["scores"]] == ["question", "exam"]
+    ((_, (problem,)),) = load_own("sums.jsonl", tmp_path, "auto")
+    plain, exam = chosen(["question", "mine.toml"], tmp_path)
+    assert [m.content for m in messages_of(plain, problem, "math", 0)] == ["1+1?"]
+    for kind in ("math", "choice"):
+        turns = [(m.role, m.content) for m in messages_of(exam, problem, kind, 1)]
+        assert turns == [
+            ("system", "Be brief."), ("user", "Task: 3+3?"), ("assistant", "six"), ("user", "Task: 1+1?")
+        ]  # fmt: skip
+    (tmp_path / "mine.toml").write_text(OWN_PROMPTS.replace("Task", "Sum"))
+    assert "made with a different model, data, settings" in call(*words, "--resume", code=2)
+    [row] = call("--benchmark", "sums.jsonl", "--out", "bare")["scores"]
+    assert row["prompt"] == "question"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", r"has no \[\[template\]\] table"),
+        ("[[template]]\nid = 3", "template 1: id: expected a string"),
+        ('[[template]]\nid = "plain"\nmath = "{problem}"', "template 1: id: expected a new name"),
+        ('[[template]]\nid = "../x"\nmath = "{problem}"', "template 1: id: expected a new name"),
+        ('[[template]]\nid = "a"\nmath = "Go"', "template 1: math: expected a text with {problem}"),
+        ('[[template]]\nid = "a"', "template 1: math: expected a text with {problem}"),
+        (
+            '[[template]]\nid = "a"\nmath = "{problem}"\nchoice = "x"',
+            "choice: expected a text with {problem}",
+        ),
+        (
+            '[[template]]\nid = "a"\nmath = "{problem}"\nmaths = "x"',
+            'maths: unknown key; did you mean "math"',
+        ),
+        ('[[template]]\nid = "a"\nmath = "{problem}"\nstop = "x"', "stop: expected a list of strings"),
+        (
+            '[[template]]\nid = "a"\nmath = "{problem}"\nworked = [["q"]]',
+            r"worked: expected a list of \[question",
+        ),
+        ('[[template]]\nid = "a"\nmath = "{problem}"\nchat = 1', "chat: expected true or false"),
+        (OWN_PROMPTS + OWN_PROMPTS.replace("Task", "Sum"), 'two different templates have the id "exam"'),
+        (OWN_PROMPTS, "few_shot = 3: the template exam has 2 worked examples"),
+        ("[[template", "is not valid TOML"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_named(text: str, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    row = str(jsonl(tmp_path / "b.jsonl", {"problem": "1", "answer": "1"}))
+    ((_, (problem,)),) = load_own(row, tmp_path, "auto")
+
+    def sent() -> None:
+        for template in chosen(["mine.toml"], tmp_path):
+            messages_of(template, problem, "math", 3)
+
+    with pytest.raises(UserError, match=fault):
+        sent()
+
+
+def test_unknown_prompts_are_named() -> None:
+    with pytest.raises(UserError, match=r"cannot read gone\.toml"):
+        chosen(["gone.toml"])
+    with pytest.raises(UserError, match=r'"plian" is not one of .*; did you mean "plain"'):
+        chosen(["plian"])

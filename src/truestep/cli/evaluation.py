@@ -35,7 +35,9 @@ _OWN_FILE = "A benchmark of your own: a file or folder, PATH or NAME=PATH. Can b
 _SCORER = (
     "Also score every sample with a reward: FILE.py:FUNCTION, or a name such as format. Can be repeated."
 )
-_TEMPLATES = "Comma-separated prompt templates: paper, qwen, plain, completion, brief, odd."
+_TEMPLATES = (
+    "Comma-separated prompt templates: paper, qwen, plain, question, completion, brief, odd, FILE.toml."
+)
 _SHOTS = "How many worked examples to show before each problem."
 _DATA = "Folder with one file per benchmark: ID.jsonl, ID.parquet or ID.csv."
 _LIMIT = "How many problems of each benchmark to use."

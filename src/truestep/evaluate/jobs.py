@@ -72,7 +72,7 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
     for id in settings.evaluate.benchmarks:
         if not is_own(id):
             benchmarks.find(id)
-    prompts.chosen([p for p in settings.evaluate.prompts if p != "benchmark"])
+    prompts.chosen([p for p in settings.evaluate.prompts if p != "benchmark" and not prompts.is_file(p)])
     if settings.compute.dtype == "float64":
         raise UserError(
             f"{where}: compute.dtype: an evaluation runs only in float32 or bfloat16; set one of them"
@@ -114,7 +114,7 @@ def make_jobs(settings: Settings, base_dir: Path) -> list[Job]:
             "samples": samples if sampling.temperature else 1,  # all greedy samples of a problem are the same
             "source": _hash(every),
         }  # fmt: skip
-        jobs += [Job(template=template, **shared) for template in prompts.chosen(names)]
+        jobs += [Job(template=template, **shared) for template in prompts.chosen(names, base_dir)]
     return jobs
 
 

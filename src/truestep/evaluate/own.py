@@ -99,5 +99,5 @@ def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]
 def _benchmark(name: str, items: Sequence[Item], kind: str, scorer: str) -> Benchmark:
     return Benchmark(
         id=name, title=name, num_rows=len(items), content=content_hash(items), hub="",
-        kind="choice" if kind == "choice" else "math", scorer=scorer,
+        kind="choice" if kind == "choice" else "math", scorer=scorer, prompt="question",
     )  # fmt: skip

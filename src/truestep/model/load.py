@@ -158,6 +158,8 @@ def prepare(model: PreTrainedModel, device: torch.device) -> None:
         model.set_attn_implementation("eager")  # sdpa, transformers' default, leaves out Gemma-2's soft cap
     if next(model.parameters()).dtype == torch.float64:
         keep_float64(model)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")  # the grouped product of experts has no float64
     model.to(device)
     model.train()  # gradient checkpointing needs this; it changes nothing else, because every dropout is 0
 
