@@ -42,6 +42,7 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The run directory."""
         return Path(self.folder)
 
     @property

@@ -9,6 +9,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from truestep.explained import meaning
+
 
 class UserError(ValueError):
     """An error in settings, data or paths (exit code 2). Its message is one line with fault and remedy."""
@@ -25,7 +27,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 # Names that other frameworks use, and keys that set the same. The first one that the table has is suggested.
-_ALIASES = {
+ALIASES = {
     "learning_rate": ("optimizer.lr",), "max_steps": ("steps",), "num_train_epochs": ("epochs",),
     "batch_size": ("sequences_per_step", "prompts_per_step"), "num_generations": ("samples_per_prompt",),
     "train_batch_size": ("sequences_per_step", "prompts_per_step"),
@@ -45,7 +47,7 @@ def one_line(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
     if kind == "extra_forbidden":
         message = "unknown key" + _right_key(key, tables, model)
     elif kind == "missing":
-        message = "the key is missing and has no default; set it"
+        message = "the key is missing and has no default; set it" + _meaning(key, tables)
     elif kind == "union_tag_not_found":
         message = 'each stage needs kind = "sft", "rl" or "rejection"'
     elif kind == "union_tag_invalid":
@@ -55,9 +57,15 @@ def one_line(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
     elif kind in ("dict_type", "model_type"):
         message = f"expected a table, got {given!r}"
     elif "input" in first and not isinstance(given, dict | list | tuple):
-        message += f", got {given!r}"
+        message += f", got {given!r}" + _meaning(key, tables)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return (f"{'.'.join(key)}: " if key else "") + message + more
+
+
+def _meaning(key: Sequence[str], tables: Sequence[type[BaseModel]]) -> str:
+    """Return the first sentence of the key's meaning in parentheses, or "" for what is not a key of these tables."""
+    said = next((meaning(table, key[-1])[0] for table in tables if key and key[-1] in table.model_fields), "")
+    return f" ({key[-1]}: {said.partition('. ')[0].rstrip('.')})" if said else ""
 
 
 def _place(
@@ -85,7 +93,7 @@ def _right_key(key: Sequence[str], tables: Sequence[type[BaseModel]], model: typ
     *here, name = key
     siblings = [field for table in tables for field in table.model_fields]
     below = [".".join([*here, k]) for table in tables for k in _keys(table)]
-    pools, aliases = (siblings, below, list(_keys(model))), _ALIASES.get(name, ())
+    pools, aliases = (siblings, below, list(_keys(model))), ALIASES.get(name, ())
     for known, alias in ((k, a) for pool in pools for a in aliases for k in pool):
         if known == alias.rpartition(".")[2] or known.endswith(f".{alias}"):
             return f'; did you mean "{known}"?'

@@ -28,15 +28,29 @@ JUDGE_SECONDS = 600.0  # for one batch; long, because a judge waits for a server
 class RewardSettings(Frozen):
     """One term of the reward, and the limits of the child processes that compute it."""
 
-    function: str  # one of BUILT_IN, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION
-    weight: float = 1.0  # 0: only logged
-    name: str = ""  # for metrics and messages; by default the function's name
-    options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
-    timeout_seconds: float = Field(60.0, gt=0)  # for one batch
-    memory_mb: int = Field(4096, ge=64)  # resident memory of a worker and all processes that it has started
+    function: str
+    """A reward: "checker", "random", "format", "length", "overlong", "judge", FILE.py:FUNCTION or
+    PACKAGE.MODULE:FUNCTION. Example: ``function = "reward.py:steps"``"""
+    weight: float = 1.0
+    """The factor of this reward in the sum. 0: it is only logged. Example: ``weight = 0.2``"""
+    name: str = ""
+    """The name in metrics and messages. "": the function's name. Example: ``name = "steps"``"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function. "${NAME}" stands for an environment variable.
+    Example: ``options = { most = 5 }``"""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """The time limit of one call, which is for one batch of samples. The judge's default is 600.
+    Example: ``timeout_seconds = 20``"""
+    memory_mb: int = Field(4096, ge=64)
+    """The limit on resident memory of a worker and all processes that it has started (Linux).
+    Example: ``memory_mb = 8192``"""
     workers: int = Field(1, ge=1)
-    batch_size: int = Field(64, ge=1)  # the largest number of samples in one call
-    max_failure_share: float = Field(0.05, ge=0, le=1)  # of a step's samples; a larger share stops the run
+    """How many child processes compute the reward, on each rank. Example: ``workers = 4``"""
+    batch_size: int = Field(64, ge=1)
+    """The largest number of samples in one call. Example: ``batch_size = 16``"""
+    max_failure_share: float = Field(0.05, ge=0, le=1)
+    """The largest share of a step's samples that may fail. A larger share stops the run.
+    Example: ``max_failure_share = 0``"""
 
     @model_validator(mode="before")
     @classmethod

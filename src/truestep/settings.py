@@ -1,7 +1,8 @@
 """The settings of a run, as frozen pydantic models that are read from one TOML file. Unknown keys, duplicate
 keys and contradictions are errors with a remedy. ``resolved.toml`` in the run directory has every setting.
 
-A batch size is named after what it counts. Batch sizes that are not settings are derived from those that are.
+A batch size is named after what it counts. Batch sizes that are not settings are derived from those that are. The
+text below a key is its meaning and an example, for docs/reference/settings.md and ``truestep settings``.
 One file: the models refer to each other."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from truestep.data_settings import OVERLONG_SHARE, Checker, DataShare, OneOrSeveral
+from truestep.data_settings import OVERLONG_SHARE, Checker
 from truestep.data_settings import DataSettings as DataSettings
 from truestep.errors import UserError, did_you_mean, one_line
 from truestep.frozen import Frozen
@@ -25,8 +26,12 @@ from truestep.http_client import LOOPBACK
 from truestep.redaction import INSTEAD, find_secret
 from truestep.reward_settings import RewardSettings, reward_entries
 from truestep.stage_settings import DevSettings as DevSettings
-from truestep.stage_settings import EarlyStoppingSettings, ValidationSettings
+from truestep.stage_settings import EarlyStoppingSettings, RlSettings, SamplingSettings, ValidationSettings
+from truestep.stage_settings import FaultSettings as FaultSettings
 from truestep.stage_settings import OptimizerSettings as OptimizerSettings
+from truestep.stage_settings import RejectionSettings as RejectionSettings
+from truestep.stage_settings import SftSettings as SftSettings
+from truestep.stage_settings import StageSettings as StageSettings
 
 M = TypeVar("M", bound=Frozen)
 Positive = Annotated[int, Field(ge=1)]
@@ -37,9 +42,14 @@ class TinySettings(Frozen):
     """The built-in model, a newly initialized Llama of about 1 M parameters with a character tokenizer."""
 
     hidden_size: int = Field(128, ge=8, multiple_of=8)
+    """Width of the model. Example: ``hidden_size = 96``"""
     num_layers: int = Field(4, ge=1)
+    """Number of layers. Example: ``num_layers = 3``"""
     num_heads: int = Field(4, ge=1)
+    """Number of attention heads. hidden_size must be a multiple of twice this number.
+    Example: ``num_heads = 8``"""
     intermediate_size: int = Field(384, ge=8)
+    """Width of the layers' MLP. Example: ``intermediate_size = 256``"""
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -50,21 +60,37 @@ class TinySettings(Frozen):
 
 
 class ModelSettings(Frozen):
-    path: str  # tiny | smollm2-135m-instruct | folder | file.gguf | hub id
+    path: str
+    """The model: "tiny", "smollm2-135m-instruct", a Hugging Face folder, a .gguf file or a hub id.
+    Example: ``path = "Qwen/Qwen2.5-0.5B"``"""
     context_length: Annotated[int, Field(ge=8)] | Literal["model"] = "model"
+    """Number of positions. Beyond the model's own, rope_scaling or rope_theta must say how they are reached.
+    Example: ``context_length = 2048``"""
     rope_theta: Annotated[float, Field(gt=0)] | Literal["model"] = "model"
-    # How RoPE reaches a context_length beyond the model's own; none: the rotations are left as they are.
+    """Base of RoPE, instead of the model's own. Example: ``rope_theta = 40000``"""
     rope_scaling: Literal["model", "none", "linear", "yarn"] = "model"
+    """How RoPE reaches positions beyond the model's own: by YaRN, by interpolation, or not at all ("none").
+    Example: ``rope_scaling = "yarn"``"""
     tiny: TinySettings = TinySettings()
+    """The shape of the built-in model, if path = "tiny".
+    Example: ``tiny = { hidden_size = 96, num_layers = 3 }``"""
 
 
 class ComputeSettings(Frozen):
-    # Results are bit-exact only for a fixed number. auto: all cores that this process may use.
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Threads of each process. Results are bit-exact only for a fixed number. "auto": OMP_NUM_THREADS,
+    otherwise all cores that the process may use. Example: ``threads = 1``"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """The dtype in which the model computes. With bfloat16, the optimizer keeps float32 weights.
+    Example: ``dtype = "bfloat16"``"""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    gradient_checkpointing: bool | Literal["selective"] = False  # selective keeps the matrix products
+    """How several ranks hold the model: each a copy ("ddp", also "auto"), or each a shard ("fsdp2").
+    Example: ``parallel = "fsdp2"``"""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Compute activations again in the backward pass, which saves memory. "selective" keeps the matrix
+    products. Example: ``gradient_checkpointing = "selective"``"""
     compile: bool = False
+    """Compile the model's layers with torch.compile. Example: ``compile = true``"""
 
 
 PINNED_DATE = "2024-07-26"
@@ -74,12 +100,23 @@ class ChatSettings(Frozen):
     """The format in which a problem becomes a prompt. It is the same in SFT, RL and evaluation."""
 
     system: str = ""
+    r"""The system turn of every prompt whose row has none. "": no system turn.
+    Example: ``system = "Put the answer into \\boxed{}."``"""
     user: str = "{problem}"
-    generation_suffix: str = ""  # e.g. "<think>\n": ends the prompt; removed from a demonstration's start
-    # Special tokens that texts may contain, and that stay in completions, e.g. ["<think>", "</think>"].
+    r"""The user's turn, for rows whose problem is plain text. {problem} stands for the problem.
+    Example: ``user = "{problem}\nThink step by step."``"""
+    generation_suffix: str = ""
+    r"""Text at the end of every prompt. A demonstration that begins with it is not given it twice.
+    Example: ``generation_suffix = "<think>\n"``"""
     special_tokens: tuple[str, ...] = ()
+    """Special tokens that texts of the data may contain and that stay in the text of completions.
+    Example: ``special_tokens = ["<think>", "</think>"]``"""
     template: Literal["model", "plain", "alpaca", "user-assistant", "chatml", "llama3"] = "model"
-    date: str = PINNED_DATE  # the date that a chat template may write; today's would change every day
+    """The chat template. "model" is the tokenizer's own; a base model needs one of the others.
+    Example: ``template = "chatml"``"""
+    date: str = PINNED_DATE
+    """The date that a chat template may write. Today's date would change the prompts every day.
+    Example: ``date = "2025-01-31"``"""
 
     @model_validator(mode="after")
     def _is_date(self) -> Self:
@@ -94,78 +131,6 @@ class ChatSettings(Frozen):
         return self
 
 
-class FaultSettings(Frozen):
-    """Known faults of other frameworks, which an arm of a study can inject as wrong micro-batch weights. With
-    any fault, a micro-batch contains ``sequences_per_microbatch`` sequences, in data order."""
-
-    # first_last: as measured; first_only: as described in the paper's text
-    offload_drop: Literal["none", "first_last", "first_only"] = "none"
-    micro_mean: bool = False  # mean of micro-batch means
-    dp_token_mean: bool = False  # tokens counted over ranks, but per micro-step (the paper's algorithm 2)
-    others: tuple[str, ...] = ()  # further names from faults.FAULTS
-    sequences_per_microbatch: int = Field(1, ge=1)
-
-    @model_validator(mode="after")
-    def _one_mean(self) -> Self:
-        if self.micro_mean and self.dp_token_mean:
-            both = "micro_mean and dp_token_mean"
-            raise ValueError(f"{both} are two versions of the same mean; set only one of them")
-        return self
-
-
-class StageSettings(Frozen):
-    kind: str
-    name: str = ""
-    data: OneOrSeveral[DataShare]
-    tokens_per_microbatch: int = Field(ge=1)  # memory only; never changes the update
-    optimizer: OptimizerSettings
-    freeze: tuple[
-        str, ...
-    ] = ()  # patterns of parameters that are not trained, such as "model.layers.[0-3].*"
-    save_every: int = Field(50, ge=1)  # steps
-    save_every_minutes: float = Field(0, ge=0)  # also save if the last checkpoint is older; 0: only by steps
-    keep_checkpoints: int = Field(2, ge=1)
-    dev: DevSettings = DevSettings()
-    validation: ValidationSettings = ValidationSettings()
-    early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
-    faults: FaultSettings = FaultSettings()
-
-    @property
-    def shares(self) -> tuple[DataShare, ...]:
-        """The data sets of the stage, of which most have one."""
-        return (DataShare(name=self.data),) if isinstance(self.data, str) else self.data
-
-    @property
-    def data_names(self) -> tuple[str, ...]:
-        return tuple(share.name for share in self.shares)
-
-    @model_validator(mode="after")
-    def _sets_once(self) -> Self:
-        names = self.data_names
-        if not isinstance(self.data, str) and len(names) < 2:
-            raise ValueError('data is a list of one; set data = "NAME"')
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f'data has "{twice}" twice; add the weights')
-        return self
-
-    @property
-    def watched_data(self) -> dict[str, str]:
-        """The data sets on which the stage is measured while it trains, by the table that names them."""
-        named = {"dev": self.dev.data, "validation": self.validation.data}
-        return {key: data for key, data in named.items() if data}
-
-    @model_validator(mode="after")
-    def _watched(self) -> Self:
-        if self.dev.select_best and self.validation.select_best:
-            raise ValueError("dev.select_best and validation.select_best exclude each other; set only one")
-        on = "validation" if self.early_stopping.watch == "validation/loss" else "dev"
-        if self.early_stopping.patience and not getattr(self, on).data:
-            raise ValueError(
-                f"early_stopping.patience needs {on}.data and {on}.every_steps, or a different early_stopping.watch"
-            )
-        return self
-
-
 # Keys of a stage, and of [compute], that affect only memory, speed, files and rounding. They are not part of its
 # identity and may change on resuming.
 OUTSIDE_RESULTS = {
@@ -177,108 +142,30 @@ OUTSIDE_RESULTS = {
 OUTSIDE_COMPUTE = {"threads": 1, "parallel": "auto", "gradient_checkpointing": False, "compile": False}
 
 
-def _has_one_length(stage: Any) -> Any:
-    if (stage.epochs > 0) == (stage.steps > 0):
-        raise ValueError("exactly one of epochs and steps must be greater than 0")
-    named = getattr(stage, "epochs_of", "")
-    if len(stage.shares) > 1 and stage.epochs and named not in stage.data_names:
-        known = ", ".join(stage.data_names)
-        raise ValueError(f"epochs of which data set? Set epochs_of to one of {known}, or set steps")
-    if named and (len(stage.shares) == 1 or not stage.epochs):
-        raise ValueError("epochs_of is for epochs of one of several data sets; remove it")
-    return stage
-
-
-class SftSettings(StageSettings):
-    kind: Literal["sft"]
-    sequences_per_step: int = Field(ge=1)
-    epochs: float = Field(0, ge=0)
-    epochs_of: str = ""  # with several data sets, the one whose epochs are meant
-    steps: int = Field(0, ge=0)
-    method: str = "sft"
-    method_options: dict[str, float | str | bool] = Field(default_factory=dict)
-
-    _one_length = model_validator(mode="after")(_has_one_length)
-
-
-class SamplingSettings(Frozen):
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_new_tokens: int = Field(ge=1)
-    max_running: int = Field(64, ge=1)  # rows decoded at once: memory only
-
-
-class RejectionSettings(StageSettings):
-    """A stage that samples from its initial model and does SFT on the samples that the checker accepts."""
-
-    kind: Literal["rejection"]
-    data: str
-    sampling: SamplingSettings
-    samples_per_prompt: int = Field(8, ge=1)
-    keep_per_prompt: int = Field(4, ge=1)
-    sequences_per_step: int = Field(ge=1)
-    epochs: float = Field(0, ge=0)
-    steps: int = Field(0, ge=0)
-
-    _one_length = model_validator(mode="after")(_has_one_length)
-
-
-class RlSettings(StageSettings):
-    kind: Literal["rl"]
-    steps: int = Field(ge=1)
-    prompts_per_step: int = Field(ge=1)  # prompts of one rollout batch
-    samples_per_prompt: int = Field(8, ge=2)
-    updates_per_rollout: int = Field(2, ge=1)  # the batch is split by prompt into this many mini-batches
-    # 1: the groups of a step are sampled while the step before it trains, by weights that are one step older
-    rollout_ahead: Literal[0, 1] = 0
-    sampling: SamplingSettings
-    engine: Literal["torch", "vllm"] = "torch"  # vllm: see [vllm]
-    reward: str = "checker"  # checker, random (a control: a coin flip per sample) or a reward function
-    rewards: tuple[RewardSettings, ...] = ()  # several rewards, with weights
-    solved_at: float = 1.0  # without a checker, a sample with at least this reward solves its problem
-    method: str = "grpo_token_mean"
-    method_options: dict[str, float | str | bool] = Field(default_factory=dict)
-
-    @property
-    def reward_entries(self) -> tuple[RewardSettings, ...]:
-        """The rewards in force."""
-        return reward_entries(self.reward, self.rewards)
-
-    @model_validator(mode="after")
-    def _arithmetic(self) -> Self:
-        _ = self.reward_entries  # raises for a reward that does not exist
-        p, u = self.prompts_per_step, self.updates_per_rollout
-        if p % u:
-            raise ValueError(
-                f"prompts_per_step = {p} cannot be split into updates_per_rollout = {u} equal mini-batches "
-                f"({p} / {u} = {p / u:g}); set prompts_per_step = {(p // u + 1) * u} or updates_per_rollout = 1"
-            )
-        if self.sampling.temperature == 0:
-            raise ValueError(
-                "rl at temperature 0 makes all samples of a group identical; set temperature = 1.0"
-            )
-        if self.sampling.top_p < 1 or self.sampling.top_k:
-            raise ValueError(
-                "with top_p < 1 or top_k > 0, rl samples from a truncated distribution, whose "
-                "log-probabilities are not the policy's; set top_p = 1.0 and top_k = 0"
-            )
-        return self
-
-
 class VllmSettings(Frozen):
     """vLLM servers for RL stages with engine = "vllm". They change speed and memory, not what is sampled from."""
 
-    attach: tuple[
-        str, ...
-    ] = ()  # addresses of running servers, http://HOST:PORT; none: truestep starts its own
-    servers: int = Field(1, ge=1)  # number of servers to start
-    devices: tuple[str, ...] = ()  # GPUs of each server, e.g. ["2,3", "4,5"]; (): all that truestep may use
-    options: tuple[str, ...] = ()  # further arguments for vLLM's command line
-    transfer: Literal["file", "broadcast"] = "file"  # weights as files, or from memory to memory
-    folder: str = ""  # where weights are handed over, readable by the servers; "": shared memory
-    sleep: bool = False  # servers give up their memory while the trainer updates (same accelerator)
-    restarts: int = Field(3, ge=0)  # of servers that die, in one stage
+    attach: tuple[str, ...] = ()
+    """Addresses of running servers. If it is empty, truestep starts its own.
+    Example: ``attach = ["http://127.0.0.1:8000"]``"""
+    servers: int = Field(1, ge=1)
+    """How many servers to start. The samples of a problem go to the same one. Example: ``servers = 2``"""
+    devices: tuple[str, ...] = ()
+    """GPUs of each server, one text per server. If it is empty, every server may use all.
+    Example: ``devices = ["2,3"]``"""
+    options: tuple[str, ...] = ()
+    """Further arguments of vLLM's command line. Example: ``options = ["--tensor-parallel-size", "2"]``"""
+    transfer: Literal["file", "broadcast"] = "file"
+    """How new weights reach the servers: as files, or from memory to memory.
+    Example: ``transfer = "broadcast"``"""
+    folder: str = ""
+    """The folder in which weights are handed over. Trainer and servers must both see it. "": shared memory.
+    Example: ``folder = "/shared/weights"``"""
+    sleep: bool = False
+    """Whether servers give up their memory while the trainer updates, if both use the same GPU.
+    Example: ``sleep = true``"""
+    restarts: int = Field(3, ge=0)
+    """How many servers that die are started again in one stage. Example: ``restarts = 0``"""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -313,10 +200,19 @@ class EvaluationSampling(Frozen):
     """The sampling of an evaluation. "benchmark" stands for the value pinned in the table of benchmarks."""
 
     temperature: Annotated[float, Field(ge=0)] | Pinned = "benchmark"
+    """The temperature. 0 takes the most probable token. "benchmark": the value in the table of benchmarks.
+    Example: ``temperature = 0.6``"""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample only from the most probable tokens that together have this probability. 1: from all.
+    Example: ``top_p = 0.95``"""
     top_k: int = Field(0, ge=0)
+    """Sample only from this many most probable tokens. 0: from all. Example: ``top_k = 20``"""
     max_new_tokens: Positive | Pinned = "benchmark"
-    max_running: int = Field(64, ge=1)  # rows decoded, or requests sent, at once: memory only
+    """The length limit of a completion in tokens. "benchmark": the value in the table of benchmarks.
+    Example: ``max_new_tokens = 1024``"""
+    max_running: int = Field(64, ge=1)
+    """How many samples are decoded, or requests sent, at once. It changes only memory and speed.
+    Example: ``max_running = 128``"""
 
     def resolved(self, temperature: float, max_new_tokens: int) -> SamplingSettings:
         """Return the sampling settings, with these values in place of "benchmark"."""
@@ -330,23 +226,42 @@ class EvaluateSettings(Frozen):
     pinned ``benchmarks``. For these, ``samples_per_problem`` and ``sampling`` default to "benchmark"."""
 
     data: tuple[str, ...] = ()
-    before: bool = True  # also evaluate the base model
+    """The run's data sets on which every checkpoint is tested. Example: ``data = ["test"]``"""
+    before: bool = True
+    """Whether the base model is also tested. Example: ``before = false``"""
     samples_per_problem: Positive | Pinned = 1
-    pass_at: tuple[int, ...] = (1,)  # for data sets; a benchmark gets every k
+    """Samples of each problem. With benchmarks, the default is "benchmark": each benchmark's own number.
+    Example: ``samples_per_problem = 4``"""
+    pass_at: tuple[int, ...] = (1,)
+    """The k of pass@k on data sets; none may exceed samples_per_problem. A benchmark gets every k.
+    Example: ``pass_at = [1]``"""
     sampling: EvaluationSampling = EvaluationSampling(temperature=0.6, max_new_tokens=256)
-    benchmarks: tuple[str, ...] = ()  # ids, or your own files and folders: PATH or NAME=PATH
-    benchmark_checker: Checker | Literal["auto"] = "auto"  # of your own benchmarks, instead of a row's
-    scorers: tuple[
-        RewardSettings, ...
-    ] = ()  # rewards that every sample of a benchmark gets, next to its verdict
-    folder: str = ""  # contains ID.jsonl, .parquet or .csv for each benchmark; "": the Hugging Face hub
-    engine: str = (
-        "torch"  # one of cli/evaluation_actions.py's ENGINES, or the URL of an OpenAI-compatible endpoint
-    )
+    """How completions are sampled. With benchmarks, the defaults are each benchmark's own.
+    Example: ``sampling = { temperature = 0.6, max_new_tokens = 512 }``"""
+    benchmarks: tuple[str, ...] = ()
+    """Ids of benchmarks (truestep eval list shows them), or your own files and folders: PATH or NAME=PATH.
+    Example: ``benchmarks = ["math500", "sums=my.jsonl"]``"""
+    benchmark_checker: Checker | Literal["auto"] = "auto"
+    """The checker of your own benchmarks, instead of a row's. "auto": the row's, "exact" for choices,
+    otherwise "math". Example: ``benchmark_checker = "exact"``"""
+    scorers: tuple[RewardSettings, ...] = ()
+    """Rewards that every sample of a benchmark gets, next to its verdict.
+    Example: ``scorers = [{ function = "format" }]``"""
+    folder: str = ""
+    """The folder that contains ID.jsonl, ID.parquet or ID.csv for each benchmark. "": the Hugging Face hub.
+    Example: ``folder = "benchmarks"``"""
+    engine: str = "torch"
+    """What samples: "torch", "vllm", or the URL of an OpenAI-compatible endpoint. Used by truestep eval.
+    Example: ``engine = "http://127.0.0.1:8000/v1"``"""
     prompts: tuple[str, ...] = ("benchmark",)
+    """Prompt templates of the benchmarks: paper, qwen, plain, completion, brief, odd. "benchmark": each
+    benchmark's own. Example: ``prompts = ["paper", "qwen"]``"""
     few_shot: int = Field(0, ge=0, le=8)
+    """Worked examples that a benchmark's prompt shows before the problem. Example: ``few_shot = 4``"""
     limit: Positive | Literal["all"] = "all"
-    limits: dict[str, Positive] = Field(default_factory=dict)  # by benchmark, instead of limit
+    """How many problems of each benchmark are used. Example: ``limit = 100``"""
+    limits: dict[str, Positive] = Field(default_factory=dict)
+    """The same for single benchmarks, instead of limit. Example: ``limits = { math500 = 50 }``"""
 
     @model_validator(mode="before")
     @classmethod
@@ -403,16 +318,33 @@ class Settings(Frozen):
     """The settings of a whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The name of the run: in its folder, on its page and in trackers. Example: ``name = "sums"``"""
     seed: int = Field(0, ge=0)
+    """The seed of everything random: order of the data, sampling, a new model, generated problems.
+    Example: ``seed = 1``"""
     model: ModelSettings
+    """The model that the first stage starts from. Example: ``model = { path = "tiny" }``"""
     compute: ComputeSettings = ComputeSettings()
+    """How the run uses the machine. Example: ``compute = { threads = 1, dtype = "bfloat16" }``"""
     chat: ChatSettings = ChatSettings()
+    """The format in which a problem becomes a prompt. Example: ``chat = { template = "plain" }``"""
     data: dict[str, DataSettings]
+    """The data sets, by names of your choice, which stages and evaluate.data refer to.
+    Example: ``data.train = { source = "rows.jsonl" }``"""
     stages: tuple[Stage, ...] = ()
+    """The stages, in the order in which they run. Each starts from the model of the one before.
+    A run without stages only evaluates. Example: ``stages = []``"""
     evaluate: EvaluateSettings = EvaluateSettings()
+    """The evaluation of the base model and of each stage's model.
+    Example: ``evaluate = { data = ["test"], pass_at = [1] }``"""
     vllm: VllmSettings = VllmSettings()
+    """vLLM servers, for RL stages with engine = "vllm". Example: ``vllm = { servers = 2 }``"""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    declared: dict[str, Any] = Field(default_factory=dict)  # for a dry run without weights and data
+    """Where metrics are also sent: to TensorBoard, wandb (offline unless WANDB_MODE says otherwise) or
+    trackio. Example: ``trackers = ["tensorboard"]``"""
+    declared: dict[str, Any] = Field(default_factory=dict)
+    """Facts for truestep run --dry-run without weights and data. If it is set, a dry run reads neither.
+    Example: ``declared.rows = { train = 46000 }``"""
 
     @model_validator(mode="before")
     @classmethod

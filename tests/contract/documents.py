@@ -1,6 +1,7 @@
 """Make every kind of document that the commands write or print, and describe its fields.
 
-python tests/contract/documents.py          write documents.json again, after a field was changed on purpose
+python tests/contract/documents.py          write documents.json and examples.json again, after a field was changed on
+                                            purpose; then run benchmarks/reference.py
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "guard"))
 import logs as guarded
 
 RECORDED = Path(__file__).with_name("documents.json")
+EXAMPLES = Path(__file__).with_name("examples.json")
 PAIRS = '{"gold": "1/2", "pred": "\\\\boxed{0.5}"}\n{"gold": "C", "pred": "(C)", "kind": "choice"}\n'
 PRINTED = {
     "run --dry-run": ("run", "recipe/run.toml", "--dry-run", "--json"),
@@ -117,8 +119,42 @@ def described(folder: Path) -> dict[str, Any]:
     return found
 
 
+def examples(folder: Path) -> dict[str, list[Any]]:
+    """Return the first row of every file of the run that ``described`` has made, and the first two of samples."""
+    found = {}
+    for path in sorted((folder / "run").rglob("*.json*")):
+        name = re.sub(r"step_\d+", "step_N", str(path.relative_to(folder)))
+        if re.search(r"01-sft|evaluations/(base|sft)|export/(?!truestep)", name):
+            continue  # as those of the other stage, or written by transformers
+        text = path.read_text()
+        rows = (
+            [json.loads(line) for line in text.splitlines()[:2]]
+            if path.suffix == ".jsonl"
+            else [json.loads(text)]
+        )
+        found[name] = [shortened(row) for row in (rows if "samples" in name else rows[:1])]
+    return found
+
+
+def shortened(value: Any) -> Any:
+    """Return a JSON value with only the first of several similar things."""
+    if isinstance(value, dict):
+        kept = [
+            (key, inner) for key, inner in value.items() if key.split("/")[1:2] != ["work"]
+        ]  # many metrics
+        is_similar = len(kept) > 1 and all(
+            isinstance(v, dict) and v.keys() == kept[0][1].keys() for _, v in kept
+        )
+        return {key: shortened(inner) for key, inner in (kept[:1] if is_similar else kept)}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [shortened(value[0])]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        RECORDED.write_text(
-            json.dumps(described(Path(scratch)), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        )
+        made = {RECORDED: described(Path(scratch)), EXAMPLES: examples(Path(scratch))}
+        for path, document in made.items():
+            path.write_text(
+                json.dumps(document, indent=1, sort_keys=path == RECORDED, ensure_ascii=False) + "\n"
+            )

@@ -31,8 +31,9 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, evaluation, guard, method, report, study, vllm
+    from truestep.cli import audit, data, evaluation, guard, method, report, settings, study, vllm
     from truestep.cli import run as verbs
+    from truestep.cli.examples import put_examples
 
     app = typer.Typer(
         no_args_is_help=True, pretty_exceptions_enable=False,
@@ -53,10 +54,12 @@ def _app() -> typer.Typer:
     app.command("audit")(audit.audit)
     app.command("guard")(guard.guard)
     app.command("report")(report.report)
+    app.command("settings")(settings.settings)
     app.command("vllm")(vllm.vllm)
     app.add_typer(data.app, name="data")
     app.add_typer(method.app, name="method")
     app.add_typer(evaluation.app(), name="eval")
+    put_examples(app)
     return app
 
 

@@ -53,10 +53,12 @@ NextRounds = Callable[[PlanState], Sequence[Round] | Done]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan. ``next_rounds`` is its function. ``needs_demonstrations`` is True if every problem must have a
-    demonstration. ``most_shown`` is the largest share of a solution's text that a prompt may show."""
+    """A plan. ``next_rounds`` is its function, and ``words`` say what it does. ``needs_demonstrations`` is True if
+    every problem must have a demonstration. ``most_shown`` is the largest share of a solution's text that a prompt may
+    show."""
 
     next_rounds: NextRounds
+    words: str = ""
     needs_demonstrations: bool = False
     most_shown: float = 0.0
 
@@ -64,10 +66,12 @@ class Plan:
         return self.next_rounds(state)
 
 
-def _once(rounds_of: Callable[[PlanState], Sequence[Round]], *, needs_demonstrations: bool = True) -> Plan:
+def _once(
+    words: str, rounds_of: Callable[[PlanState], Sequence[Round]], *, needs_demonstrations: bool = True
+) -> Plan:
     """Return a plan that requests rounds only once."""
     rounds: NextRounds = lambda state: Done() if state.history else rounds_of(state)  # noqa: E731
-    return Plan(next_rounds=rounds, needs_demonstrations=needs_demonstrations)
+    return Plan(next_rounds=rounds, words=words, needs_demonstrations=needs_demonstrations)
 
 
 DEMONSTRATION = Round(num_samples=1, prefix=1.0)
@@ -77,20 +81,24 @@ def _own(state: PlanState, without: int = 0) -> Round:
     return Round(num_samples=state.num_samples - without)
 
 
-own = _once(lambda state: (_own(state),), needs_demonstrations=False)
-"""All samples come from the current policy (every on-policy method)."""
+own = _once("all samples come from the policy", lambda state: (_own(state),), needs_demonstrations=False)
 
-with_demonstration = _once(lambda state: (_own(state, 1), DEMONSTRATION))
-"""The demonstration takes the place of one sample (LUFFY)."""
+with_demonstration = _once(
+    "the demonstration takes the place of one sample", lambda state: (_own(state, 1), DEMONSTRATION)
+)
+"""LUFFY's plan."""
 
-beside_demonstration = _once(lambda state: (_own(state), DEMONSTRATION))
-"""The demonstration is added to the full number of samples (SRFT; HPT, whose gate then drops one kind)."""
+beside_demonstration = _once(
+    "the demonstration is added to the full number of samples", lambda state: (_own(state), DEMONSTRATION)
+)
+"""The plan of SRFT, and of HPT, whose gate then drops one kind."""
 
 with_replay = _once(
+    "a stored sample, if the problem has been chosen from the store, takes the place of one sample",
     lambda state: (_own(state, 1), Round(num_samples=1, stored=True)) if state.has_stored else (_own(state),),
     needs_demonstrations=False,
 )
-"""If the source has chosen a stored sample, it takes the place of one sample (ExGRPO)."""
+"""ExGRPO's plan."""
 
 
 def one_prefix(low: Schedule, high: float) -> Plan:
@@ -101,7 +109,7 @@ def one_prefix(low: Schedule, high: float) -> Plan:
         start = low(state.step)
         return _own(state, 1), Round(num_samples=1, prefix=start + state.draw * (high - start))
 
-    return _once(rounds)
+    return _once("one sample continues a prefix of the demonstration", rounds)
 
 
 def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> Plan:
@@ -116,7 +124,7 @@ def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> P
         shown = min(k / num_segments, math.nextafter(1.0, 0.0))
         return (Round(num_samples=state.num_samples, prefix=shown),)
 
-    return _once(rounds)
+    return _once("all samples continue the same prefix of the demonstration, whose length is random", rounds)
 
 
 def _binomial(draw: float, count: int, probability: float) -> int:
@@ -147,7 +155,8 @@ def guided(fractions: Sequence[float], thresholds: Sequence[float]) -> Plan:
             return (Round(num_samples=sizes[level]),)
         return (Round(num_samples=sizes[level], prefix=fractions[level - 1]),)
 
-    return Plan(next_rounds=plan, needs_demonstrations=True)
+    words = "one micro-group after another; if too few samples have been correct, the next continues a prefix"
+    return Plan(next_rounds=plan, words=words, needs_demonstrations=True)
 
 
 def anchored(num_episodes: int, low: float, high: float) -> Plan:
@@ -174,7 +183,8 @@ def anchored(num_episodes: int, low: float, high: float) -> Plan:
         middle = (below + above) // 2
         return (Round(num_samples=n, prefix=middle / num_episodes, prefix_origin=Origin.CONTEXT),)
 
-    return Plan(next_rounds=plan, needs_demonstrations=True)
+    words = "if no sample is correct, all branch from the shortest prefix after which some are correct"
+    return Plan(next_rounds=plan, words=words, needs_demonstrations=True)
 
 
 def hinted(fractions: Sequence[float]) -> Plan:
@@ -189,9 +199,11 @@ def hinted(fractions: Sequence[float]) -> Plan:
             return Done(rounds=(done - 1,))
         return (Round(num_samples=state.num_samples, hint=fractions[done - 1]),)
 
-    return Plan(next_rounds=plan, needs_demonstrations=True, most_shown=max(fractions))
+    words = "if no sample is correct, all are sampled again from a prompt that shows more of the solution"
+    return Plan(next_rounds=plan, words=words, needs_demonstrations=True, most_shown=max(fractions))
 
 
 def one_or_the_other(control: str) -> Plan:
     """Return a plan with only the demonstration if the control is 1, and only samples if it is 0 (SASR)."""
-    return _once(lambda state: (DEMONSTRATION if state.controls[control] else _own(state),))
+    words = "in a step, either only the demonstrations or only samples"
+    return _once(words, lambda state: (DEMONSTRATION if state.controls[control] else _own(state),))

@@ -30,24 +30,44 @@ STATE_BYTES, DTYPE_BYTES = 16, {"bfloat16": 2, "float32": 0, "float64": 16}
 class DeclaredStage(Frozen):
     """A stage's mean lengths and counts, which only a run could observe. Units: tokens."""
 
-    rollout_tokens: int = Field(0, ge=0)  # per sample
-    own_samples: int = Field(0, ge=0)  # per prompt; 0: samples_per_prompt
-    demonstrations_per_prompt: float = Field(0.0, ge=0)  # a fraction if only some prompts get one
-    demonstration_share: float = Field(1.0, gt=0, le=1)  # trained share of a demonstration (prefixes)
-    sft_updates: int = Field(0, ge=0)  # updates on only demonstrations, between the others
+    rollout_tokens: int = Field(0, ge=0)
+    """Mean tokens of a sample. 0: sampling.max_new_tokens. Example: ``rollout_tokens = 3000``"""
+    own_samples: int = Field(0, ge=0)
+    """Samples of each prompt that the policy makes. 0: samples_per_prompt. Example: ``own_samples = 7``"""
+    demonstrations_per_prompt: float = Field(0.0, ge=0)
+    """Demonstrations of each prompt that are trained on; a fraction if only some prompts get one.
+    Example: ``demonstrations_per_prompt = 0.3``"""
+    demonstration_share: float = Field(1.0, gt=0, le=1)
+    """The trained share of a demonstration, for methods that use prefixes.
+    Example: ``demonstration_share = 0.5``"""
+    sft_updates: int = Field(0, ge=0)
+    """Updates on only demonstrations, between the others. Example: ``sft_updates = 138``"""
     sft_sequences_per_update: int = Field(0, ge=0)
+    """Sequences of each of these updates. Example: ``sft_sequences_per_update = 64``"""
 
 
 class Declared(Frozen):
-    config: str  # a config.json, relative to the recipe
-    formula_parameters: float = Field(gt=0)  # N of the paper's formula
+    """Facts about a recipe's model and data, for ``truestep run --dry-run`` without weights and data."""
+
+    config: str
+    """A config.json of the model, relative to the recipe. Example: ``config = "models/llama-3.1-8b.json"``"""
+    formula_parameters: float = Field(gt=0)
+    """The number of parameters N in the paper's formula for FLOPs. Example: ``formula_parameters = 8e9``"""
     num_gpus: int = Field(1, ge=1)
+    """GPUs over which fsdp2 splits the weights. Example: ``num_gpus = 16``"""
     rows: dict[str, int]
+    """The number of rows of every data set. Example: ``rows = { train = 46000, test = 500, held = 500 }``"""
     prompt_tokens: int = Field(ge=1)
+    """Mean tokens of a prompt. Example: ``prompt_tokens = 300``"""
     max_prompt_tokens: int = Field(ge=1)
+    """Tokens of the longest prompt. Example: ``max_prompt_tokens = 1024``"""
     demonstration_tokens: int = Field(ge=1)
+    """Mean tokens of a demonstration. Example: ``demonstration_tokens = 4200``"""
     max_demonstration_tokens: int = Field(ge=1)
+    """Tokens of the longest demonstration. Example: ``max_demonstration_tokens = 8192``"""
     stages: dict[str, DeclaredStage] = Field(default_factory=dict)
+    """The mean lengths and counts of a stage, by its name.
+    Example: ``stages.rl = { rollout_tokens = 3000 }``"""
 
 
 def read_declared(settings: Settings, where: str) -> Declared:

@@ -1,7 +1,8 @@
 """The settings of a study (arms, seeds and allowed differences), read from a TOML file and checked first.
 
 An arm is a list of the study's stages. The keys that an arm changes (``set``) must be declared in
-``may_differ``. All other settings are the same in every arm by construction."""
+``may_differ``. All other settings are the same in every arm by construction. One file: the checks and the models
+refer to each other."""
 
 from __future__ import annotations
 
@@ -34,25 +35,40 @@ class EqualFlops(Frozen):
     arm ``to``. A sequence is assumed to cost as much as one in stage ``step_like`` of arm ``to``."""
 
     to: str
+    """The arm whose FLOPs are matched. Example: ``to = "b"``"""
     step_like: str
+    """The stage of that arm whose sequences cost as much as those of this arm's last stage.
+    Example: ``step_like = "sft"``"""
 
 
 class Arm(Frozen):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """The name of the arm. Example: ``name = "sft-rl"``"""
     stages: tuple[str, ...] = ()
+    """The arm's stages, in order. Example: ``stages = ["sft"]``"""
     control: Control | Literal[""] = ""
-    set: dict[str, Any] = Field(default_factory=dict)  # "STAGE.key" = value, for this arm only
+    """The control that the arm is. Each occurs once, or is in controls_off. Example: ``control = "sft"``"""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings that only this arm changes. Each must be in may_differ.
+    Example: ``set = { "sft.steps" = 300 }``"""
     equal_flops: EqualFlops | Literal[""] = ""
-    num_seeds: int = Field(0, ge=0)  # use only this many of the study's seeds, from the first on; 0: all
-    untuned: str = ""  # why the arm has no learning-rate trials, if the other arms have some
+    """Choose the last stage's steps so that the arm spends as many FLOPs as another arm.
+    Example: ``equal_flops = { to = "b", step_like = "sft" }``"""
+    num_seeds: int = Field(0, ge=0)
+    """Use only the first so many of the study's seeds. 0: all. Example: ``num_seeds = 2``"""
+    untuned: str = ""
+    """Why only this arm has no learning-rate trials. Example: ``untuned = "the paper's rate"``"""
 
 
 class Tuning(Frozen):
     """Learning-rate trials of the last stage of every arm, on a dev set, with separate seeds."""
 
     data: str
+    """The dev set on which the trials are scored. Example: ``data = "held"``"""
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Factors of the last stage's learning rate; 1 is one of them. Example: ``factors = [0.5, 1.0, 2.0]``"""
     seeds: tuple[Seed, ...] = Field((1001,), min_length=1)
+    """Seeds of the trials. They must not be seeds of the study. Example: ``seeds = [1001]``"""
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
@@ -62,24 +78,50 @@ class Tuning(Frozen):
 
 
 class Study(Frozen):
+    """A study file. ``run`` and ``stages`` have the keys of a recipe."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The name of the study, in its folder and on its page. Example: ``name = "letters"``"""
     question: str
-    declaration: str = ""  # the page that was written before anything ran
+    """The question that the study answers, for its page.
+    Example: ``question = "Is SFT, then RL better than LUFFY?"``"""
+    declaration: str = ""
+    """The page that was written before anything ran. Example: ``declaration = "docs/letters.md"``"""
     seeds: tuple[Seed, ...] = Field(min_length=1, max_length=MOST_SEEDS)
+    """The training seeds. Every arm runs with each of them. Example: ``seeds = [1, 2, 3, 4, 5]``"""
     workers: int = Field(2, ge=1)
-    retries: int = Field(3, ge=0)  # how often a cell is started again after its process was killed
-    resources: Resources = Resources()  # the ranks and GPUs of each cell
-    flops_per_second: float = Field(2e10, gt=0)  # of one cell; only for the plan's estimate of time
-    base: str = ""  # a recipe that is run once; its last stage makes the pinned base
-    run: dict[str, Any]  # what all cells share: model, compute, chat, data, evaluate
+    """How many cells (an arm with a seed) run at once. Example: ``workers = 4``"""
+    retries: int = Field(3, ge=0)
+    """How often a cell is started again after its process was killed. Example: ``retries = 0``"""
+    resources: Resources = Resources()
+    """What each cell uses. Example: ``resources = { ranks = 2, gpus = 2 }``"""
+    flops_per_second: float = Field(2e10, gt=0)
+    """Speed of one cell, only for the plan's estimate of time. Example: ``flops_per_second = 1e14``"""
+    base: str = ""
+    """A recipe that runs once; its last stage's model is the base of all cells.
+    Example: ``base = "bases/weak.toml"``"""
+    run: dict[str, Any]
+    """What all cells share, as in a recipe: model, compute, chat, data, evaluate.
+    Example: ``run.compute = { dtype = "float32" }``"""
     stages: dict[str, dict[str, Any]]
+    """The stages of the arms, by name, as in a recipe. Example: ``stages.sft.optimizer = { lr = 1e-4 }``"""
     arms: tuple[Arm, ...] = Field(min_length=1)
-    reference: str  # the arm with which settings and budgets are compared
-    primary: tuple[tuple[str, str], ...] = ()  # pairs (a, b): tests whether a - b differs from 0
+    """The arms, which are compared.
+    Example: ``arms = [{ name = "b", stages = ["sft"], control = "sft" }, { name = "a", control = "base" }]``"""
+    reference: str
+    """The arm with which settings and budgets are compared. Example: ``reference = "b"``"""
+    primary: tuple[tuple[str, str], ...] = ()
+    """Pairs a, b: is a − b different from 0? With Holm's correction. Example: ``primary = [["b", "a"]]``"""
     secondary: tuple[tuple[str, str], ...] = ()
-    may_differ: tuple[str, ...] = ()  # patterns of KIND.key
+    """Further pairs, without a place in the correction. Example: ``secondary = [["b", "a"]]``"""
+    may_differ: tuple[str, ...] = ()
+    """Patterns of KIND.key in which arms may differ; any other difference is an error.
+    Example: ``may_differ = ["rl.method", "sft.*"]``"""
     controls_off: dict[Control, str] = Field(default_factory=dict)
+    """Controls that are left out, each with a reason.
+    Example: ``controls_off = { rejection = "too slow" }``"""
     tuning: Tuning | Literal[""] = ""
+    """Learning-rate trials of the last stage of every arm. Example: ``tuning = { data = "held" }``"""
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -26,16 +26,22 @@ class StageResources(Frozen):
     """What the cells that run this stage use, if it is not the same as for other stages."""
 
     ranks: Annotated[int, Field(ge=1)] | None = None
+    """Processes of a cell that runs this stage. Not set: as for other stages. Example: ``ranks = 1``"""
     gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs of a cell that runs this stage. Not set: as for other stages. Example: ``gpus = 1``"""
 
 
 class Resources(Frozen):
     """What each cell uses. A stage that several arms start from runs once, so resources depend on the stage
     and not on the arm."""
 
-    ranks: int = Field(1, ge=1)  # processes of a cell (torchrun); each uses one GPU if the cell has GPUs
-    gpus: int = Field(0, ge=0)  # of all ranks together; 0: the cell runs on the CPU
+    ranks: int = Field(1, ge=1)
+    """Processes of a cell (torchrun). Each uses one GPU if the cell has GPUs. Example: ``ranks = 2``"""
+    gpus: int = Field(0, ge=0)
+    """GPUs of all ranks of a cell together. 0: the cell runs on the CPU. Example: ``gpus = 2``"""
     stages: dict[str, StageResources] = Field(default_factory=dict)
+    """What cells that run a stage use instead, by the name of the stage.
+    Example: ``stages.sft = { ranks = 1, gpus = 1 }``"""
 
     @model_validator(mode="after")
     def _one_gpu_each(self) -> Self:

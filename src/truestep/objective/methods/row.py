@@ -152,11 +152,17 @@ class Extras:
     k2 or k3 in the loss, or in the reward), and a correction for the gap between engine and trainer."""
 
     entropy_bonus: float = 0.0
+    """Weight of the policy's mean entropy, which is added to the objective."""
     kl: str = "none"
+    """KL to the policy at the stage's start: "k1", "k2" or "k3" (a term of the loss), or "reward"."""
     kl_coef: float = 0.0
+    """Weight of the KL. Set both kl and kl_coef, or neither."""
     correction: str = "none"
+    """Weights tokens by π_proximal/π_engine: "truncate", "clamp", "drop", "mask", "sequence" or "geometric"."""
     correction_low: float = 0.5
+    """Lower limit of the weight, or of the ratios that are kept."""
     correction_high: float = 2.0
+    """Upper limit of the weight, or of the ratios that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
