@@ -244,21 +244,17 @@ def _settings_section(kind: str, one: Table) -> list[str]:
         check_example(kind, one.places, key)
     title = " and ".join(f"`{h}`" for h in one.places if h) or f"The top of a {kind}"
     title = re.sub(r" with kind = (\S+)`", r"` with `kind = \1`", title)
-    rows = [
-        (f"`{key.name}`", f"{key.type}; " + (_default(key.default) or "**required**"), key.meaning, f"`{key.example}`")
-        for key in one.keys
-    ]  # fmt: skip
+    rows = [(f"`{key.name}`", _type(key), key.meaning, f"`{key.example}`") for key in one.keys]
     return [f"## {title}", prose(one.about), table(("key", "type and default", "meaning", "example"), rows)]
 
 
-def _default(text: str) -> str:
-    return text and (
-        "default not set"
-        if text == "not set"
-        else text
-        if " " in text and text[0] not in '["{'
-        else f"default `{text}`"
-    )
+def _type(key: Key) -> str:
+    """Return the type and the default of a key."""
+    kind = re.sub(r"(\^\S+\$)", r"`\1`", key.type)  # a pattern
+    if not key.default:
+        return f"{kind}; **required**"
+    is_value = key.default[0] in '["{' or " " not in key.default
+    return f"{kind}; default{f' `{key.default}`' if is_value else f': {key.default}'}"
 
 
 # ---------------------------------------------------------------------------------------------------------- methods
@@ -302,9 +298,23 @@ def _term(term: Term) -> list[str]:
     if term.coefficient is None:
         formula = "a function of log π and the entropy"
     else:
-        _, text = function_of(term.coefficient, coefficients)
-        formula = sentence(text).removeprefix("Return ").rstrip(".")
-    return [f"`{term.name}`", SELECTED[term.select], formula, NORMALISERS[term.normaliser]]
+        formula = _formula(term.coefficient)
+    first, last = term.weight(0), term.weight(10**6)
+    weight = f"{first:g}" if first == last else f"{first:g}, later {last:g}"
+    total = NORMALISERS[term.normaliser] + (", of all trained sequences" if term.counted else "")
+    weight = f"{weight}, times a value of the controller" if term.control else weight
+    return [f"`{term.name}`", SELECTED[term.select], formula, weight, total]
+
+
+def _formula(coefficient: Any) -> str:
+    name, text = function_of(coefficient, coefficients)
+    if name == "where_uncertain":
+        options = [
+            cell.cell_contents for cell in coefficient.__closure__ if isinstance(cell.cell_contents, tuple)
+        ]
+        inner = next(given for several in options for given in several if callable(given))
+        return f"{_formula(inner)}; 0 if the token's entropy is below a statistic of the step"
+    return sentence(text).removeprefix("Return ").rstrip(".")
 
 
 def _advantage(method: Method) -> str:
@@ -320,7 +330,7 @@ def _method(name: str, make: Callable[..., Method]) -> list[str]:
     lines = [f"* Source: {prose(method.source)}"]
     if method.plan is not None:
         gate_name, gate_text = function_of(method.gate, gate)
-        kept = sentence(gate_text).removeprefix("Return a gate that ")
+        kept = prose(gate_text.partition("Source:")[0]).removeprefix("Return a gate that ")
         lines += [
             f"* Plan: {method.plan.words}",
             f"* Gate: `{gate_name}`: {kept[0].lower()}{kept[1:].rstrip('.')}",
@@ -338,7 +348,8 @@ def _method(name: str, make: Callable[..., Method]) -> list[str]:
     if not (make.__doc__ and method.source and (method.plan is None or method.plan.words)):
         raise Incomplete(f"method {name}: write its docstring, its source and the words of its plan")
     terms = table(
-        ("term", "trained on", "coefficient C", "divided by"), [_term(term) for term in method.terms]
+        ("term", "trained on", "coefficient C", "weight", "divided by"),
+        [_term(term) for term in method.terms],
     )
     return [f"### `{name}`", prose(make.__doc__), "\n".join(lines), terms]
 
@@ -354,7 +365,8 @@ def methods_page() -> str:
     extra = [(f"`{key}`", f"`{toml(getattr(Extras(), key))}`", texts(Extras)[key]) for key in vars(Extras())]
     parts = [
         'A stage names its method as `method = "NAME"` and sets options as `method_options = { KEY = VALUE }`. The loss of '
-        "a term is −C·log π, summed over the tokens that it is trained on and divided once, by a total of the whole step. "
+        "a term is its weight times −C·log π, summed over the tokens that it is trained on and divided once, by a total of "
+        "the whole step. "
         "r is the ratio of the policy's probability to the proximal one, p the policy's probability, A the advantage and R "
         "the reward. [methods.md](../methods.md) explains how to write one, and [objective.md](../objective.md) the loss.",
         "The letters in brackets say where a constant comes from: [C] read in the official code, [P] in the paper, [S] in "
@@ -425,13 +437,14 @@ def _parameter(one: Any, hint: Any) -> list[str]:
 
 
 def argument(one: Any) -> str:
-    name = str(one.metavar or one.name.upper())
-    return name if one.required else f"[{name}...]" if one.nargs == -1 else f"[{name}]"
+    name = str(one.metavar or one.name.upper()).removesuffix("...") + ("..." if one.nargs == -1 else "")
+    return name if one.required else f"[{name}]"
 
 
 def commands_page() -> str:
     root = typer.main.get_command(_app())
-    parts = [prose(root.help), "`truestep COMMAND --help` prints the same. Every command with `--json` prints one JSON document "
+    parts = [prose(root.help),
+        prose(inspect.unwrap(root.callback).__doc__), "`truestep COMMAND --help` prints the same. Every command with `--json` prints one JSON document "
              "to stdout; progress goes to stderr."]  # fmt: skip
     for path, command in commands():
         example, shown = (

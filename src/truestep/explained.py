@@ -138,7 +138,7 @@ def _default(field: FieldInfo) -> str:
         return ""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return "the defaults of its keys"
+        return toml(value.model_dump(exclude_defaults=True)).replace("{}", "those of its keys")
     is_absent = value is None or (value == "" and in_words(field.annotation) == "table")
     return "not set" if is_absent else toml(value)
 
@@ -149,7 +149,11 @@ def toml(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml, value))}]"
-    return "{}" if value == {} else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, dict):
+        return (
+            f"{{ {', '.join(f'{key} = {toml(inner)}' for key, inner in value.items())} }}" if value else "{}"
+        )
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 _PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "value"}
@@ -197,5 +201,5 @@ def _limits(metadata: Any) -> str:
     least, most = (
         max((getattr(p, n, 0) or 0 for p in parts), default=0) for n in ("min_length", "max_length")
     )
-    count = f", {least} to {most} of them" if most else f", at least {least}" if least else ""
+    count = f", {least} to {most} of them" if most else f", at least {least} of them" if least else ""
     return (" " + " and ".join(found) if found else "") + count

@@ -79,7 +79,7 @@ class ModelSettings(Frozen):
 class ComputeSettings(Frozen):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Threads of each process. Results are bit-exact only for a fixed number. "auto": OMP_NUM_THREADS,
-    otherwise all cores that the process may use. Example: ``threads = 1``"""
+    otherwise all cores that may be used, divided among the ranks. Example: ``threads = 1``"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """The dtype in which the model computes. With bfloat16, the optimizer keeps float32 weights.
     Example: ``dtype = "bfloat16"``"""

@@ -140,7 +140,8 @@ class FaultSettings(Frozen):
 
 class StageSettings(Frozen):
     kind: Literal["sft", "rl", "rejection"]
-    """What the stage does: "sft", "rl" or "rejection". Example: ``kind = "sft"``"""
+    """What the stage does: train on demonstrations, sample and train by the reward, or train on accepted samples.
+    Example: ``kind = "sft"``"""
     name: str = ""
     """The name in folders, metrics and --set. "": the same as kind. Example: ``name = "warmup"``"""
     data: OneOrSeveral[DataShare]

@@ -105,11 +105,16 @@ def test_a_layout_needs_an_example_that_is_read_as_it(monkeypatch: pytest.Monkey
         (tuple[tuple[str, str], ...], "list of lists of 2 texts"),
         (bool | Literal["some"], 'true, false or "some"'),
         (dict[str, float | None], "table of NAME = number"),
-        (Annotated[tuple[int, ...], Field(min_length=1)], "list of integers, at least 1"),
+        (Annotated[tuple[int, ...], Field(min_length=1)], "list of integers, at least 1 of them"),
     ],
 )
 def test_types_in_words(annotation: Any, words: str) -> None:
     assert in_words(annotation) == words
+
+
+def test_a_table_with_other_defaults_than_its_keys_shows_them() -> None:
+    (sampling,) = find("evaluate.sampling", KEYS)
+    assert sampling.default == "{ temperature = 0.6, max_new_tokens = 256 }"
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -54,7 +54,7 @@ def settings(key: Wanted = "", as_json: Json = False) -> None:
         return
     of_study = {key for table in files["study"] for key in table.every_key}
     for one in found:
-        default = f"default {one.default}" if one.default else "must be set"
+        default = f"default: {one.default}" if one.default else "must be set"
         about = f"{one.path}{' (of a study)' if one in of_study else ''}: {one.type}; {default}"
         example = f"{one.header} {one.example}".strip()
         echo(f"{about}\n  {one.meaning}\n  Example: {example}" if key else about)

@@ -67,7 +67,7 @@ class Plan:
 
 
 def _once(
-    words: str, rounds_of: Callable[[PlanState], Sequence[Round]], *, needs_demonstrations: bool = True
+    rounds_of: Callable[[PlanState], Sequence[Round]], words: str = "", *, needs_demonstrations: bool = True
 ) -> Plan:
     """Return a plan that requests rounds only once."""
     rounds: NextRounds = lambda state: Done() if state.history else rounds_of(state)  # noqa: E731
@@ -81,21 +81,21 @@ def _own(state: PlanState, without: int = 0) -> Round:
     return Round(num_samples=state.num_samples - without)
 
 
-own = _once("all samples come from the policy", lambda state: (_own(state),), needs_demonstrations=False)
+own = _once(lambda state: (_own(state),), "all samples come from the policy", needs_demonstrations=False)
 
 with_demonstration = _once(
-    "the demonstration takes the place of one sample", lambda state: (_own(state, 1), DEMONSTRATION)
+    lambda state: (_own(state, 1), DEMONSTRATION), "the demonstration takes the place of one sample"
 )
 """LUFFY's plan."""
 
 beside_demonstration = _once(
-    "the demonstration is added to the full number of samples", lambda state: (_own(state), DEMONSTRATION)
+    lambda state: (_own(state), DEMONSTRATION), "the demonstration is added to the full number of samples"
 )
 """The plan of SRFT, and of HPT, whose gate then drops one kind."""
 
 with_replay = _once(
-    "a stored sample, if the problem has been chosen from the store, takes the place of one sample",
     lambda state: (_own(state, 1), Round(num_samples=1, stored=True)) if state.has_stored else (_own(state),),
+    "a stored sample, if the problem has been chosen from the store, takes the place of one sample",
     needs_demonstrations=False,
 )
 """ExGRPO's plan."""
@@ -109,7 +109,7 @@ def one_prefix(low: Schedule, high: float) -> Plan:
         start = low(state.step)
         return _own(state, 1), Round(num_samples=1, prefix=start + state.draw * (high - start))
 
-    return _once("one sample continues a prefix of the demonstration", rounds)
+    return _once(rounds, "one sample continues a prefix of the demonstration")
 
 
 def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> Plan:
@@ -124,7 +124,7 @@ def shared_prefix(probability: Schedule, num_segments: int, num_steps: int) -> P
         shown = min(k / num_segments, math.nextafter(1.0, 0.0))
         return (Round(num_samples=state.num_samples, prefix=shown),)
 
-    return _once("all samples continue the same prefix of the demonstration, whose length is random", rounds)
+    return _once(rounds, "all samples continue the same prefix of the demonstration, whose length is random")
 
 
 def _binomial(draw: float, count: int, probability: float) -> int:
@@ -206,4 +206,4 @@ def hinted(fractions: Sequence[float]) -> Plan:
 def one_or_the_other(control: str) -> Plan:
     """Return a plan with only the demonstration if the control is 1, and only samples if it is 0 (SASR)."""
     words = "in a step, either only the demonstrations or only samples"
-    return _once(words, lambda state: (DEMONSTRATION if state.controls[control] else _own(state),))
+    return _once(lambda state: (DEMONSTRATION if state.controls[control] else _own(state),), words)
