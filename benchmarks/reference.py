@@ -443,9 +443,12 @@ def argument(one: Any) -> str:
 
 def commands_page() -> str:
     root = typer.main.get_command(_app())
-    parts = [prose(root.help),
-        prose(inspect.unwrap(root.callback).__doc__), "`truestep COMMAND --help` prints the same. Every command with `--json` prints one JSON document "
-             "to stdout; progress goes to stderr."]  # fmt: skip
+    parts = [
+        prose(root.help),
+        prose(inspect.unwrap(root.callback).__doc__),
+        "`truestep COMMAND --help` prints the same. Every command with `--json` prints one JSON document to stdout; "
+        "progress goes to stderr.",
+    ]
     for path, command in commands():
         example, shown = (
             check_command(path, command),
