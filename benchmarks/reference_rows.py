@@ -25,6 +25,7 @@ from truestep.flops import Ledger
 from truestep.records import Problem
 from truestep.settings import DataSettings
 
+MADE = "`python benchmarks/reference.py` writes this page from the code, and a test compares them.\n"
 CONTRACT = Path(__file__).resolve().parent.parent / "tests/contract"
 
 
@@ -32,9 +33,19 @@ class Incomplete(ValueError):
     """Raised if something has no meaning or no valid example."""
 
 
+def page(title: str, *parts: str) -> str:
+    return "\n".join([f"# {title}\n", MADE, *(part.rstrip("\n") + "\n" for part in parts)])
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def prose(text: str | None) -> str:
+    """Return a docstring as one paragraph of Markdown, with links to papers."""
+    plain = " ".join((text or "").replace("``", "`").split())
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", plain)
 
 
 # ------------------------------------------------------------------------------------------------------ rows of data

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import reference  # noqa: E402
 import reference_rows  # noqa: E402
+import reference_settings  # noqa: E402
 
 from truestep.cli.main import _app  # noqa: E402
 from truestep.cli.settings import all_tables, find  # noqa: E402
@@ -58,9 +59,11 @@ GOOD = next(key for key in KEYS if key.path == "stages.NAME.optimizer.lr")
     ],
 )
 def test_a_key_without_a_meaning_or_a_valid_example_is_refused(change: dict[str, str], fault: str) -> None:
-    reference.check_example("recipe", ["[stages.optimizer]"], GOOD)
+    reference_settings.check_example("recipe", ["[stages.optimizer]"], GOOD)
     with pytest.raises(reference.Incomplete, match=fault):
-        reference.check_example("recipe", ["[stages.optimizer]"], dataclasses.replace(GOOD, **change))
+        reference_settings.check_example(
+            "recipe", ["[stages.optimizer]"], dataclasses.replace(GOOD, **change)
+        )
 
 
 @pytest.mark.parametrize(
