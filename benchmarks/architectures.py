@@ -202,7 +202,7 @@ def _step(own: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         "packs": policy.packs,
         "chunked_head": policy.plain_head,
-        "shares_prompts": policy.packs and policy.plain_head and tokens < alone,
+        "shares_prompts": policy.packs and tokens < alone,
         "notes": policy.notes,
         "logprob_difference": max(float((got[i] - e).detach().abs().max()) for i, e in enumerate(expected)),
         "gradient_difference": float((of_own - of_plain).norm() / of_plain.norm()),

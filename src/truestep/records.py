@@ -348,6 +348,7 @@ class TokenBatch:
     proximal_logprobs: Tensor | None = None  # M float
     proximal_entropy: Tensor | None = None  # M float, filled together with proximal_logprobs
     reference_logprobs: Tensor | None = None  # M float, of the frozen reference policy
+    num_passes: int = 0  # of a sharded model that cannot be packed: the most segments that a rank has
 
     def __post_init__(self) -> None:
         for name in (*TARGET_FIELDS, *OPTIONAL_FIELDS):

@@ -19,6 +19,8 @@ from step_cases import (
     FAMILIES,
     LLAMAS,
     PLAIN_SGD,
+    VOCABULARY,
+    batches_of,
     demonstrations,
     make_policy,
     one_each,
@@ -27,6 +29,7 @@ from step_cases import (
     run_step,
 )
 from torch import Tensor
+from transformers import Gemma2Config
 
 from truestep.objective.schedule import learning_rate
 from truestep.records import Origin, TrainSequence
@@ -39,6 +42,18 @@ ADAMW = OptimizerSettings(
     lr=1e-2, schedule="cosine", warmup_fraction=0.5, weight_decay=0.1, max_grad_norm=0.5
 )
 CLIPPED_SGD = OptimizerSettings(kind="sgd", lr=1.0, weight_decay=0.0, max_grad_norm=0.5)
+
+
+# It cannot be packed: in one micro-batch, a rank with three sequences runs its layers three times, one with five, five times.
+ONE_BY_ONE = "gemma2"
+MODELS = {
+    **LLAMAS,
+    ONE_BY_ONE: Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, query_pre_attn_scalar=8,
+        attn_logit_softcapping=1.0, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +84,7 @@ def cases() -> list[Case]:
             )
         found.append(Case(family="grpo", cut="uneven", optimizer="clipped", parallel=parallel))
         found.append(Case(family="dr_grpo", cut="one idle", optimizer="sgd", parallel=parallel, model="tied"))
+        found.append(Case(family="sft", cut="uneven", optimizer="adamw", parallel=parallel, model=ONE_BY_ONE))
     return found
 
 
@@ -94,7 +110,7 @@ def run_case(case: Case, ranks: Ranks) -> tuple[dict[str, Tensor], list[dict[str
     """What the parameters moved by (whole, on every rank), and what each step reported."""
     family = FAMILIES[case.family]
     # Every rank starts from other weights: replicate must make them rank 0's.
-    policy = make_policy(LLAMAS[case.model], case.dtype, seed=ranks.rank)
+    policy = make_policy(MODELS[case.model], case.dtype, seed=ranks.rank)
     if ranks.world_size > 1:
         replicate(policy, ranks)
         if case.parallel == "fsdp2":
@@ -107,7 +123,8 @@ def run_case(case: Case, ranks: Ranks) -> tuple[dict[str, Tensor], list[dict[str
     )
     reports = []
     for step in range(num_steps):
-        batches = one_each(dealt(case, sequences_of(case, step), ranks), case.dtype)
+        mine = dealt(case, sequences_of(case, step), ranks)
+        batches = batches_of(mine) if case.model == ONE_BY_ONE else one_each(mine, case.dtype)
         # A large update is read from float32 parameters with a small rounding.
         speed = rate(step) if case.optimizer == "adamw" else 1.0 if case.dtype is torch.float64 else 1024.0
         plan = plan_for(family.method, step=step, learning_rate=speed, ranks=ranks)

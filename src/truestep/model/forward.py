@@ -4,7 +4,7 @@ Shapes: N flat tokens, D hidden size, V vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,22 +42,58 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     return model.base_model(**rows, use_cache=False, layout=layout).last_hidden_state[0]
 
 
+def whole_logits_of(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout, wanted: Tensor
+) -> Tensor:
+    """Return the logits [M, V] at the M ``wanted`` places of a packed row, as the model's own head makes them."""
+    rows = {"input_ids": input_ids[None], "position_ids": position_ids[None], "logits_to_keep": wanted}
+    logits: Tensor = model(**rows, use_cache=False, layout=layout).logits[0]
+    return logits
+
+
 def hidden_states_by_segment(
     model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segments: Sequence[Segment]
 ) -> Tensor:
     """Return the same as ``hidden_states`` for a model that cannot be packed. Each segment runs separately,
     after its prefix, which is slow."""
+
+    def run(ids: Tensor, positions: Tensor) -> Tensor:
+        out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    return _by_segment(run, input_ids, position_ids, segments)
+
+
+def whole_logits_by_segment(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segments: Sequence[Segment]
+) -> Tensor:
+    """Return the logits [N, V] of a model that cannot be packed."""
+
+    def run(ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return logits
+
+    return _by_segment(run, input_ids, position_ids, segments)
+
+
+def _by_segment(
+    run: Callable[[Tensor, Tensor], Tensor],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    segments: Sequence[Segment],
+) -> Tensor:
     pieces = []
     for s in segments:
         prefix, own = slice(s.prefix_start, s.prefix_stop), slice(s.start, s.stop)
         ids, positions = (torch.cat([row[prefix], row[own]])[None] for row in (input_ids, position_ids))
-        out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        pieces.append(out.last_hidden_state[0, s.prefix_stop - s.prefix_start :])
+        pieces.append(run(ids, positions)[0, s.prefix_stop - s.prefix_start :])
     return torch.cat(pieces)
 
 
-def install_packing(model: PreTrainedModel) -> str:
-    """Switch on packed attention if it does not change the hidden states. Returns "" or why it stays off.
+def install_packing(model: PreTrainedModel, *, whole_logits: bool = False) -> str:
+    """Switch on packed attention if it does not change the hidden states (or the logits). Returns "" or why it stays
+    off.
 
     To check this, three random sequences, two of them with a shared prefix, are run packed and one by one."""
     plain = model.config._attn_implementation
@@ -71,11 +107,18 @@ def install_packing(model: PreTrainedModel) -> str:
         Segment(start=7, stop=12, prefix_stop=4),
         Segment(start=12, stop=17),
     )
+    rows, one_by_one = (
+        (model, ids, positions),
+        whole_logits_by_segment if whole_logits else hidden_states_by_segment,
+    )
     with torch.no_grad():
-        expected = hidden_states_by_segment(model, ids, positions, segments)
+        expected = one_by_one(*rows, segments)
         try:
             model.set_attn_implementation(IMPLEMENTATION)
-            got = hidden_states(model, ids, positions, PackedLayout(segments, positions))
+            layout = PackedLayout(segments, positions)
+            got = hidden_states(*rows, layout)
+            if whole_logits:
+                got = whole_logits_of(*rows, layout, torch.arange(len(ids), device=device))
         except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:

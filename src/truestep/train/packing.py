@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def _batch(
             has_behavior = has_behavior or sequence.behavior_logprobs is not None
     if not has_behavior:
         del columns["behavior_logprobs"]
-    tensors = {
+    tensors: dict[str, Any] = {
         name: torch.tensor(values, dtype=INTEGERS.get(name, dtype), device=device)
         for name, values in columns.items()
     }

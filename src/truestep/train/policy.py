@@ -51,12 +51,13 @@ class Policy(nn.Module):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.shape, self.context_length = loaded.shape, loaded.context_length
         self.notes: list[str] = []
-        if reason := forward.install_packing(self.model):
+        differs = self._head_differs()
+        self.plain_head = not differs
+        if reason := forward.install_packing(self.model, whole_logits=not self.plain_head):
             self.notes.append(f"sequences are run one by one, not packed: {reason}")
         self.packs = not reason
-        if reason := self._head_differs():
-            self.notes.append(f"all logits are computed at once, not in chunks: {reason}")
-        self.plain_head = not reason
+        if differs:
+            self.notes.append(f"all logits are computed at once, not in chunks: {differs}")
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -73,18 +74,18 @@ class Policy(nn.Module):
         if self.packs:
             hidden = forward.hidden_states(*rows, PackedLayout(batch.segments, batch.position_ids))
         else:
-            hidden = forward.hidden_states_by_segment(*rows, batch.segments)
+            hidden = forward.hidden_states_by_segment(*rows, _passes(batch))
         hidden, head = hidden.index_select(0, batch.source_index), self.model.get_output_embeddings()
         return chunked_logprobs(hidden, head.weight, head.bias, batch.target_ids, temperature)
 
     def _from_whole_logits(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        pieces = []
-        for s in batch.segments:
-            prefix = batch.input_ids[s.prefix_start : s.prefix_stop]
-            ids = torch.cat([prefix, batch.input_ids[s.start : s.stop]])
-            logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
-            pieces.append(logits[len(prefix) :])
-        return logprobs_from_logits(torch.cat(pieces)[batch.source_index], batch.target_ids, temperature)
+        rows = (self.model, batch.input_ids, batch.position_ids)
+        if self.packs:
+            layout = PackedLayout(batch.segments, batch.position_ids)
+            logits = forward.whole_logits_of(*rows, layout, batch.source_index)
+        else:
+            logits = forward.whole_logits_by_segment(*rows, _passes(batch))[batch.source_index]
+        return logprobs_from_logits(logits, batch.target_ids, temperature)
 
     @torch.no_grad()
     def _head_differs(self) -> str:
@@ -101,3 +102,9 @@ class Policy(nn.Module):
         difference = float((got - expected).norm() / expected.norm())
         is_equal = difference <= forward.PACKING_TOLERANCE[got.dtype]
         return "" if is_equal else f"the logits are not hidden·Wᵀ ({difference:.1e})"
+
+
+def _passes(batch: TokenBatch) -> tuple[Segment, ...]:
+    """Return the segments that a model which cannot be packed runs one by one, and after them some that nothing reads, as
+    long as other ranks have more: the collectives in sharded layers must match, forward and backward."""
+    return (*batch.segments, *[Segment(start=0, stop=1)] * (batch.num_passes - len(batch.segments)))

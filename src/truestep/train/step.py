@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -210,13 +210,16 @@ def _report(plan: StepPlan, totals: BatchTotals, meter: Meter, norm: float) -> S
 
 
 def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> list[TokenBatch]:
-    """Add dummy batches until all ranks have the same number, because collectives need all ranks."""
+    """Add dummy batches until all ranks have the same number, because collectives need all ranks. The same holds for
+    the passes of a sharded model that cannot be packed."""
     most = int(ranks.max([float(len(batches))])[0])
-    if len(batches) == most:
-        return list(batches)
     parameter = next(policy.parameters())
     wide = torch.promote_types(parameter.dtype, torch.float32)
-    return [*batches, *[dummy_batch(wide, parameter.device)] * (most - len(batches))]
+    made = [*batches, *[dummy_batch(wide, parameter.device)] * (most - len(batches))]
+    if policy.packs or not is_sharded(policy):
+        return made
+    passes = ranks.max([float(len(batch.segments)) for batch in made])
+    return [replace(batch, num_passes=int(count)) for batch, count in zip(made, passes, strict=True)]
 
 
 def require_finite(tensors: Mapping[str, Tensor], batch: TokenBatch, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,12 +53,14 @@ class ValidationLoss:
         try:
             for first in range(0, len(parts), ranks.world_size):
                 ranks.stop_point()
-                if (index := first + ranks.rank) >= len(parts):  # sharded layers are gathered by all ranks
-                    self.policy(dummy_batch(**made), 1.0)
+                # Sharded layers are gathered by all ranks, equally often.
+                passes = max(map(len, parts[first : first + ranks.world_size]))
+                if (index := first + ranks.rank) >= len(parts):
+                    self.policy(replace(dummy_batch(**made), num_passes=passes), 1.0)
                     continue
                 size = sum(last_needed(sequence) for sequence in parts[index])
                 (batch,) = pack(parts[index], tokens_per_microbatch=size, **made)
-                logprobs, _ = self.policy(batch, 1.0)
+                logprobs, _ = self.policy(replace(batch, num_passes=passes), 1.0)
                 where = f"validation after step {step}, micro-batch {index}"
                 require_finite({"log-probabilities": logprobs}, batch, where)
                 sums.append((-float(logprobs.double().sum()), batch.num_targets))
