@@ -17,7 +17,7 @@ from truestep.explained import Key, Table
 from truestep.pipeline.paper_plan import read_declared
 from truestep.pipeline.prepare import check_methods
 from truestep.settings import parse_settings
-from truestep.study.plan import parse_study
+from truestep.study.load import parse_study
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,36 @@ from truestep.explained import meaning
 
 
 class UserError(ValueError):
-    """An error in settings, data or paths (exit code 2). Its message is one line with fault and remedy."""
+    """An error in settings, data or paths (exit code 2). Its message is one line with fault and remedy, or a list
+    of several such lines."""
+
+    def __init__(self, *faults: str) -> None:
+        several = [f"{len(faults)} faults:", *(fault.replace("\n", "\n    ") for fault in faults)]
+        super().__init__(faults[0] if len(faults) == 1 else "\n  ".join(several))
+        self.faults = faults
+
+
+class Faults:
+    """Collects the faults of independent checks, so that one refusal lists all of them."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, *faults: str) -> None:
+        self.found += [fault for fault in dict.fromkeys(faults) if fault not in self.found]
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Collect the UserError that the block raises; the block ends there."""
+        try:
+            yield
+        except UserError as error:
+            self.add(*error.faults)
+
+    def refuse(self) -> None:
+        """Raise UserError if there is a fault."""
+        if self.found:
+            raise UserError(*self.found)
 
 
 class OutOfSpace(RuntimeError):
@@ -37,10 +67,20 @@ ALIASES = {
 
 
 def one_line(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
-    """Describe one problem of the table ``raw``, which ``model`` rejected, with key, expected and given value.
-    An unknown key comes first, because it explains a missing one. A stage is called by its name, as in --set."""
-    found = error.errors(include_url=False)
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    """Describe the first problem of the table ``raw``, which ``model`` rejected, and count the others."""
+    first, *others = each_fault(error, model, raw)
+    return first + (f" (and {len(others)} more)" if others else "")
+
+
+def each_fault(error: ValidationError, model: type[BaseModel], raw: Any) -> list[str]:
+    """Describe every problem of the table ``raw``, which ``model`` rejected, with key, expected and given value.
+    Unknown keys come first, because they explain missing ones. A stage is called by its name, as in --set."""
+    found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    inner = {e["loc"][:-1] for e in found}  # a list whose faulty items are left out is also called too short
+    return [_fault(e, model, raw) for e in found if e["type"] != "too_short" or e["loc"] not in inner]
+
+
+def _fault(first: Any, model: type[BaseModel], raw: Any) -> str:
     key, tables = _place(model, raw, first["loc"])
     kind, given = first["type"], first.get("input")
     message = str(first["msg"]).removeprefix("Value error, ")
@@ -58,8 +98,7 @@ def one_line(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
         message = f"expected a table, got {given!r}"
     elif "input" in first and not isinstance(given, dict | list | tuple):
         message += f", got {given!r}" + _meaning(key, tables)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return (f"{'.'.join(key)}: " if key else "") + message + more
+    return (f"{'.'.join(key)}: " if key else "") + message
 
 
 def _meaning(key: Sequence[str], tables: Sequence[type[BaseModel]]) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from truestep.data_settings import DataShare, OneOrSeveral
 from truestep.frozen import Frozen
@@ -275,6 +275,13 @@ class RejectionSettings(StageSettings):
     Example: ``epochs = 2``"""
     steps: int = Field(0, ge=0)
     """Length of the SFT in steps. Set either epochs or steps. Example: ``steps = 100``"""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_set(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            raise ValueError('a rejection stage has one data set; set data = "NAME"')
+        return value
 
     _one_length = model_validator(mode="after")(_has_one_length)
 

@@ -1,5 +1,5 @@
-"""Forty-odd ways to get a recipe, a data row or a path wrong: each is one line that names the place, exit
-code 2, and comes before any model is built."""
+"""Forty-odd ways to get a recipe, a data row or a path wrong: each is one line that names the place (or a list of
+such lines, if more than one thing becomes wrong), exit code 2, and comes before any model is built."""
 
 from __future__ import annotations
 
@@ -451,9 +451,11 @@ def test_bad_input_is_one_line(
     code = call(monkeypatch, "run", str(folder / case.recipe), "--out", str(folder / "out"), *case.words)
     out, err = capsys.readouterr()
     assert (code, out) == (2, ""), err
-    *before_it, line = err.splitlines()  # a command says first what it is doing
-    assert line.startswith("error: ")
-    assert all(said.startswith("truestep ") for said in before_it)
+    before_it, is_error, line = err.partition("error: ")  # a command says first what it is doing
+    assert is_error
+    assert all(said.startswith("truestep ") for said in before_it.splitlines())
+    count, *others = line.splitlines()
+    assert not others or (count == f"{len(others)} faults:" and all(said.startswith("  ") for said in others))
     for words in case.expect:
         assert words in line
     assert sorted(folder.rglob("*")) == before, "something was written"

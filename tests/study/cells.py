@@ -14,7 +14,7 @@ from typing import Any
 
 from truestep.study.cell_runner import Runner
 from truestep.study.engines import Launch
-from truestep.study.plan import load_study
+from truestep.study.load import load_study
 from truestep.study.run import run_cells
 
 STUDY = """

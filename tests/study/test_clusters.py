@@ -24,7 +24,9 @@ from truestep.errors import UserError
 from truestep.study import engines
 from truestep.study.cell_runner import key_of
 from truestep.study.estimate import estimate
-from truestep.study.plan import cell_settings, load_study, parse_study, stage_tables
+from truestep.study.inputs import check_inputs
+from truestep.study.load import load_study, parse_study
+from truestep.study.plan import cell_settings, stage_tables
 from truestep.study.processes import LOST, Order, code_of_ranks, start, was_killed
 from truestep.study.resources import Places, Resources, Share
 from truestep.study.run import run_cells
@@ -38,7 +40,7 @@ from pathlib import Path
 import cells
 from truestep import device
 from truestep.study import engines
-from truestep.study.plan import load_study
+from truestep.study.load import load_study
 from truestep.study.run import run_cells
 
 folder = Path(sys.argv[1])
@@ -81,9 +83,10 @@ def test_resources_depend_on_the_stage() -> None:
 
 def test_the_plan_shows_what_a_cell_uses(tmp_path: Path) -> None:
     made = cells.runner(tmp_path, start, "out", RANKS)
+    plain_path = cells.write(tmp_path / "plain")
     (row,), (plain,) = (
-        estimate(study, tmp_path)["arms"]
-        for study in (made.study, load_study(cells.write(tmp_path / "plain")))
+        estimate(study, check_inputs(study, path))["arms"]
+        for study, path in ((made.study, made.where), (load_study(plain_path), plain_path))
     )
     assert (row["ranks"], row["gpus"], plain["ranks"], plain["gpus"]) == (2, 2, 1, 0)
     assert row["gib"] == pytest.approx(2 * plain["gib"], abs=0.01)

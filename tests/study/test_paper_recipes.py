@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from truestep.data_settings import DataShare
 from truestep.errors import UserError
 from truestep.objective.methods import METHODS
 from truestep.pipeline.paper_plan import (
@@ -147,3 +149,26 @@ def test_a_declaration_that_contradicts_the_settings_is_refused(change: dict, na
         declared_plan(doubled(load_settings(path), **change), path.parent, str(path))
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_several_data_sets_are_planned_by_their_shares() -> None:
+    """Three quarters of the places of a step are of the first set, which is seen three times."""
+    path = FOLDER / f"{QWEN}-sft-rl-50.toml"
+    settings = load_settings(path)
+    sft, rl = settings.stages
+    sets = (DataShare(name="openr1", weight=3), DataShare(name="math500"))
+    mixed = sft.model_copy(update={"data": sets, "epochs_of": "openr1"})
+    rows = {"openr1": 3200, "math500": 500}
+    plan = declared_plan(
+        doubled(settings.model_copy(update={"stages": (mixed, rl)}), rows=rows), path.parent, str(path)
+    )
+    assert plan["stages"][0]["rows"] == 3700
+    assert plan["stages"][0]["steps"] == math.ceil(mixed.epochs * 3200 / (0.75 * mixed.sequences_per_step))  # type: ignore[union-attr]
+    few = {"openr1": 3200, "math500": 10}
+    several = rl.model_copy(update={"data": sets})
+    with pytest.raises(
+        UserError, match=r"takes 32 prompts of data\.math500 in a step, which is more than its 10 rows"
+    ):
+        declared_plan(
+            doubled(settings.model_copy(update={"stages": (sft, several)}), rows=few), path.parent, str(path)
+        )

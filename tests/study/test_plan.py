@@ -15,15 +15,9 @@ from truestep.errors import UserError
 from truestep.study.cell_results import cell_key
 from truestep.study.cell_runner import Runner, given_identity
 from truestep.study.estimate import estimate
-from truestep.study.plan import (
-    CONTROLS,
-    cell_settings,
-    check_disjoint,
-    differences,
-    load_study,
-    parse_study,
-    stage_tables,
-)
+from truestep.study.inputs import check_inputs
+from truestep.study.load import load_study, parse_study
+from truestep.study.plan import CONTROLS, cell_settings, differences, stage_tables
 
 RAW = tomllib.loads(STUDY)
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +37,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_micro_study_is_good(tmp_path: Path) -> None:
-    study = load_study(write_study(tmp_path))
-    check_disjoint(study, tmp_path)
-    plan = estimate(study, tmp_path)
+    path = write_study(tmp_path)
+    study = load_study(path)
+    plan = estimate(study, check_inputs(study, path))
     assert plan["cells"] == 12
     assert plan["trials"] == 8
     assert plan["flops_full"] > 0
@@ -63,7 +57,7 @@ COIN = {"rl.reward": "random"}
         ("arms/4/set", {**COIN, "nothing.lr": 1.0}, "'nothing.lr' does not begin with a stage of the arm"),
         ("arms/4/set", {**COIN, "more.steps": 2}, "'more.steps' does not begin with a stage of the arm"),
         ("arms/4/set", {**COIN, "rl.steps.x": 2}, "steps is a value, not a table"),
-        ("stages/rl/method", "dpo", "arms.sft-rl: stages.rl.method = 'dpo' is not one of"),
+        ("stages/rl/method", "dpo", "stages.rl.method = 'dpo' is not one of"),
         ("stages/rl/method_options", {"clip": 1}, "method_options.clip"),
         ("stages/sft/faults", {"others": 1}, "others"),
         ("arms/4/set", {}, "arms.coin: control = 'random-reward' needs an arm"),
@@ -75,9 +69,8 @@ COIN = {"rl.reward": "random"}
         ("primary", [["sft", "sft"]], "compared with itself"),
         ("tuning/seeds", [], "at least 1"),
         ("tuning/factors", [1.0, -2.0], "greater than 0"),
-        ("tuning/factors", [1.0, 200.0], "arms.sft: stages.sft.optimizer.lr"),
-        ("tuning/data", "train", "tuning.data = 'train' is also used for training"),
-        ("run/evaluate/data", ["train"], "used both for testing and for training"),
+        ("tuning/data", "train", "data.train is used both for selection and for training"),
+        ("run/evaluate/data", ["train"], "data.train is used both for testing and for training"),
         ("arms/2/stages", ["sft", "lr"], "no [stages.lr]"),
         ("reference", "best", "'best' is not an arm"),
         ("primary", [["sft-rl", "dpo"]], "'dpo' is not an arm"),
@@ -86,8 +79,8 @@ COIN = {"rl.reward": "random"}
         ("controls_off", {"rl-from-base": "x", "base": "y"}, "'base'"),
         ("tuning/seeds", [1], "must not include a seed of the study"),
         ("tuning/factors", [0.5], "must include 1.0"),
-        ("tuning/data", "test", "used both for testing and for selection"),
-        ("run/evaluate/data", ["dev"], "used both for testing and for selection"),
+        ("tuning/data", "test", "is used both for testing and for selection"),
+        ("run/evaluate/data", ["dev"], "is used both for testing and for selection"),
         ("run/data/test/seed", None, "crossed"),
         ("run/data/train/limt", 3, "limt"),
         ("seeds", [1, 1], "are the same"),
@@ -103,13 +96,20 @@ def test_what_is_refused(path: str, value: Any, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_rate_of_a_trial_is_checked_too() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_study(changed("tuning/factors", [1.0, 200.0]), "micro.toml")
+    assert "arms.sft: stages.sft.optimizer.lr" in str(caught.value)
+    assert "arms.continued: stages.more.optimizer.lr" in str(caught.value)
+
+
 def test_a_dev_set_of_one_arm_alone_is_looked_at(tmp_path: Path) -> None:
     """The test problems under another name."""
     raw = changed("arms/4/set", {**COIN, "rl.dev.data": "again", "rl.dev.every_steps": 1})
     raw["run"]["data"]["again"] = {**raw["run"]["data"]["test"], "limit": 3}
     study = parse_study({**raw, "may_differ": [*raw["may_differ"], "rl.dev.*"]}, "micro.toml")
-    with pytest.raises(UserError, match="share 3 problems"):
-        check_disjoint(study, tmp_path)
+    with pytest.raises(UserError, match="3 of 10 problems are also in data"):
+        check_inputs(study, write_study(tmp_path))
 
 
 def test_a_declared_difference_is_allowed_and_shown() -> None:
@@ -122,8 +122,8 @@ def test_a_declared_difference_is_allowed_and_shown() -> None:
 def test_a_dev_set_that_shares_problems_with_the_test_set_is_refused(tmp_path: Path) -> None:
     raw = changed("run/data/dev", {"source": "procedural:addition", "seed": 0, "split": "test", "limit": 3,
                                    "options": {"digits": 1}})  # fmt: skip
-    with pytest.raises(UserError, match="share 3 problems"):
-        check_disjoint(parse_study(raw, "micro.toml"), tmp_path)
+    with pytest.raises(UserError, match="3 of 10 problems are also in data"):
+        check_inputs(parse_study(raw, "micro.toml"), write_study(tmp_path))
 
 
 def test_cells_differ_in_their_seed_alone_and_run_on_one_thread() -> None:

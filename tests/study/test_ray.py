@@ -19,7 +19,7 @@ import pytest
 from truestep.errors import UserError
 from truestep.study import engines
 from truestep.study.cell_runner import Runner
-from truestep.study.plan import load_study
+from truestep.study.load import load_study
 from truestep.study.processes import start
 from truestep.study.run import run_cells
 

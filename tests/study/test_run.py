@@ -23,7 +23,7 @@ from truestep.pipeline.code import code_of
 from truestep.settings import OptimizerSettings, RlSettings, SamplingSettings, load_settings
 from truestep.study import processes
 from truestep.study.cell_runner import Runner, base_identity, with_absolute_paths
-from truestep.study.plan import load_study
+from truestep.study.load import load_study
 from truestep.study.processes import Order
 from truestep.study.run import run_cells, tables_of, tuning_cost
 from truestep.study.table import results

@@ -29,7 +29,7 @@ from truestep.reward_settings import RewardSettings
 from truestep.rewards.judge import Judge, JudgeSettings
 from truestep.rewards.pool import FunctionPool
 from truestep.settings import parse_settings
-from truestep.study.plan import parse_study
+from truestep.study.load import parse_study
 from truestep.user_code import find_source
 
 LETTERS, DIGITS = string.ascii_letters, string.digits

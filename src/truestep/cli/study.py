@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,9 +53,10 @@ def study(
         raise UserError(f"study: expected one study file, got {len(paths)}; run them one after the other")
     path = Path(paths[0])
     announce(f"truestep study: checking {path} and its data")
-    from truestep.study import cell_runner, engines, plan
+    from truestep.data.overlap import overlap_lines
+    from truestep.study import cell_runner, engines, inputs, processes
 
-    declared = plan.load_study(path)
+    declared, checked = inputs.checked_study(path, engine)
     if workers is not None:
         declared = declared.model_copy(update={"workers": workers})
     folder = out or Path("runs") / f"study-{declared.name}"
@@ -63,18 +65,19 @@ def study(
             raise UserError(f"{name} {place} is a file; pass a folder")
     if results and results.resolve() == folder.resolve():
         raise UserError(f"--results and --out are the same folder, {results}; pass a different one")
-    plan.check_disjoint(declared, path.parent)
-    if declared.base:
-        cell_runner.base_recipe(path, declared)
-    if dry_run:
-        show_plan(declared, path, folder, as_json)
-        return
     say = ConsoleReporter().say
-    launched = engines.engine(engine, declared, say)
     runner = cell_runner.Runner(
-        study=declared, where=path, out=folder, launch=launched.launch, workers=declared.workers, results=results,
-        say=say, gpus=launched.gpus, stop=launched.stop,
+        study=declared, where=path, out=folder, launch=processes.start, workers=declared.workers, results=results,
+        say=say,
     )  # fmt: skip
+    cell_runner.check_base(runner)
+    for note in (*checked.prepared.notes, *overlap_lines(checked.prepared.overlap)):
+        say(note)
+    if dry_run:
+        show_plan(declared, checked, path, folder, as_json)
+        return
+    launched = engines.engine(engine, declared, say)
+    runner = replace(runner, launch=launched.launch, gpus=launched.gpus, stop=launched.stop)
     # A run's own process removes what was left in its directory; an earlier one may still be at work there.
     with rundir.locked(folder, apart="run"):
         launched.check(folder)
@@ -172,10 +175,11 @@ def write_cell(path: Path, cell: dict[str, Any]) -> None:
     rundir.write_atomic(path, f"{{{lines}\n}}\n")
 
 
-def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
+def show_plan(study: Any, checked: Any, path: Path, folder: Path, as_json: bool) -> None:
+    from truestep.report.study_tables import left_out
     from truestep.study.estimate import estimate
 
-    plan = {**estimate(study, path.parent), "study": str(path), "study_dir": str(folder)}
+    plan = {**estimate(study, checked), "study": str(path), "study_dir": str(folder)}
     if as_json:
         echo(json.dumps(plan))
         return
@@ -186,8 +190,8 @@ def show_plan(study: Any, path: Path, folder: Path, as_json: bool) -> None:
         for r in plan["arms"]
     ]  # fmt: skip
     _print_table(f"{study.name}: estimated cost", heads, rows, left=(0, 1, 7))
-    for control, reason in plan["controls_off"].items():
-        echo(f"control {control} is off: {reason}")
+    for line in left_out(plan):
+        echo(line)
     echo(f"{plan['cells']} cells and {plan['trials']} trials, {plan['flops_full']:.2e} FLOPs, "
                f"{plan['cpu_hours']:.1f} CPU hours, {plan['hours']:.1f} hours with {study.workers} workers, "
                f"{plan['gib']:.1f} GiB")  # fmt: skip
@@ -203,7 +207,7 @@ def show(folder: Path, table: dict[str, Any], page: Path, as_json: bool) -> None
     if as_json:
         echo(json.dumps({"study_dir": str(folder), "report": str(page), **table}))
         return
-    from truestep.report.study_tables import contrast_table, method_table
+    from truestep.report.study_tables import contrast_table, left_out, method_table
 
     head, rows = method_table(table)
     hidden = ("FLOPs (fuller)", "Trials: FLOPs", "Checkpoint", "Marks")
@@ -213,6 +217,8 @@ def show(folder: Path, table: dict[str, Any], page: Path, as_json: bool) -> None
     for arm in table["arms"]:
         if arm["marks"]:
             echo(f"{arm['name']}: {'; '.join(arm['marks'])}")
+    for line in left_out(table):
+        echo(line)
     for row in contrast_table(table)[1]:
         echo(f"{row[0]}: {row[1]} points, p {row[3]}, Holm {row[4]}: {row[-1]}")
     for cell, why in table["failures"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -47,6 +47,18 @@ def problem_text(problem: Problem) -> str:
 def text_key(text: str) -> str:
     """Return the key of a ``problem_text``. Two texts with the same key differ only in spaces next to signs."""
     return _BESIDE_A_SIGN.sub("", text)
+
+
+def same_problems(
+    evaluation: Iterable[Problem], train: Iterable[Problem]
+) -> Iterator[tuple[Problem, Problem]]:
+    """Yield every evaluation problem that has the text of a training problem, with the first such problem."""
+    first: dict[str, Problem] = {}
+    for problem in train:
+        first.setdefault(text_key(problem_text(problem)), problem)
+    for problem in evaluation:
+        if (key := text_key(problem_text(problem))) and key in first:
+            yield problem, first[key]
 
 
 def ngram_hashes(text: str) -> set[bytes]:

@@ -198,6 +198,14 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     )
 
 
+def meta_shape(config: Any) -> ModelShape:
+    """Return the shape of a configuration's model, without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return model_shape(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+
 def override(config: Any, settings: ModelSettings) -> None:
     """Set the context length and RoPE that all stages and the exported model will have. The exported model of a stage,
     which has them already, stays as it is. Raises UserError for a longer context without a rule for its positions."""

@@ -17,7 +17,9 @@ from truestep.grade.words import spelled_number
 from truestep.records import Problem, Score, Verdict, judged
 
 if TYPE_CHECKING:
+    from truestep.errors import Faults
     from truestep.grade.score import Grader
+    from truestep.pipeline.prepare import Prepared
 
 _OTHER = Extraction(answer="7919", how="boxed")  # an answer that differs from the gold answer in its text
 
@@ -90,3 +92,21 @@ def _was_read(score: Score) -> bool:
     return score.verdict is not Verdict.UNSCORED and not any(
         words in score.reason for words in compared_as_text
     )
+
+
+def check_golds(prepared: Prepared, names: Sequence[str], faults: Faults) -> None:
+    """Find the first gold answer of each set that its checker refuses, since it could not accept a completion."""
+    from truestep.grade.score import Grader
+
+    with Grader() as grader:
+        for name in names:
+            golds = grade_golds(grader, prepared.problems[name])
+            for problem, score in ((gold.problem, gold.score) for gold in golds):
+                if score.verdict is not Verdict.CORRECT:
+                    faults.add(
+                        f"{problem.row or problem.id}: answer: the checker {problem.checker!r} does not accept the gold answer "
+                        f"{problem.answer[:60]!r} ({score.reason or score.label}); correct or remove the row"
+                    )
+                    break
+            if unread := [gold for gold in golds if gold.text_only]:
+                prepared.notes.append(f"data.{name}: {said_of(unread, len(unread), len(golds))}")

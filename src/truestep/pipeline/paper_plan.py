@@ -6,8 +6,7 @@ them. Shapes come from a ``config.json`` next to the recipe, by making its model
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,22 +117,25 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
         return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
 
 
-def only_set(stage: StageSettings) -> str:
-    """Return the stage's data set. Raises UserError if it has several, because their lengths differ."""
-    if not isinstance(stage.data, str):
-        raise UserError(
-            f"stages.{stage.name}.data: this estimate is only for one data set in a stage, got several"
-        )
-    return stage.data
+def rows_of(stage: StageSettings, declared: Declared) -> list[int]:
+    """Return the declared numbers of rows of the stage's data sets. Raises UserError if one is not declared."""
+    for name in stage.data_names:
+        if name not in declared.rows:
+            raise UserError(
+                f"stages.{stage.name}.data: declared.rows has no entry {name!r}; set its number of rows"
+            )
+    return [declared.rows[name] for name in stage.data_names]
 
 
 def stage_work(stage: StageSettings, declared: Declared) -> Ledger:
     """Return a stage's work at the declared mean lengths, which slightly underestimates attention."""
     prompt, demonstration = declared.prompt_tokens, declared.demonstration_tokens
     if isinstance(stage, SftSettings):
-        rows = declared.rows[only_set(stage)]
-        sequences = stage.epochs * rows if stage.epochs else stage.steps * stage.sequences_per_step
-        return sequence_work(prompt, demonstration).times(sequences)
+        from truestep.pipeline.sizes import num_sequences
+
+        rows = rows_of(stage, declared)
+        exact = stage.epochs * rows[0] if stage.epochs and len(rows) == 1 else num_sequences(stage, rows)
+        return sequence_work(prompt, demonstration).times(exact)
     if isinstance(stage, RejectionSettings):
         raise UserError(
             f"stages.{stage.name}: a rejection stage cannot be estimated, as the number of kept samples is unknown"
@@ -234,11 +236,11 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
 def _stage_row(
     settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings, context: int
 ) -> dict[str, Any]:
+    from truestep.pipeline.sizes import shares_of
+
     where = f"stages.{stage.name}"
-    data = only_set(stage)
-    if data not in declared.rows:
-        raise UserError(f"{where}.data: declared.rows has no entry {data!r}; set its number of rows")
-    rows, longest = declared.rows[data], declared.max_prompt_tokens
+    by_set, longest = rows_of(stage, declared), declared.max_prompt_tokens
+    rows = sum(by_set)
     sampled = stage.sampling.max_new_tokens if isinstance(stage, RlSettings | RejectionSettings) else 0
     longest += max(sampled, declared.max_demonstration_tokens)
     limits = {"model.context_length": context, "tokens_per_microbatch": stage.tokens_per_microbatch}
@@ -246,13 +248,17 @@ def _stage_row(
         if longest > limit:
             fault = f"{key} = {limit} is less than the longest sequence, which has {longest} tokens"
             raise UserError(f"{where}: {fault}; set {longest} or more")
-    if isinstance(stage, RlSettings) and (num := stage.prompts_per_step) > rows:
-        raise UserError(
-            f"{where}.prompts_per_step = {num} is more than the {rows} rows; set a smaller number"
-        )
+    for which, num_rows in enumerate(by_set if isinstance(stage, RlSettings) else ()):
+        asked = shares_of(stage).most(which)
+        if asked > num_rows:
+            size = stage.prompts_per_step if isinstance(stage, RlSettings) else 0
+            raise UserError(
+                f"{where}.prompts_per_step = {size} takes {asked} prompts of data.{stage.data_names[which]} in a step, "
+                f"which is more than its {num_rows} rows; set a smaller number"
+            )
     held = gib_per_gpu(settings, declared, config, stage)
     work, shape = stage_work(stage, declared), shape_of(config)
-    steps, per_update, updates, epochs = _arithmetic(stage, rows)
+    steps, per_update, updates, epochs = _arithmetic(stage, by_set)
     return {
         "stage": stage.name, "kind": stage.kind, "method": getattr(stage, "method", ""), "rows": rows,
         "steps": steps, "optimizer updates": updates, "sequences per update": per_update,
@@ -262,13 +268,15 @@ def _stage_row(
     }  # fmt: skip
 
 
-def _arithmetic(stage: StageSettings, rows: int) -> tuple[int, int, int, float]:
+def _arithmetic(stage: StageSettings, rows: Sequence[int]) -> tuple[int, int, int, float]:
     """Return steps, sequences per update, updates and epochs."""
+    from truestep.pipeline.sizes import num_steps
+
     if isinstance(stage, RlSettings):
         u = stage.updates_per_rollout
         per_update = stage.prompts_per_step // u * stage.samples_per_prompt
-        return stage.steps, per_update, stage.steps * u, stage.steps * stage.prompts_per_step / rows
+        return stage.steps, per_update, stage.steps * u, stage.steps * stage.prompts_per_step / sum(rows)
     assert isinstance(stage, SftSettings | RejectionSettings)
     size = stage.sequences_per_step
-    steps = stage.steps or math.ceil(stage.epochs * rows / size)
-    return steps, size, steps, steps * size / rows
+    steps = num_steps(stage, rows)
+    return steps, size, steps, steps * size / sum(rows)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +19,18 @@ from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.data.templates import choose_template
 from truestep.device import world
-from truestep.errors import UserError
-from truestep.grade.score import Grader
+from truestep.errors import Faults, UserError
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, override, read_config, resolve
 from truestep.model.select import check_patterns
 from truestep.objective.corrections import REWEIGHTING
 from truestep.objective.methods import METHODS, Method, build, fits_older_samples
 from truestep.pipeline.code import code_of
-from truestep.pipeline.golds import grade_golds, said_of
+from truestep.pipeline.golds import check_golds
 from truestep.pipeline.history import History
 from truestep.pipeline.prompts import prompts_of_stage
-from truestep.pipeline.sizes import check_lengths
+from truestep.pipeline.sizes import check_lengths, check_tested
 from truestep.pipeline.track import require_trackers
-from truestep.records import Demonstration, Problem, Prompt, Verdict
+from truestep.records import Demonstration, Problem, Prompt
 from truestep.rewards.scorer import RewardScorer
 from truestep.rollout.engine_vllm import client_of
 from truestep.rollout.vllm_server import installed_version, python_with_vllm
@@ -70,9 +69,60 @@ class Prepared:
     history: History = field(default_factory=History)  # of the run that is continued
 
 
-def prepare(settings: Settings, *, base_dir: Path, history: History | None = None) -> Prepared:
-    """Load and check everything that a run needs, within seconds and without a model. Raises a UserError that
-    names the file, row and field, or the setting, and the remedy."""
+def prepare(
+    settings: Settings,
+    *,
+    base_dir: Path,
+    history: History | None = None,
+    problems: Mapping[str, list[Problem]] | None = None,
+) -> Prepared:
+    """Load and check everything that a run needs, within seconds and without a model. ``problems`` are the data
+    sets if they have been read (``read_problems``); stages with other sets are then left out. Raises a UserError
+    that names each fault with its file, row and field, or setting, and remedy."""
+    faults = Faults()
+    with faults.caught():
+        _check_evaluation(settings)
+    methods = usable_methods(settings, base_dir, faults)
+    usable = [stage for stage in settings.stages if stage.name in methods]
+    for check in (_check_engines, lambda given: require_trackers(given.trackers)):
+        with faults.caught():
+            check(settings)
+    code = dict(_check_code(usable, base_dir, faults))
+    if problems is None:
+        problems = read_problems(settings, methods, base_dir, faults)
+    prepared = None
+    with faults.caught():
+        prepared = _opened(settings, base_dir, history)
+    if prepared is None:
+        faults.refuse()
+        raise AssertionError("without a fault, there is a tokenizer")
+    prepared.methods, prepared.code = methods, code
+    needs = needs_of(settings, methods)
+    for name, of_set in problems.items():
+        with faults.caught():
+            _encode(prepared, name, of_set, needs[name])
+    check_golds(prepared, [n for n in prepared.problems if "answer" in needs[n]], faults)
+    for stage in usable:
+        if all(name in prepared.problems for name in stage.data_names):
+            with faults.caught():
+                if not isinstance(stage, SftSettings):
+                    prepared.stage_prompts[stage.name] = prompts_of_stage(prepared, stage)
+                check_lengths(prepared, stage)
+    dev = [stage.dev.data for stage in usable if stage.dev.data]
+    for name in dict.fromkeys((*dev, *settings.evaluate.data)):
+        if name in prepared.problems:
+            with faults.caught():
+                check_tested(prepared, name)
+    faults.refuse()
+    found = prepared.problems
+    trained = {name: found[name] for s in settings.stages for name in s.data_names if name in found}
+    tested = {name: found[name] for name in settings.evaluate.data if name in found}
+    prepared.notes += _of_systems(settings, trained, tested)
+    prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
+    return prepared
+
+
+def _check_evaluation(settings: Settings) -> None:
     if settings.evaluate.benchmarks:
         raise UserError(
             "evaluate.benchmarks is set, but a run evaluates only evaluate.data; use truestep eval RECIPE"
@@ -81,9 +131,10 @@ def prepare(settings: Settings, *, base_dir: Path, history: History | None = Non
         raise UserError(
             "evaluate.engine: evaluate.data is always sampled with torch; remove evaluate.engine, or evaluate benchmarks"
         )
-    check_methods(settings, base_dir)
-    _check_engines(settings)
-    require_trackers(settings.trackers)
+
+
+def _opened(settings: Settings, base_dir: Path, history: History | None) -> Prepared:
+    """Open the tokenizer and check it with the chat settings. Raises UserError."""
     tokenizer = load_tokenizer(settings.model)
     is_plain = getattr(tokenizer, "chat_template", None) is None and settings.chat.template == "plain"
     choose_template(tokenizer, settings.chat.template, settings.model.path)
@@ -92,37 +143,37 @@ def prepare(settings: Settings, *, base_dir: Path, history: History | None = Non
         settings=settings, base_dir=base_dir, history=history or History(),
         is_plain=is_plain, tokenizer=tokenizer, context_length=context,
         stop_ids=stop_token_ids(tokenizer, eos), model_content=model_content(settings.model),
-        methods={s.name: method_of(s, base_dir) for s in settings.stages},
         # Sets that were used before a change are part of identities, too.
         content=dict(history.content) if history is not None and history.changes else {},
-        code={s.name: code_of(s, base_dir) for s in settings.stages},
     )  # fmt: skip
     check_special_tokens(tokenizer, settings.chat, prepared.stop_ids)
-    _check_rewards(settings, base_dir)
     check_patterns(settings.model, [(s.name, s.freeze, s.optimizer.no_decay) for s in settings.stages])
-    needs = _needs(settings)
-    sampled = [s for s in settings.stages if s.kind != "sft"]
-    guided = {
-        name: s for s in sampled if prepared.methods[s.name].needs_demonstrations for name in s.data_names
-    }
-    for name, wanted in needs.items():
-        try:
-            _load(prepared, name, wanted | ({"solution"} if name in guided else set()), base_dir)
-        except UserError as error:
-            if name not in guided or "solution" not in str(error):
-                raise
-            method = prepared.methods[guided[name].name].name
-            reason = f'stages.{guided[name].name}.method = "{method}" trains on solutions'
-            raise UserError(f"{error} ({reason})") from None
-    _grade_golds(prepared, [n for n, wanted in needs.items() if "answer" in wanted])
-    prompts = {s.name: prompts_of_stage(prepared, s) for s in sampled if not isinstance(s, SftSettings)}
-    prepared.stage_prompts = prompts
-    check_lengths(prepared)
-    trained = {name: prepared.problems[name] for s in settings.stages for name in s.data_names}
-    tested = {name: prepared.problems[name] for name in settings.evaluate.data}
-    prepared.notes += _of_systems(settings, trained, tested)
-    prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
     return prepared
+
+
+def read_problems(
+    settings: Settings, methods: Mapping[str, Method], base_dir: Path, faults: Faults
+) -> dict[str, list[Problem]]:
+    """Read every data set that is used, with the columns that are needed. A set with a fault is left out."""
+    guided, found = _guided(settings, methods), {}
+    for name, wanted in needs_of(settings, methods).items():
+        with faults.caught():
+            try:
+                data, seed = settings.data[name], settings.seed
+                found[name] = load_problems(name, data, seed=seed, base_dir=base_dir, needs=sorted(wanted))
+            except UserError as error:
+                if name not in guided or "solution" not in str(error):
+                    raise
+                method = methods[guided[name]].name
+                reason = f'stages.{guided[name]}.method = "{method}" trains on solutions'
+                raise UserError(f"{error} ({reason})") from None
+    return found
+
+
+def _guided(settings: Settings, methods: Mapping[str, Method]) -> dict[str, str]:
+    """Return the data sets whose solutions a stage that samples trains on, with the stage's name."""
+    sampled = [s for s in settings.stages if s.kind != "sft" and s.name in methods]
+    return {name: s.name for s in sampled if methods[s.name].needs_demonstrations for name in s.data_names}
 
 
 def _check_engines(settings: Settings) -> None:
@@ -137,17 +188,26 @@ def _check_engines(settings: Settings) -> None:
         require_version(version, f"{python} has vLLM {version}")
 
 
-def _check_rewards(settings: Settings, base_dir: Path) -> None:
-    """Load every reward function once, in its worker, so that mistakes are found before training."""
-    for stage in settings.stages:
-        if isinstance(stage, RlSettings) and world()[0] == 0:
-            with tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder:
-                given: dict[str, Any] = {"grade": lambda pairs: [], "base": base_dir, "folder": Path(folder)}
-                with RewardScorer(stage.reward_entries, **given):
-                    pass
+def _check_code(
+    stages: Sequence[StageSettings], base_dir: Path, faults: Faults
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Load every reward function once, in its worker, so that mistakes are found before training. Yield the hashes
+    of each stage's code."""
+    for stage in stages:
+        with faults.caught():
+            if isinstance(stage, RlSettings) and world()[0] == 0:
+                with tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder:
+                    given: dict[str, Any] = {
+                        "grade": lambda pairs: [],
+                        "base": base_dir,
+                        "folder": Path(folder),
+                    }
+                    with RewardScorer(stage.reward_entries, **given):
+                        pass
+            yield stage.name, code_of(stage, base_dir)
 
 
-def _needs(settings: Settings) -> dict[str, set[str]]:
+def needs_of(settings: Settings, methods: Mapping[str, Method]) -> dict[str, set[str]]:
     """Return the needed columns of every data set that is used; other data sets are not loaded. A stage
     without a checker does not need answers."""
     needs: defaultdict[str, set[str]] = defaultdict(set)
@@ -162,31 +222,49 @@ def _needs(settings: Settings) -> dict[str, set[str]]:
             needs[stage.validation.data].add("solution")
     for name in settings.evaluate.data:
         needs[name].add("answer")
+    for name in _guided(settings, methods):
+        needs[name].add("solution")
     return needs
 
 
-def check_methods(settings: Settings, base_dir: Path) -> None:
+def usable_methods(settings: Settings, base_dir: Path, faults: Faults) -> dict[str, Method]:
+    """Return the methods of the stages, by name, without those of stages that they do not fit."""
+    found = {}
     for stage in settings.stages:
-        fault_of(stage.faults)
-        if isinstance(stage, RejectionSettings):
-            continue
-        row, is_sft = method_of(stage, base_dir), isinstance(stage, SftSettings)
-        if (row.plan is None) != is_sft:
-            known = ", ".join(name for name in METHODS if (METHODS[name]().plan is None) == is_sft)
-            fault = f'method = "{stage.method}" does not fit kind = "{stage.kind}"'
-            raise UserError(f"stages.{stage.name}.{fault}; set one of {known}")
-        if isinstance(stage, RlSettings) and stage.rollout_ahead and (fault := row.staleness_fault):
-            fitting = ", ".join(name for name in METHODS if fits_older_samples(name))
-            raise UserError(
-                f'stages.{stage.name}.rollout_ahead = {stage.rollout_ahead}: method = "{stage.method}" cannot train on '
-                f"samples of older weights: {fault}; set rollout_ahead = 0, or method_options.correction = "
-                f'"truncate" (or {", ".join(REWEIGHTING[1:])}) with one of {fitting}'
-            )
-        if isinstance(stage, SftSettings) and stage.sequences_per_step % (num := row.updates_per_step):
-            raise UserError(
-                f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be split into the "
-                f'{num} equal updates of method = "{row.name}"; set a multiple of {num}'
-            )
+        with faults.caught():
+            found[stage.name] = _usable_method(stage, base_dir)
+    return found
+
+
+def check_methods(settings: Settings, base_dir: Path) -> None:
+    faults = Faults()
+    usable_methods(settings, base_dir, faults)
+    faults.refuse()
+
+
+def _usable_method(stage: StageSettings, base_dir: Path) -> Method:
+    fault_of(stage.faults)
+    row, is_sft = method_of(stage, base_dir), isinstance(stage, SftSettings)
+    if isinstance(stage, RejectionSettings):
+        return row
+    assert isinstance(stage, SftSettings | RlSettings)
+    if (row.plan is None) != is_sft:
+        known = ", ".join(name for name in METHODS if (METHODS[name]().plan is None) == is_sft)
+        fault = f'method = "{stage.method}" does not fit kind = "{stage.kind}"'
+        raise UserError(f"stages.{stage.name}.{fault}; set one of {known}")
+    if isinstance(stage, RlSettings) and stage.rollout_ahead and (fault := row.staleness_fault):
+        fitting = ", ".join(name for name in METHODS if fits_older_samples(name))
+        raise UserError(
+            f'stages.{stage.name}.rollout_ahead = {stage.rollout_ahead}: method = "{stage.method}" cannot train on '
+            f"samples of older weights: {fault}; set rollout_ahead = 0, or method_options.correction = "
+            f'"truncate" (or {", ".join(REWEIGHTING[1:])}) with one of {fitting}'
+        )
+    if isinstance(stage, SftSettings) and stage.sequences_per_step % (num := row.updates_per_step):
+        raise UserError(
+            f"stages.{stage.name}.sequences_per_step = {stage.sequences_per_step} cannot be split into the "
+            f'{num} equal updates of method = "{row.name}"; set a multiple of {num}'
+        )
+    return row
 
 
 def _of_systems(
@@ -249,14 +327,16 @@ def context_and_eos(settings: Settings) -> tuple[int, Any]:
     return context, getattr(config, "eos_token_id", None)
 
 
-def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> None:
+def _encode(prepared: Prepared, name: str, problems: list[Problem], wanted: set[str]) -> None:
+    """Make prompts and demonstrations of a data set. Raises UserError, after which the set is not in ``problems``."""
     settings, tokenizer, context = prepared.settings, prepared.tokenizer, prepared.context_length
-    data = settings.data[name]
-    problems = load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=sorted(wanted))
-    prepared.problems[name] = problems
     prepared.content[name] = _content_hash(problems)
     described = describe(problems, wanted)
-    remarks = [files_of(name, data, base_dir)[2], *read_as(described), *not_used(described)]
+    remarks = [
+        files_of(name, settings.data[name], prepared.base_dir)[2],
+        *read_as(described),
+        *not_used(described),
+    ]
     prepared.notes += [f"data.{name}: {said}" for said in remarks if said]
     if wanted & {"answer", "problem"}:
         prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
@@ -264,6 +344,7 @@ def _load(prepared: Prepared, name: str, wanted: set[str], base_dir: Path) -> No
         made = encode_demonstrations(tokenizer, problems, settings.chat, context)
         prepared.demonstrations[name] = made.kept
         prepared.notes += [f"data.{name}: {said}" for said in of_sequences(made, len(problems), context)]
+    prepared.problems[name] = problems
 
 
 def of_sequences(made: Encoded, num_rows: int, context: int) -> list[str]:
@@ -303,18 +384,3 @@ def _rich(problem: Problem) -> tuple[str, ...]:
         return ()
     parts = [[m.role, m.content, m.is_trained, dict(m.more)] for m in turns]
     return (json.dumps([parts, [dict(tool) for tool in problem.tools], problem.text], sort_keys=True),)
-
-
-def _grade_golds(prepared: Prepared, names: Sequence[str]) -> None:
-    """Raise UserError if a checker refuses a gold answer, since it could not accept a completion either."""
-    with Grader() as grader:
-        for name in names:
-            golds = grade_golds(grader, prepared.problems[name])
-            for problem, score in ((gold.problem, gold.score) for gold in golds):
-                if score.verdict is not Verdict.CORRECT:
-                    raise UserError(
-                        f"{problem.row or problem.id}: answer: the checker {problem.checker!r} does not accept the gold answer "
-                        f"{problem.answer[:60]!r} ({score.reason or score.label}); correct or remove the row"
-                    )
-            if unread := [gold for gold in golds if gold.text_only]:
-                prepared.notes.append(f"data.{name}: {said_of(unread, len(unread), len(golds))}")

@@ -41,36 +41,37 @@ def shares_of(stage: StageSettings) -> Shares:
     return Shares(tuple(share.weight for share in stage.shares), size)
 
 
-def check_lengths(prepared: Prepared) -> None:
-    settings = prepared.settings
-    for stage in settings.stages:
-        where, names = f"stages.{stage.name}", [f"data.{name}" for name in stage.data_names]
-        longest = 0
-        if isinstance(stage, SftSettings):
-            kept = [prepared.demonstrations[name] for name in stage.data_names]
-            longest = max(len(d.token_ids) for of_set in kept for d in of_set)
-            if (size := stage.sequences_per_step) > (num := num_sequences(stage, [len(k) for k in kept])):
-                fault = f"is more than the {num} sequences of the whole stage"
-                raise UserError(f"{where}.sequences_per_step = {size} {fault}; set a smaller number")
-        if isinstance(stage, RlSettings | RejectionSettings):
-            longest = longest_of_stage(prepared, stage)
-        if isinstance(stage, RlSettings):
-            size, prompts = stage.prompts_per_step, prepared.stage_prompts[stage.name]
-            for which, (name, of_set) in enumerate(zip(names, prompts, strict=True)):
-                asked = size if len(names) == 1 else shares_of(stage).most(which)
-                if asked > (num := len(of_set)):
-                    fault = f"is more than the {num} problems of {name} that can be trained on"
-                    mixed = "" if len(names) == 1 else f" (the weight asks for {asked} of them in a step)"
-                    raise UserError(f"{where}.prompts_per_step = {size} {fault}{mixed}; set a smaller number")
-        if stage.tokens_per_microbatch < longest:
-            raise UserError(
-                f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} is less than the longest "
-                f"sequence, which has {longest} tokens; set {longest} or more"
-            )
-    dev = [stage.dev.data for stage in settings.stages if stage.dev.data]
-    for name in (*dev, *settings.evaluate.data):
-        limit = settings.evaluate.data_sampling.max_new_tokens
-        longest_sample(prepared, prepared.prompts[name], name, limit, "evaluate.sampling")
+def check_lengths(prepared: Prepared, stage: StageSettings) -> None:
+    """Raise UserError if a stage's batches and lengths do not fit its data."""
+    where, names = f"stages.{stage.name}", [f"data.{name}" for name in stage.data_names]
+    longest = 0
+    if isinstance(stage, SftSettings):
+        kept = [prepared.demonstrations[name] for name in stage.data_names]
+        longest = max(len(d.token_ids) for of_set in kept for d in of_set)
+        if (size := stage.sequences_per_step) > (num := num_sequences(stage, [len(k) for k in kept])):
+            fault = f"is more than the {num} sequences of the whole stage"
+            raise UserError(f"{where}.sequences_per_step = {size} {fault}; set a smaller number")
+    if isinstance(stage, RlSettings | RejectionSettings):
+        longest = longest_of_stage(prepared, stage)
+    if isinstance(stage, RlSettings):
+        size, prompts = stage.prompts_per_step, prepared.stage_prompts[stage.name]
+        for which, (name, of_set) in enumerate(zip(names, prompts, strict=True)):
+            asked = size if len(names) == 1 else shares_of(stage).most(which)
+            if asked > (num := len(of_set)):
+                fault = f"is more than the {num} problems of {name} that can be trained on"
+                mixed = "" if len(names) == 1 else f" (the weight asks for {asked} of them in a step)"
+                raise UserError(f"{where}.prompts_per_step = {size} {fault}{mixed}; set a smaller number")
+    if stage.tokens_per_microbatch < longest:
+        raise UserError(
+            f"{where}.tokens_per_microbatch = {stage.tokens_per_microbatch} is less than the longest "
+            f"sequence, which has {longest} tokens; set {longest} or more"
+        )
+
+
+def check_tested(prepared: Prepared, name: str) -> None:
+    """Raise UserError if a problem of a test or dev set leaves no room for a completion."""
+    limit = prepared.settings.evaluate.data_sampling.max_new_tokens
+    longest_sample(prepared, prepared.prompts[name], name, limit, "evaluate.sampling")
 
 
 def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:

@@ -53,6 +53,7 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
     return {
         "table": table, "primary": [c for c in table["contrasts"] if c["primary"]], "points": tables.points,
         "method_table": tables.method_table(table), "contrast_table": tables.contrast_table(table),
+        "left_out": tables.left_out(table),
         "dots": [(name, figures.dots(arms, name)) for name in names], "bars": figures.bars(arms),
         "by_flops": by_flops, "dynamics": [d for arm in arms if (d := _dynamics(arm["name"], cells))],
         "several": {name: hashes for name, hashes in table["content"].items() if len(hashes) > 1},

@@ -66,6 +66,22 @@ def contrast_table(table: Row) -> tuple[list[str], list[list[str]]]:
     return list(_CONTRASTS), rows
 
 
+def left_out(table: Row) -> list[str]:
+    """Return sentences about what is switched off in the study, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for control, why in table["controls_off"].items():
+        by_reason.setdefault(why, []).append(control)
+    lines = [
+        f"Control {names[0]} was left out: {why}" if len(names) == 1 else
+        f"Controls {', '.join(names)} were left out: {why}"
+        for why, names in by_reason.items()
+    ]  # fmt: skip
+    return lines + [
+        f"{name} may have problems of training or dev sets: {why}"
+        for name, why in table.get("allow_overlap", {}).items()
+    ]
+
+
 def markdown(table: Row) -> str:
     note = "Scores are in % and are means over seeds and problems, with 95 % intervals over both. "
     note += "Differences are in points and are paired by seed and problem."
@@ -77,7 +93,7 @@ def markdown(table: Row) -> str:
             parts.append("\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines))
     if several := [name for name, hashes in table["content"].items() if len(hashes) > 1]:
         parts.append(f"Data sets that are not the same in all cells: {_md(', '.join(several))}")
-    parts += [f"Control {_md(c)} was left out: {_md(why)}" for c, why in table["controls_off"].items()]
+    parts += [_md(line) for line in left_out(table)]
     parts += [f"Failed: {_md(cell)}: {_md(why)}" for cell, why in table["failures"].items()]
     return "\n\n".join(parts) + "\n"
 

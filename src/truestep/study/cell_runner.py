@@ -20,6 +20,7 @@ from typing import Any
 from truestep import rundir, signals
 from truestep.data.files import is_local, local_files, sources_of
 from truestep.errors import UserError
+from truestep.model.packaged import PACKAGED
 from truestep.pipeline.code import code_of
 from truestep.settings import (
     DataSettings,
@@ -139,8 +140,9 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
 
 def _order(runner: Runner, folder: str, share: Share, devices: tuple[str, ...] | None) -> Order:
     """Return the request to run FOLDER/recipe.toml in FOLDER/run."""
+    named = runner.where.parent / (runner.study.base if folder == "base" else "study.toml")
     return Order(study=str(runner.out.resolve()), recipe=f"{folder}/recipe.toml", run=f"{folder}/run",
-                 ranks=share.ranks, gpus=share.gpus, devices=devices)  # fmt: skip
+                 ranks=share.ranks, gpus=share.gpus, devices=devices, code=str(named.parent.resolve()))  # fmt: skip
 
 
 def child(runner: Runner, order: Order, name: str) -> None:
@@ -211,10 +213,12 @@ def local_sources(name: str, data: DataSettings, base_dir: Path) -> list[Path]:
 
 
 def local_model(path: str, base_dir: Path) -> Path | None:
-    """Return the folder or file that ``path`` names in ``load_settings``; None for the base or a hub id."""
-    if path == BASE_MODEL or not ("/" in path or path.endswith(".gguf")):
+    """Return the folder or file that ``path`` names in ``load_settings``; None for a model that ships with
+    truestep, the base or a hub id."""
+    if path in (BASE_MODEL, "tiny", *PACKAGED):
         return None
-    return next((p for p in (base_dir / path, Path(path)) if p.exists()), None)
+    beside = [base_dir / path] if "/" in path or path.endswith(".gguf") else []
+    return next((p for p in (*beside, Path(path)) if p.exists()), None)
 
 
 def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
@@ -290,17 +294,26 @@ def files_of(settings: Settings, base_dir: Path) -> str:
     return settings_hash(*parts) if parts else ""
 
 
+def check_base(runner: Runner) -> None:
+    """Raise UserError if the study directory has a base that was trained from something else."""
+    home = runner.out / "base"
+    identity = home / "identity"
+    if not (runner.study.base and (runner.out / BASE_MODEL).exists() and identity.exists()):
+        return
+    if identity.read_text(encoding="utf-8").strip() != base_identity(runner):
+        raise UserError(
+            f"{home} was trained from a different {runner.study.base}, or from different files; pass a different --out"
+        )
+
+
 def _base(runner: Runner) -> Path:
     """Train the pinned base with its recipe, and return the link ./base/model to the exported model."""
     link, home = runner.out / BASE_MODEL, runner.out / "base"
     settings = base_recipe(runner.where, runner.study)
-    identity = home / "identity"
     if link.exists():
-        if identity.exists() and identity.read_text(encoding="utf-8").strip() != base_identity(runner):
-            raise UserError(
-                f"{home} was trained from a different {runner.study.base}, or from different files; pass a different --out"
-            )
+        check_base(runner)
         return link
+    identity = home / "identity"
     made = with_absolute_paths(settings, (runner.where.parent / runner.study.base).parent)
     rundir.write_atomic(home / "recipe.toml", rundir.to_toml(table_of(made)))
     rundir.write_atomic(identity, base_identity(runner) + "\n")

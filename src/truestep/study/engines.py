@@ -41,9 +41,25 @@ class Engine:
 
 def engine(name: str, study: Study, say: Callable[[str], None]) -> Engine:
     """Return an engine. Raises UserError if this machine has fewer GPUs than a cell needs."""
+    check_engine(name, study)
+    return ray(study, say) if name == "ray" else local(study, say)
+
+
+def check_engine(name: str, study: Study) -> None:
+    """Raise UserError if the engine does not exist, or a cell needs more GPUs than this machine has."""
     if name not in ("local", "ray"):
         raise UserError(f"--engine {name} is not an engine; pass local or ray")
-    return ray(study, say) if name == "ray" else local(study, say)
+    if name == "ray":
+        return
+    from truestep.device import visible_gpus
+
+    num = len(visible_gpus())
+    most, stage = max((share.gpus, stage) for stage, share in shares(study).items())
+    if most > num:
+        raise UserError(
+            f"resources.gpus: a cell that runs {stage or 'the base model'} needs {most} GPUs, but this machine has "
+            f"{num}; reduce resources.gpus, or pass --engine ray with a cluster that has them"
+        )
 
 
 def shares(study: Study) -> dict[str, Share]:
@@ -56,14 +72,9 @@ def shares(study: Study) -> dict[str, Share]:
 def local(study: Study, say: Callable[[str], None]) -> Engine:
     from truestep.device import visible_gpus
 
+    check_engine("local", study)
     gpus = visible_gpus()
-    most, stage = max((share.gpus, stage) for stage, share in shares(study).items())
-    if most > len(gpus):
-        raise UserError(
-            f"resources.gpus: a cell that runs {stage or 'the base model'} needs {most} GPUs, but this machine has "
-            f"{len(gpus)}; reduce resources.gpus, or pass --engine ray with a cluster that has them"
-        )
-    if gpus and not most:
+    if gpus and not any(share.gpus for share in shares(study).values()):
         say(f"the study uses none of this machine's {len(gpus)} GPUs; to use them, set resources.gpus = 1")
 
     def stop(signum: int) -> None:

@@ -1,25 +1,18 @@
-"""The settings of a study (arms, seeds and allowed differences), read from a TOML file and checked first.
+"""The settings of a study: arms, seeds and allowed differences. ``study.load`` reads and checks them.
 
 An arm is a list of the study's stages. The keys that an arm changes (``set``) must be declared in
-``may_differ``. All other settings are the same in every arm by construction. One file: the checks and the models
-refer to each other."""
+``may_differ``. All other settings are the same in every arm by construction."""
 
 from __future__ import annotations
 
-import fnmatch
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from truestep.data.problems import load_problems
 from truestep.errors import UserError
 from truestep.frozen import Frozen
-from truestep.redaction import INSTEAD, find_secret
 from truestep.settings import Settings, parse_settings
 from truestep.study.resources import Resources
 
@@ -51,7 +44,7 @@ class Arm(Frozen):
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings that only this arm changes. Each must be in may_differ.
     Example: ``set = { "sft.steps" = 300 }``"""
-    equal_flops: EqualFlops | Literal[""] = ""
+    equal_flops: EqualFlops | None = None
     """Choose the last stage's steps so that the arm spends as many FLOPs as another arm.
     Example: ``equal_flops = { to = "b", step_like = "sft" }``"""
     num_seeds: int = Field(0, ge=0)
@@ -118,90 +111,23 @@ class Study(Frozen):
     """Patterns of KIND.key in which arms may differ; any other difference is an error.
     Example: ``may_differ = ["rl.method", "sft.*"]``"""
     controls_off: dict[Control, str] = Field(default_factory=dict)
-    """Controls that are left out, each with a reason.
+    """Controls that are left out, each with a reason; one text is the reason for all controls that no arm is.
     Example: ``controls_off = { rejection = "too slow" }``"""
-    tuning: Tuning | Literal[""] = ""
+    allow_overlap: dict[str, str] = Field(default_factory=dict)
+    """Data sets that test or choose and may have problems of training sets, each with a reason.
+    Example: ``allow_overlap = { test = "it measures memorization" }``"""
+    tuning: Tuning | None = None
     """Learning-rate trials of the last stage of every arm. Example: ``tuning = { data = "held" }``"""
 
-    @model_validator(mode="after")
-    def _names(self) -> Self:
-        names = [arm.name for arm in self.arms]
-        if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("two arms have the same name, or two seeds are the same; make each unique")
-        for arm in self.arms:
-            self._check_arm(arm, names)
-        self._check_resources()
-        pairs = (*self.primary, *self.secondary)
-        for name in (self.reference, *(name for pair in pairs for name in pair)):
-            if name not in names:
-                raise ValueError(f"{name!r} is not an arm; the arms are {', '.join(names)}")
-        if same := [a for a, b in pairs if a == b]:
-            raise ValueError(f"{same[0]!r} is compared with itself; name two different arms")
-        if self.tuning and set(self.tuning.seeds) & set(self.seeds):
-            raise ValueError("tuning.seeds must not include a seed of the study; use different seeds")
-        return self
-
-    def _check_arm(self, arm: Arm, names: Sequence[str]) -> None:
-        where, match = f"arms.{arm.name}", arm.equal_flops
-        for stage in arm.stages:
-            if stage not in self.stages:
-                raise ValueError(
-                    f"{where}: there is no [stages.{stage}]; the stages are {', '.join(self.stages)}"
-                )
-        for key in arm.set:
-            if key.partition(".")[0] not in arm.stages:
-                known = ", ".join(arm.stages) or "no stages"
-                raise ValueError(
-                    f"{where}.set: {key!r} does not begin with a stage of the arm, which has {known}"
-                )
-        try:
-            stage_tables(self, arm)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        if arm.num_seeds > len(self.seeds):
-            raise ValueError(
-                f"{where}.num_seeds = {arm.num_seeds}, but the study has {len(self.seeds)} seeds"
-            )
-        if not match:
-            return
-        if match.to not in names:
-            raise ValueError(f"{where}.equal_flops.to = {match.to!r} is not an arm")
-        goal = self.arm(match.to)
-        if goal.equal_flops or len(self.seeds_of(goal)) < len(self.seeds_of(arm)):
-            raise ValueError(
-                f"{where}.equal_flops.to: expected an arm without equal_flops and with at least as many seeds"
-            )
-        if not arm.stages or match.step_like not in goal.stages:
-            raise ValueError(
-                f"{where}.equal_flops.step_like = {match.step_like!r} is not a stage of {goal.name} "
-                f"(it has {', '.join(goal.stages) or 'none'}), or the arm itself has no stage"
-            )
-
-    def _check_resources(self) -> None:
-        known = [*self.stages, *(["base"] if self.base else [])]
-        for name in self.resources.stages:
-            if name not in known:
-                raise ValueError(
-                    f"resources.stages.{name}: there is no such stage; the stages are {', '.join(known)}"
-                )
-
-    @model_validator(mode="after")
-    def _controls(self) -> Self:
-        """Raise ValueError if a control is left out without a declared reason, which the table prints."""
-        there = [arm.control for arm in self.arms if arm.control]
-        for control in CONTROLS:
-            if there.count(control) + (control in self.controls_off) != 1:
-                raise ValueError(
-                    f'the control {control!r} must occur exactly once; add an arm with control = "{control}", or set '
-                    f'controls_off.{control} = "..." to the reason why it is left out'
-                )
-        for arm in self.arms:
-            if arm.control and not _is_control(arm, arm.control, [self.stages[s] for s in arm.stages]):
-                meaning = _CONTROL[arm.control][0]
-                raise ValueError(f"arms.{arm.name}: control = {arm.control!r} needs an arm that {meaning}")
-        if any(not reason.strip() for reason in self.controls_off.values()):
-            raise ValueError("controls_off: a reason must not be empty")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _one_reason(cls, raw: Any) -> Any:
+        """Let one text be the reason for all controls that no arm is."""
+        reason = raw.get("controls_off") if isinstance(raw, Mapping) else None
+        if not isinstance(reason, str):
+            return raw
+        there = [arm.get("control") for arm in raw.get("arms", ()) if isinstance(arm, Mapping)]
+        return {**raw, "controls_off": {name: reason for name in CONTROLS if name not in there}}
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -211,47 +137,7 @@ class Study(Frozen):
 
     def tuning_of(self, arm: Arm) -> Tuning | None:
         """Return the settings of an arm's learning-rate trials, or None if it has no trials."""
-        return self.tuning if self.tuning and arm.stages and not arm.untuned else None
-
-
-Kinds = Sequence[Any]  # of an arm's stages; the flag says whether a stage has the random reward
-_CONTROL: dict[Control, tuple[str, Callable[[Kinds, bool], bool]]] = {
-    "base": ("has no stages", lambda k, _: not k),
-    "sft": ("has only SFT stages, at least one", lambda k, _: set(k) == {"sft"}),
-    "sft-continued": ("has only SFT stages, at least two", lambda k, _: len(k) > 1 and set(k) == {"sft"}),
-    "rl-from-base": ("starts with an RL stage", lambda k, _: k[:1] == ["rl"]),
-    "random-reward": ('sets the reward of an RL stage to "random"', lambda _, random: random),
-    "rejection": ("has a rejection stage", lambda k, _: "rejection" in k),
-}
-
-
-def _is_control(arm: Arm, control: Control, stages: Sequence[Mapping[str, Any]]) -> bool:
-    rewards = [v for key, v in arm.set.items() if key.endswith(".reward")] + [s.get("reward") for s in stages]
-    return _CONTROL[control][1]([stage.get("kind") for stage in stages], "random" in rewards)
-
-
-def load_study(path: Path) -> Study:
-    """Read and check a study file. Raises UserError with one line that names the file and the key."""
-    try:
-        return parse_study(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such study file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a readable TOML file: {error}") from None
-
-
-def parse_study(raw: Mapping[str, Any], where: str) -> Study:
-    if (key := find_secret(raw)) is not None:
-        raise UserError(f"{where}: {key} looks like a secret, and a study is written to files; {INSTEAD}")
-    try:
-        study = Study.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(p) for p in first["loc"])
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise UserError(f"{where}: {key + ': ' if key else ''}{message}") from None
-    check_study(study, where)
-    return study
+        return self.tuning if arm.stages and not arm.untuned else None
 
 
 def stage_tables(study: Study, arm: Arm) -> list[dict[str, Any]]:
@@ -317,90 +203,14 @@ def differences(study: Study, arm: Arm, where: str = "") -> dict[str, tuple[Any,
     return found
 
 
-def check_study(study: Study, where: str) -> None:
-    """Raise UserError for undeclared differences, tuning on test sets, and problems that vary by seed."""
-    for arm in study.arms:
-        for key, (theirs, own) in differences(study, arm, where).items():
-            if not any(fnmatch.fnmatch(key, pattern) for pattern in study.may_differ):
-                raise UserError(
-                    f"{where}: arms.{arm.name}: {key} = {own!r} differs from {theirs!r} in {study.reference} and is "
-                    f'not declared; set may_differ = ["{key}"], or use the same value'
-                )
-        if arm.untuned and not study.tuning:
-            raise UserError(
-                f"{where}: arms.{arm.name}.untuned is set, but the study has no trials; remove it"
-            )
-    sets = study.run.get("data", {})
-    tested = study.run.get("evaluate", {}).get("data", [])
-    if not tested:
-        raise UserError(
-            f'{where}: run.evaluate.data is empty, but a study compares scores; set evaluate.data = ["..."]'
-        )
-    if study.tuning and study.tuning.data not in sets:
-        raise UserError(f"{where}: tuning.data = {study.tuning.data!r} is not in [run.data]")
-    every = every_arm(study, where)
-    trained = {name for settings in every for stage in settings.stages for name in stage.data_names}
-    chosen = dev_sets(study, every)
-    for used, tables, kind in (("selection", chosen, "dev"), ("training", trained, "test")):
-        if both := tables & set(tested):
-            raise UserError(
-                f"{where}: {both.pop()!r} is used both for testing and for {used}; use a separate {kind} set"
-            )
-    if study.tuning and study.tuning.data in trained:
-        raise UserError(
-            f"{where}: tuning.data = {study.tuning.data!r} is also used for training; use a separate dev set"
-        )
-    check_stages(study, where)
-    for name, table in sets.items():
-        generated = str(table.get("source", "")).startswith(("procedural:", "reasoning_gym:"))
-        if generated and not isinstance(table.get("seed"), int):
-            raise UserError(
-                f"{where}: run.data.{name}.seed: seeds and problems are crossed, so the problems must be the same for "
-                f"all seeds; set run.data.{name}.seed = 0"
-            )
-
-
-def check_stages(study: Study, where: str) -> None:
-    """Check every arm's methods, options and faults, and its learning rate at every factor of the trials."""
-    from truestep.pipeline.prepare import check_methods
-
-    for arm in study.arms:
-        tables = stage_tables(study, arm)
-        tuning = study.tuning_of(arm)
-        for factor in tuning.factors if tuning else (1.0,):
-            stages = [*tables[:-1], scaled(tables[-1], factor)] if tables else []
-            try:
-                check_methods(cell_settings(study, arm.name, 0, stages, where), Path(where).parent)
-            except UserError as error:
-                text = str(error).removeprefix(f"{where}: ").removeprefix(f"arms.{arm.name}: ")
-                raise UserError(f"{where}: arms.{arm.name}: {text}") from None
-
-
 def scaled(table: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """Return the stage with its learning rate multiplied by a factor."""
     rate = float(table["optimizer"]["lr"]) * factor
     return {**table, "optimizer": {**table["optimizer"], "lr": float(f"{rate:.6g}")}}
 
 
-def every_arm(study: Study, where: str) -> list[Settings]:
-    """Return the settings of each arm as in the file, before rates are chosen and budgets are matched."""
-    return [cell_settings(study, arm.name, 0, stage_tables(study, arm), where) for arm in study.arms]
-
-
-def dev_sets(study: Study, every: Sequence[Settings]) -> set[str]:
-    """Return the data sets that are used to choose learning rates or checkpoints."""
-    found = {stage.dev.data for settings in every for stage in settings.stages if stage.dev.data}
-    return found | ({study.tuning.data} if study.tuning else set())
-
-
-def check_disjoint(study: Study, base_dir: Path) -> None:
-    """Raise UserError if a problem of a dev set is also a test problem."""
-    every = every_arm(study, study.name)
-    settings, dev = every[0], dev_sets(study, every)
-    texts: dict[str, set[str]] = {}
-    for name in {*dev, *settings.evaluate.data}:
-        problems = load_problems(name, settings.data[name], seed=0, base_dir=base_dir)
-        texts[name] = {problem.messages[-1].content for problem in problems}
-    for a, b in product(dev, settings.evaluate.data):
-        if shared := texts[a] & texts[b]:
-            raise UserError(f"data.{a} and data.{b} share {len(shared)} problems; remove them from {a}")
+def with_steps(table: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the stage with a number of steps instead of epochs."""
+    return {key: value for key, value in table.items() if key not in ("epochs", "epochs_of")} | {
+        "steps": steps
+    }

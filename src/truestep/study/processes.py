@@ -36,7 +36,8 @@ _TORCHRUN_LOG = re.compile(r"[DIWEF]\d{4} \d\d:\d\d")
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """A request to run a recipe to its end. The paths are relative to ``study``, the study directory. ``gpus``
-    is the number of GPUs; ``devices`` are their names, or None if they are not known yet."""
+    is the number of GPUs; ``devices`` are their names, or None if they are not known yet. ``code`` is the folder
+    in which the recipe's modules (PACKAGE.MODULE:NAME) are."""
 
     study: str
     recipe: str
@@ -44,6 +45,7 @@ class Order:
     ranks: int = 1
     gpus: int = 0
     devices: tuple[str, ...] | None = None
+    code: str = ""
 
 
 IMPORTED = [
@@ -135,6 +137,11 @@ def _child(order: Order) -> None:
     """Do what ``python -m truestep run`` does, in the study directory. Messages go to the log."""
     os.chdir(order.study)
     _hold(f"{order.run}.lock")
+    if order.code:
+        sys.path.append(order.code)
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [os.environ["PYTHONPATH"], order.code]
+        )  # for ranks and rewards
     if order.devices is not None:
         from truestep.device import use_only_gpus
 

@@ -17,7 +17,7 @@ from truestep.errors import UserError
 from truestep.settings import Settings
 from truestep.study.cell_results import cell_name, score
 from truestep.study.cell_runner import CellFailed, Runner, node, result
-from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables
+from truestep.study.plan import Arm, cell_settings, owner_of, scaled, stage_tables, with_steps
 
 NO_FLOPS = {"paper": 0.0, "full": 0.0}
 
@@ -143,8 +143,7 @@ def match_flops(
     meant = next(t for t in theirs if t["name"] == goal.step_like)
     left = whole["flops"]["paper"] - sum(s["flops_paper"] for s in before)
     one = like["flops_paper"] / like["steps"] * sequences(tables[-1]) / sequences(meant)
-    tables[-1].pop("epochs", None)
-    tables[-1]["steps"] = max(1, round(left / one))
+    tables[-1] = with_steps(tables[-1], max(1, round(left / one)))
 
 
 def sequences(table: Mapping[str, Any]) -> float:

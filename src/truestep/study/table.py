@@ -44,6 +44,7 @@ def results(
         "benchmarks": list(dict.fromkeys(name for cell in found.values() for name in cell["benchmarks"])),
         "arms": arms, "contrasts": contrasts,
         "controls_off": {c: study.controls_off[c] for c in CONTROLS if c in study.controls_off},
+        **({"allow_overlap": dict(study.allow_overlap)} if study.allow_overlap else {}),
         "failures": dict(failures), "content": _content(found), "may_differ": list(study.may_differ),
         "complete": len(found) == sum(len(study.seeds_of(a)) for a in study.arms),
     }  # fmt: skip
