@@ -24,6 +24,7 @@ from truestep.errors import UserError, did_you_mean, one_line
 from truestep.frozen import Frozen
 from truestep.http_client import LOOPBACK
 from truestep.redaction import INSTEAD, find_secret
+from truestep.reward_settings import FORM as CODE
 from truestep.reward_settings import RewardSettings, reward_entries
 from truestep.stage_settings import DevSettings as DevSettings
 from truestep.stage_settings import EarlyStoppingSettings, RlSettings, SamplingSettings, ValidationSettings
@@ -35,6 +36,7 @@ from truestep.stage_settings import StageSettings as StageSettings
 
 M = TypeVar("M", bound=Frozen)
 Positive = Annotated[int, Field(ge=1)]
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 Pinned = Literal["benchmark"]  # the value in the table of benchmarks
 
 
@@ -339,9 +341,11 @@ class Settings(Frozen):
     Example: ``evaluate = { data = ["test"], pass_at = [1] }``"""
     vllm: VllmSettings = VllmSettings()
     """vLLM servers, for RL stages with engine = "vllm". Example: ``vllm = { servers = 2 }``"""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics are also sent: to TensorBoard, wandb (offline unless WANDB_MODE says otherwise) or
-    trackio. Example: ``trackers = ["tensorboard"]``"""
+    trackers: tuple[str, ...] = ()
+    """Where the config, metrics and scores are also sent: tensorboard, wandb, trackio, mlflow, swanlab, or FILE.py:NAME
+    in the recipe's folder (docs/how-to/trackers.md). Example: ``trackers = ["tensorboard"]``"""
+    group: str = ""
+    """The group of the run in its trackers. A study sets its name. Example: ``group = "ablation"``"""
     declared: dict[str, Any] = Field(default_factory=dict)
     """Facts for truestep run --dry-run without weights and data. If it is set, a dry run reads neither.
     Example: ``declared.rows = { train = 46000 }``"""
@@ -382,6 +386,12 @@ class Settings(Frozen):
                 raise ValueError(
                     f'stage name "{name}" is reserved or contains characters other than letters, digits, '
                     '"-" and "_"; set a different name'
+                )
+        for name in self.trackers:
+            if name not in TRACKERS and not CODE.fullmatch(name):
+                hint = did_you_mean(name, TRACKERS)
+                raise ValueError(
+                    f'trackers: "{name}" is not one of {", ".join(TRACKERS)}, or FILE.py:NAME{hint}'
                 )
         wanted = [(f"stages.{s.name}.data", name) for s in self.stages for name in s.data_names]
         within = [(f"stages.{s.name}.{k}.data", n) for s in self.stages for k, n in s.watched_data.items()]
@@ -498,7 +508,7 @@ _NEWER: tuple[tuple[str, Any], ...] = (
     ("vllm", VllmSettings().model_dump(mode="json")),
     ("template", "model"), ("rope_scaling", "model"), ("freeze", []), ("no_decay", []), ("decay_fraction", 0.1),
     ("validation", ValidationSettings().model_dump(mode="json")),
-    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")),
+    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))
 

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 
 SURFACE = """
-name seed trackers declared
+name seed trackers group declared
 model.path model.context_length model.rope_theta model.rope_scaling
 model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile

@@ -53,5 +53,10 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
         settings.model.model_copy(update={"path": str(Path(name).absolute())}) if is_file else settings.model
     )
     return settings.model_copy(
-        update={"model": model, "data": data, "stages": tuple(map(stage, settings.stages))}
+        update={
+            "model": model,
+            "data": data,
+            "stages": tuple(map(stage, settings.stages)),
+            "trackers": tuple(map(code, settings.trackers)),
+        }
     )

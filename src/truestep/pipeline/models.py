@@ -19,7 +19,7 @@ from truestep.model.load import LoadedModel, load_model
 from truestep.model.select import freeze
 from truestep.pipeline.history import MEASURES, Change, begun_with
 from truestep.pipeline.prepare import Prepared
-from truestep.pipeline.track import Log
+from truestep.pipeline.track import Trackers
 from truestep.progress import Reporter
 from truestep.records import Prompt
 from truestep.rollout.engine_torch import TorchEngine
@@ -45,7 +45,7 @@ class Session:
     grader: Grader
     ranks: Ranks
     reporter: Reporter
-    trackers: Sequence[Log] = ()
+    trackers: Trackers = field(default_factory=Trackers)
     is_strict: bool = False  # a warning ends the run
     warned: list[dict[str, Any]] = field(default_factory=list)  # why stages are worthless, as Watch says it
     evaluated: list[str] = field(

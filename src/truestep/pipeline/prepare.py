@@ -84,7 +84,7 @@ def prepare(
         _check_evaluation(settings)
     methods = usable_methods(settings, base_dir, faults)
     usable = [stage for stage in settings.stages if stage.name in methods]
-    for check in (_check_engines, lambda given: require_trackers(given.trackers)):
+    for check in (_check_engines, lambda given: require_trackers(given.trackers, base_dir)):
         with faults.caught():
             check(settings)
     code = dict(_check_code(usable, base_dir, faults))

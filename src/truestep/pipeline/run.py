@@ -31,7 +31,7 @@ from truestep.pipeline.models import Session, base_identity, earlier_identities,
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.sizes import num_steps
 from truestep.pipeline.stages import make_stage, strict_reason
-from truestep.pipeline.track import open_trackers
+from truestep.pipeline.track import Trackers, open_trackers
 from truestep.progress import Reporter
 from truestep.settings import RlSettings, Settings, SftSettings, load_settings, table_of
 from truestep.signals import Interrupted
@@ -129,7 +129,8 @@ def run(
         rundir.write_json(folder / "provenance.json", {**_stamp(prepared), "threads": threads})
     ranks.barrier()  # rank 0 has opened the run directory
     with Grader() as grader:
-        trackers = open_trackers(settings.trackers, folder, settings.name) if ranks.rank == 0 else []
+        given = (settings, folder, prepared.base_dir, prepared.history.changes, reporter.say)
+        trackers = open_trackers(*given) if ranks.rank == 0 else Trackers()
         session = Session(
             prepared=prepared, folder=folder, grader=grader, ranks=ranks, reporter=reporter, trackers=trackers,
             is_strict=is_strict,
@@ -139,13 +140,15 @@ def run(
         try:
             _stages(session)
         except BaseException as error:
+            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             if ranks.rank == 0:
                 with contextlib.suppress(
                     OSError, UserError
                 ):  # the run ends with its own error, not with this one
-                    stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-                    summarize(session, "interrupted" if stopped else "failed", error)
+                    summarize(session, status, error)
+            trackers.finish(status)
             raise
+        trackers.finish("done")
     return summarize(session, "done") if ranks.rank == 0 else {}
 
 
@@ -160,7 +163,7 @@ def _stages(session: Session) -> None:
     settings = prepared.settings
     path, ledger, steps_before = settings.model.path, Ledger(), 0
     if settings.evaluate.before:
-        _evaluate(session, "base", path, base_identity(prepared))
+        _evaluate(session, "base", path, base_identity(prepared), 0)
     for index, stage in enumerate(settings.stages):
         folder, identity = stage_folder(session.folder, index, stage), stage_identity(prepared, index)
         if (folder / "done.json").exists():
@@ -170,13 +173,14 @@ def _stages(session: Session) -> None:
             rundir.verify_export(folder / "export")  # it is a result, even if no later stage reads it
             session.reporter.say(f"{stage.name}: already done, skipped")
             session.warned.extend(done.get("warnings", []))
+            session.trackers.catch_up(stage.name, steps_before, folder)
         else:
             done = _train(session, index, path, ledger, steps_before)
         ledger = Ledger(**done["ledger_after"]) if ranks.rank == 0 else Ledger()
         steps_before += int(done["steps"])
         path = str(folder / "export")
         ranks.barrier()
-        _evaluate(session, stage.name, path, identity)
+        _evaluate(session, stage.name, path, identity, steps_before)
         if ranks.rank == 0:
             _complete_card(session, index, done)
             _warn_if_worse(session, stage.name)
@@ -196,13 +200,14 @@ def _warn_if_worse(session: Session, stage: str) -> None:
             session.reporter.say(f"warning: {text}")
 
 
-def _evaluate(session: Session, checkpoint: str, path: str, identity: str) -> None:
-    """Evaluate on all ranks, which wait until rank 0 has written the summary."""
+def _evaluate(session: Session, checkpoint: str, path: str, identity: str, step: int) -> None:
+    """Evaluate after a step of the run, on all ranks, which wait until rank 0 has written the summary."""
     if session.prepared.settings.evaluate.data:
         evaluate_checkpoint(session, checkpoint, path, identity)
         if session.ranks.rank == 0:
             session.evaluated.append(checkpoint)
-            summarize(session, "running")
+            rows = summarize(session, "running")["scores"]
+            session.trackers.score(step, checkpoint, [row for row in rows if row["checkpoint"] == checkpoint])
     session.ranks.barrier()
 
 

@@ -102,7 +102,7 @@ def make_stage(
         ranks=ranks,
         dev_score=dev_score(session, index, policy, engine, folder, path),
         validation_loss=_validation_loss(session, stage, policy), ledger=ledger,
-        on_step=_on_step(session, stage, steps_before, watch_of(session, index, policy, folder, steps)),
+        on_step=_on_step(session, stage, steps_before, folder, watch_of(session, index, policy, folder, steps)),
         warn=session.reporter.say, stop_reason=partial(strict_reason, session),
     )  # fmt: skip
 
@@ -167,17 +167,21 @@ def strict_reason(session: Session) -> str:
 
 
 def _on_step(
-    session: Session, stage: StageSettings, before: int, see: See
+    session: Session, stage: StageSettings, before: int, folder: Path, see: See
 ) -> Callable[[int, Mapping[str, float], float], None]:
     """Return a function that reports progress and logs to trackers, with steps counted over the whole run."""
+    caught_up = False
 
     def on_step(step: int, metrics: Mapping[str, float], seconds: float) -> None:
         session.reporter.advance(step, shown.row(stage.kind, stage.watched_data, metrics, seconds))
         see(step, metrics)
         row = {f"{stage.name}/{key}": value for key, value in metrics.items()}
         row |= {f"{stage.name}/seconds": seconds}
-        for log in session.trackers:
-            log(before + step, row)
+        nonlocal caught_up
+        if not caught_up:  # the stage was resumed
+            session.trackers.catch_up(stage.name, before, folder, below=step)
+            caught_up = True
+        session.trackers.log(before + step, row)
 
     return on_step
 
