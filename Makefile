@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 # Let Python save byte code; without it, every process would compile torch's source files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm engine-proof guard-bench architectures notebooks mutate study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm test-trackers engine-proof guard-bench architectures notebooks mutate study smollm clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,11 @@ damage: $(TRAIN) ## flip 500 bits of files that a command reads again, and kill 
 
 test-vllm: $(DEV) ## RL with a real vLLM server (the build for processors, installed under .bench/): wrong weights, a killed server, a run
 	@$(BIN)/python -m pytest -m slow tests/rollout -n 0 -s
+
+test-trackers: $(TRAIN) ## run a recipe with every tracker (installed under .bench/), stop it, kill it, resume it, and read all values back
+	@test -x .bench/trackers/bin/python || $(PYTHON) -m venv .bench/trackers
+	@.bench/trackers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e ".[train,track]" pytest pytest-timeout tensorboard
+	@.bench/trackers/bin/python -m pytest -m slow tests/contract/test_trackers_real.py
 
 engine-proof: $(DEV) ## false alarms of the proof of fresh weights in 576 updates, and when it sees a frozen engine (half an hour)
 	@$(BIN)/python benchmarks/engine_proof.py --publishes 576

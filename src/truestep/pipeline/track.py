@@ -225,7 +225,7 @@ class Trackers:
         if isinstance(result, Raised):
             target.is_off = True
             self.say(
-                f"warning: tracker {target.name}: {result.reason.splitlines()[0]}; the run goes on without it, and "
+                f"warning: tracker {target.name}: {result.reason.splitlines()[0][:200]}; the run goes on without it, and "
                 "--resume sends what it lacks"
             )
 

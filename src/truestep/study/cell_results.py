@@ -31,7 +31,7 @@ def cell_name(arm: str, seed: int) -> str:
 def cell_key(settings: Settings, base: str) -> str:
     """Hash all that a cell's scores depend on, without paths and names. ``base`` identifies the inputs."""
     stages = tuple(stage.model_copy(update=OUTSIDE_RESULTS) for stage in settings.stages)
-    own = settings.model_copy(update={"name": "cell", "stages": stages, "trackers": ()})
+    own = settings.model_copy(update={"name": "cell", "stages": stages, "trackers": (), "group": ""})
     payload = own.model_dump(mode="json", exclude={"vllm"})  # how servers run, not what they sample
     evaluate = {**payload["evaluate"], "sampling": settings.evaluate.data_sampling.model_dump(mode="json")}
     payload["evaluate"] = {key: evaluate[key] for key in EVALUATED}
