@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_recipe
 
+from truestep.pipeline.history import as_named, read_history
 from truestep.pipeline.models import stage_identity
 from truestep.pipeline.prepare import prepare
 from truestep.pipeline.run import open_run_folder
@@ -96,6 +97,14 @@ def test_resolved_settings_can_be_run_again_from_anywhere(
     assert (again.content, again.model_content) == (made.content, made.model_content)
     assert [list(c.values()) for c in again.code.values()] == [list(c.values()) for c in made.code.values()]
     assert all(again.code["rl"].values())
+    history = read_history(home / "run")
+    same = prepare(load_settings("../home/run/resolved.toml"), base_dir=Path("../home/run"), history=history)
+    assert [stage_identity(same, i) for i in (0, 1)] == [stage_identity(made, i) for i in (0, 1)]
+    open_run_folder(same, home / "run", resume=True, rank=0)
+    assert read_history(home / "run") == history  # nothing of it is renamed
+    moved = load_settings("../home/run/resolved.toml", ["stages.rl.method=../home/other.py:mine"])
+    named = as_named(moved, Path("../home/run"), history)
+    assert (named.model.path, named.stages[1].method) == ("models/a", "../home/other.py:mine")
 
 
 def test_resolved_settings_are_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,9 @@ class History(Frozen):
     content: dict[str, str] = Field(default_factory=dict)
     model_content: str | None = None
     code: dict[str, dict[str, str]] = Field(default_factory=dict)
+    named: dict[str, tuple[Any, Any]] = Field(
+        default_factory=dict
+    )  # files by key: as in the recipe, absolute
 
     def of(self, stage: str) -> list[Change]:
         return [change for change in self.changes if change.stage == stage]
@@ -86,7 +89,13 @@ def read_history(folder: Path) -> History:
 def write_history(folder: Path, prepared: Prepared) -> None:
     """Write what the run is made from now. What no longer belongs to the recipe is kept, for the identities."""
     old, now = read_history(folder), prepared.history
-    made = {"content": {**old.content, **prepared.content}, "code": {**old.code, **prepared.code}}
+    now_named = flat(prepared.named)
+    absolute = flat(with_absolute_paths(prepared.settings, prepared.base_dir))
+    named = {k: (v, absolute[k]) for k, v in now_named.items() if v != absolute[k] and k not in old.named}
+    made = {
+        "content": {**old.content, **prepared.content}, "code": {**old.code, **prepared.code},
+        "named": {**old.named, **named},
+    }  # fmt: skip
     whole = now.model_copy(update={**made, "model_content": prepared.model_content})
     rundir.write_json(folder / "history.json", whole.model_dump(mode="json"))
 
@@ -145,6 +154,13 @@ def continued(settings: Settings, history: History) -> Settings:
 def begun_with(settings: Settings, history: History) -> Settings:
     """Return the settings with which the run's stages began."""
     return with_values(settings, history.first())
+
+
+def as_named(settings: Settings, base_dir: Path, history: History) -> Settings:
+    """Return the settings with the names that files had in the recipe with which the run was begun, as far as they
+    are the same files. Identities contain these names; RUN/resolved.toml has absolute ones."""
+    now = flat(with_absolute_paths(settings, base_dir))
+    return with_values(settings, {k: name for k, (name, path) in history.named.items() if now.get(k) == path})
 
 
 def changed(settings: Settings, folder: Path, wanted: Sequence[str], command: Sequence[str]) -> History:

@@ -121,7 +121,7 @@ def earlier_identities(prepared: Prepared, index: int) -> dict[str, Earlier]:
 
 
 def _identity(prepared: Prepared, index: int, changes: Sequence[Change]) -> str:
-    settings = begun_with(prepared.settings, prepared.history)
+    settings = begun_with(prepared.named, prepared.history)
     parts: list[Any] = [base_identity(prepared), _chat(prepared)]
     for stage in settings.stages[: index + 1]:
         ignored: dict[str, Any] = {**OUTSIDE_RESULTS}
@@ -161,6 +161,6 @@ def evaluation_identity(prepared: Prepared, model_identity: str, name: str) -> s
 def base_identity(prepared: Prepared) -> str:
     """Return the hash of the base model: its settings, the content of its files, and its dtype. How the model is
     spread over ranks and memory changes only rounding."""
-    settings = prepared.settings
+    settings = prepared.named
     compute = settings.compute.model_copy(update=OUTSIDE_COMPUTE)
     return settings_hash(settings.model, prepared.model_content, compute, settings.seed)

@@ -26,7 +26,7 @@ from truestep.objective.corrections import REWEIGHTING
 from truestep.objective.methods import METHODS, Method, build, fits_older_samples
 from truestep.pipeline.code import code_of
 from truestep.pipeline.golds import check_golds
-from truestep.pipeline.history import History
+from truestep.pipeline.history import History, as_named
 from truestep.pipeline.prompts import prompts_of_stage
 from truestep.pipeline.sizes import check_lengths, check_tested
 from truestep.pipeline.track import require_trackers
@@ -48,6 +48,7 @@ class Prepared:
     """All data of a run as tokens, after all checks."""
 
     settings: Settings
+    named: Settings  # with the names of files that the recipe had at first; identities contain them
     base_dir: Path  # the recipe's folder; files that the recipe names are relative to it
     tokenizer: PreTrainedTokenizerBase
     context_length: int
@@ -96,7 +97,9 @@ def prepare(
     if prepared is None:
         faults.refuse()
         raise AssertionError("without a fault, there is a tokenizer")
-    prepared.methods, prepared.code = methods, code
+    prepared.methods = methods
+    pairs = zip(settings.stages, prepared.named.stages, strict=True)
+    prepared.code = {s.name: _as_named(code[s.name], s, n) for s, n in pairs if s.name in code}
     needs = needs_of(settings, methods)
     for name, of_set in problems.items():
         with faults.caught():
@@ -135,6 +138,7 @@ def _check_evaluation(settings: Settings) -> None:
 
 def _opened(settings: Settings, base_dir: Path, history: History | None) -> Prepared:
     """Open the tokenizer and check it with the chat settings. Raises UserError."""
+    named = as_named(settings, base_dir, history) if history is not None else settings
     tokenizer = load_tokenizer(settings.model)
     is_plain = getattr(tokenizer, "chat_template", None) is None and settings.chat.template == "plain"
     choose_template(tokenizer, settings.chat.template, settings.model.path)
@@ -145,6 +149,7 @@ def _opened(settings: Settings, base_dir: Path, history: History | None) -> Prep
         stop_ids=stop_token_ids(tokenizer, eos), model_content=model_content(settings.model),
         # Sets that were used before a change are part of identities, too.
         content=dict(history.content) if history is not None and history.changes else {},
+        named=named,
     )  # fmt: skip
     check_special_tokens(tokenizer, settings.chat, prepared.stop_ids)
     check_patterns(settings.model, [(s.name, s.freeze, s.optimizer.no_decay) for s in settings.stages])
@@ -205,6 +210,11 @@ def _check_code(
                     with RewardScorer(stage.reward_entries, **given):
                         pass
             yield stage.name, code_of(stage, base_dir)
+
+
+def _as_named(code: dict[str, str], stage: StageSettings, named: StageSettings) -> dict[str, str]:
+    method = {getattr(stage, "method", ""): getattr(named, "method", "")}
+    return {method.get(name, name): sha256 for name, sha256 in code.items()}
 
 
 def needs_of(settings: Settings, methods: Mapping[str, Method]) -> dict[str, set[str]]:

@@ -127,9 +127,7 @@ def _node(runner: Runner, settings: Settings, arm: str, key: str) -> dict[str, A
             made = runner.out / "cells" / key_of(runner, parent) / "run"
             adopt(made, home / "run", len(parent.stages), settings)
         # named after its key, because it depends on chance which of the arms that share it comes first
-        named = settings.model_copy(
-            update={"name": f"{runner.study.name}-{key}", "group": runner.study.name}
-        )
+        named = settings.model_copy(update={"name": f"{runner.study.name}-{key}", "group": runner.study.name})
         absolute = with_absolute_paths(named, runner.where.parent)
         rundir.write_atomic(home / "recipe.toml", rundir.to_toml(table_of(absolute)))
         name = cell_results.cell_name(arm, settings.seed)
