@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ahead_cases
 import pytest
 import torch
 from rank_jobs import Job
@@ -141,6 +142,33 @@ def test_a_stage_with_more_steps_is_one_that_had_them_from_the_start(recipe: Pat
     )
     assert any("already done, skipped" in line for line in again.said)
     assert len(read_history(tmp_path / "changed").changes) == 1
+
+
+@pytest.mark.parametrize("had_ended", [False, True])
+def test_a_stage_that_samples_ahead_gets_more_steps(
+    had_ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, wherever it is stopped after the change. A stage that had ended has no samples that wait; one that was
+    stopped has some, and its steps are those of a stage that had the steps from the start."""
+    recipe, begun, more = ahead_cases.write(tmp_path), tmp_path / "begun", ["stages.rl.steps=4"]
+    fewer = ["stages.rl.steps=3", "stages.rl.save_every=1"]
+    first = made(recipe, begun, overrides=fewer)
+    assert stopped(monkeypatch, first, begun, 10**9 if had_ended else 70) != had_ended
+    whole = shutil.copytree(begun, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        looks = interrupted_at(patch, 10**9).looks
+        go(made(recipe, whole, more, fewer), whole, resume=True)
+    for at in {1, len(looks) // 2}:
+        folder = shutil.copytree(begun, tmp_path / f"stopped-{at}")
+        assert stopped(monkeypatch, made(recipe, folder, more, fewer), folder, at, resume=True)
+        go(made(recipe, folder, overrides=fewer), folder, resume=True)
+        assert differing(fingerprint(folder), fingerprint(whole)) == []
+    rows = metrics(whole, "01-rl")
+    stale = [row["rl/sampling/staleness"] for row in rows]
+    assert stale == ([0, 1, 1, 0] if had_ended else [0, 1, 1, 1])
+    if not had_ended:
+        go(made(recipe, tmp_path / "straight", overrides=[*more, fewer[1]]), tmp_path / "straight")
+        assert metrics(tmp_path / "straight", "01-rl") == rows
 
 
 def test_a_rate_counts_from_the_step_of_its_change(recipe: Path, begun: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from tiny_runs import Silent, go, prepared, write_recipe
 
 from truestep.cli.main import main
 from truestep.pipeline.run import open_run_folder, run
-from truestep.rundir import read_json, read_jsonl
+from truestep.report.html import write_report
+from truestep.report.tables import score_table
+from truestep.rundir import read_json, read_jsonl, write_json
 from truestep.train.parallel import Ranks
 from truestep.train.watch import WINDOW, Watch, WorthlessError
 
@@ -233,3 +235,34 @@ def test_a_new_model_is_not_above_uniform() -> None:
     new, wrong = math.log(100) + 0.04, math.log(100) + 0.2
     assert seen(watch("sft"), [{"nll": new}] * 20) == []
     assert seen(watch("sft"), [{"nll": wrong}] * 20) == ["uniform"]
+
+
+def test_a_stage_that_recovers_has_no_mark(recipe: Path, tmp_path: Path) -> None:
+    """It says from which to which step it was worthless; a reason that comes back is not over."""
+    watch = Watch(stage="rl", kind="rl", num_steps=60, vocabulary=10)
+    bad, good = (
+        {"reward": 0.0, "reward_std": 0.0, "unscored": 0.0},
+        {"reward": 0.5, "reward_std": 0.5, "unscored": 0.0},
+    )
+    for step in range(1, 2 * WINDOW + 1):
+        watch.see(step, bad if step <= WINDOW + 2 else good)
+    (warning,) = watch.warnings
+    assert (warning["step"], warning["until"]) == (WINDOW, WINDOW + 2)
+    run = tmp_path / "run"
+    go(prepared(recipe), run)
+    summary = read_json(run / "summary.json")
+    rl = {**warning, "stage": "rl"}
+    for warnings, marked in (
+        ([rl], False),
+        ([rl, {**rl, "until": 3}, {"stage": "rl", "kind": "x", "step": 9, "text": "bad"}], True),
+    ):
+        write_json(run / "summary.json", {**summary, "warnings": warnings})
+        (row,) = [row for row in score_table(run) if row.checkpoint == "rl"]
+        assert bool(row.warnings) == marked
+        assert row.recovered[0] == f"until step {WINDOW + 2}: {warning['text']}"
+        page = write_report(run).read_text()
+        assert ("(!)" in page) == marked
+        assert f"rl, steps {WINDOW} to {WINDOW + 2}" in page
+    for step in range(1, WINDOW + 1):
+        watch.see(2 * WINDOW + step, bad)
+    assert "until" not in warning

@@ -161,7 +161,7 @@ def strict_reason(session: Session) -> str:
     """Return why a strict run must stop, the same on all ranks, or "" (a collective if the run is strict)."""
     if not session.is_strict:
         return ""
-    said = "; ".join(f"{warning['stage']}: {warning['text']}" for warning in session.warned)
+    said = "; ".join(f"{w['stage']}: {w['text']}" for w in session.warned if "until" not in w)
     told = str(session.ranks.exchange(said)[0])
     return told and f"{told} (stopped by --strict; --resume without --strict continues)"
 

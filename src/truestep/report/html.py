@@ -121,7 +121,9 @@ def _stages(run: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "path": f"stages/{folder.name}" if folder else "", "num_rollouts": len(rollouts),
             "samples_per_step": per_step.get(name),
             "tokens": {key.removesuffix("_tokens").replace("_", " "): n for key, n in tokens.items()},
-            "is_worthless": name in [w.get("stage") for w in summary.get("warnings") or []],
+            "is_worthless": name in [
+                w.get("stage") for w in summary.get("warnings") or [] if "until" not in w
+            ],
             "metrics": metrics, "panels": _panels(name, metrics), "samples": pick_rollouts(rollouts),
         })  # fmt: skip
     return found

@@ -101,7 +101,8 @@ class ScoreRow:
     mean_tokens: float | None = None
     pass_at: Mapping[str, Interval] = field(default_factory=dict)
     majority_at: Mapping[str, Interval] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()  # why the checkpoint's stage was worthless
+    warnings: tuple[str, ...] = ()  # why the checkpoint's stage was worthless at its end
+    recovered: tuple[str, ...] = ()  # what it was warned about before
     whole: bool = True
     private: bool = False
     published: Mapping[str, float] = field(default_factory=dict)
@@ -145,11 +146,20 @@ def score_table(run: Path) -> list[ScoreRow]:
         for path in paths:
             place = {"checkpoint": path.parent.name, "data": path.name.removesuffix(".results.json")}
             found.append({**read_object(path).get("estimate", {}), **place})
-    known, told = ScoreRow.__dataclass_fields__, defaultdict[str, tuple[str, ...]](tuple)
+    known = ScoreRow.__dataclass_fields__
+    told, past = defaultdict[str, tuple[str, ...]](tuple), defaultdict[str, tuple[str, ...]](tuple)
     for warning in summary.get("warnings") or []:
-        told[warning["stage"]] += (str(warning["text"]),)
+        text = str(warning["text"])
+        if "until" in warning:
+            past[warning["stage"]] += (f"until step {warning['until']}: {text}",)
+        else:
+            told[warning["stage"]] += (text,)
     rows = [{key: value for key, value in row.items() if key in known} for row in found]
-    return [ScoreRow(**row, warnings=told[row.get("checkpoint", "")]) for row in rows]
+    return [
+        ScoreRow(**row, warnings=told[name], recovered=past[name])
+        for row in rows
+        for name in [row.get("checkpoint", "")]
+    ]
 
 
 def outcome(summary: Mapping[str, Any], rows: Sequence[ScoreRow]) -> str:
@@ -302,6 +312,7 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, width: int) -> 
         f"mean {name}, {r.title}: {mean_reward(found)}" for r in rows for name, found in r.rewards.items()
     ]
     notes += dict.fromkeys(f"! {row.checkpoint}: {text}" for row in rows for text in row.warnings)
+    notes += dict.fromkeys(f"{row.checkpoint}, {text}" for row in rows for text in row.recovered)
     if notes:
         table.caption = _text("\n".join(notes))
         table.caption_justify = "left"

@@ -156,7 +156,9 @@ def _marks(
     if abs(ratio - 1) > CLOSE:
         marks.append(f"budget {ratio:.2f}x")
     warned = [
-        w["kind"] for cell in own.values() for w in {w["kind"]: w for w in cell.get("warnings", [])}.values()
+        kind
+        for cell in own.values()
+        for kind in {w["kind"] for w in cell.get("warnings", []) if "until" not in w}
     ]
     for kind in sorted(set(warned)):
         marks.append(f"{WORTHLESS.get(kind, kind)} in {warned.count(kind)} of {len(own)} seeds")

@@ -51,7 +51,8 @@ class Watch:
     warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def see(self, step: int, metrics: Row) -> list[dict[str, Any]]:
-        """Take a step's metrics. Return the new warnings, each with stage, kind, step and text."""
+        """Take a step's metrics. Return the new warnings, each with stage, kind, step and text. A warning whose reason
+        has gone since gets ``until``, the last step at which it held."""
         row = {key: metrics[key] for key in _KEPT if key in metrics}
         if self.last and "reward" in row and "reward" in self.last[-1]:
             self.jumps += (row["reward"] - self.last[-1]["reward"]) ** 2
@@ -61,7 +62,12 @@ class Watch:
         new: list[dict[str, Any]] = []
         size = min(WINDOW, self.num_steps)
         if self.num_seen >= size:
-            last, given = self.last[-size:], {w["kind"] for w in self.warnings}
+            last, given = self.last[-size:], {w["kind"]: w for w in self.warnings}
+            for kind, judge in (_OF_RL if self.kind == "rl" else _OF_SFT).items():
+                if kind in given and judge(self, last):
+                    given[kind].pop("until", None)
+                elif kind in given:
+                    given[kind].setdefault("until", step - 1)
             for kind, judge in (_OF_RL if self.kind == "rl" else _OF_SFT).items():
                 if kind not in given and (text := judge(self, last)):
                     new.append({"stage": self.stage, "kind": kind, "step": step, "text": text})
