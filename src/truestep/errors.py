@@ -50,6 +50,20 @@ class OutOfSpace(RuntimeError):
     """Raised if the disk is full (exit code 5). The files that existed before are unchanged."""
 
 
+_SINGULAR = {"are": "is", "have": "has", "become": "becomes", "share": "shares"}
+
+
+def count(num: int, noun: str, of: int | None = None) -> str:
+    """Return a number with its noun, such as "1 row", "2 rows" or, with a total, "1 of 2 rows"."""
+    total = num if of is None else of
+    return f"{num if of is None else f'{num} of {of}'} {noun}{'' if total == 1 else 's'}"
+
+
+def verb(num: int, plural: str) -> str:
+    """Return the verb of ``num`` things, such as "is" or "are"."""
+    return _SINGULAR[plural] if num == 1 else plural
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean …?", or "" if no known word is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)

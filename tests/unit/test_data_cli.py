@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from truestep.cli.data import app
-from truestep.errors import UserError
+from truestep.errors import UserError, count, verb
 from truestep.settings import load_settings
 
 RECIPE = """
@@ -87,7 +87,7 @@ def test_check_a_recipe_finds_refused_golds_and_overlap(recipe: Path) -> None:
     text = run("check", recipe)
     assert text.exit_code == 1
     assert r"test.jsonl:2: answer '\\frac{1}{' is incorrect no answer found" in text.stdout
-    assert "overlap of train with test: 1 of 2 have the same text, 0 share 13 words" in text.stdout
+    assert "overlap of train with test: 1 of 2 has the same text, 0 share 13 words" in text.stdout
     unjudged = run("check", recipe, "--no-gold", "--json")
     assert unjudged.exit_code == 0
     assert "gold" not in document(unjudged)["data"]["test"]
@@ -217,11 +217,11 @@ def test_check_says_what_is_not_used(recipe: Path) -> None:
     assert found["rl"]["unused_columns"] == {}
     text = run("check", recipe).stdout
     assert "train: not used (only your own reward functions get them): " in text
-    assert 'train: 2 assistant turns of 1 dialogues are trained on (train_turns = "all")' in text
+    assert 'train: 2 assistant turns of 1 dialogue are trained on (train_turns = "all")' in text
     last = "data.train.train_turns=last"
     found = document(run("check", recipe, "--json", "--set", last))["data"]
     assert [found["train"][key] for key in counts] == [0, 0, 1]
-    context = "train: earlier assistant turns of 1 rows are context and are not trained on"
+    context = "train: earlier assistant turns of 1 row are context and are not trained on"
     assert context in run("check", recipe, "--set", last).stdout
     alone = document(run("check", recipe.parent / "train.jsonl", "--json"))["data"]["train"]
     assert alone["unused_columns"] == {"level": 1, "messages[].id": 1}
@@ -283,3 +283,30 @@ def test_reading_data_needs_neither_torch_nor_the_network() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_validation_set_needs_solutions_and_shows_what_is_measured(recipe: Path) -> None:
+    text = recipe.read_text().replace("[[stages]]", '[data.held]\nsource = "held.jsonl"\n[[stages]]', 1)
+    recipe.write_text(
+        text.replace('data = "train"', 'data = "train"\nvalidation = { data = "held", every_steps = 1 }')
+    )
+    held = recipe.parent / "held.jsonl"
+    held.write_text('{"problem": "3+3=?", "solution": "6"}\n')
+    shown = run("show", recipe)
+    assert "held.jsonl:1): 2 of 10 tokens are in its validation loss\n" in shown.stdout
+    assert "⟦6<|end|>⟧" in shown.stdout
+    held.write_text('{"problem": "3+3=?", "answer": "6"}\n')
+    for command in ("show", "check"):
+        refused = run(command, recipe)
+        assert "held.jsonl:1: solution: expected a worked solution, got none" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (count(1, "row"), "1 row"), (count(0, "row"), "0 rows"), (count(1, "row", 2), "1 of 2 rows"),
+        (count(1, "row", 1), "1 of 1 row"), (verb(1, "have"), "has"), (verb(0, "have"), "have"),
+    ],
+)  # fmt: skip
+def test_one_thing_is_not_several(said: str, expected: str) -> None:
+    assert said == expected

@@ -495,15 +495,15 @@ def test_rows_of_two_layouts_are_both_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"problem": Q, "solution": S}, {"conversations": SHAREGPT}])
     assert document("check", path)["data"]["a"]["layouts"] == {"truestep": 1, "ShareGPT": 1}
     text = CliRunner().invoke(app, ["check", str(path)]).stdout
-    assert "a: 1 rows are read as ShareGPT: messages = conversations" in text
+    assert "a: 1 row is read as ShareGPT: messages = conversations" in text
 
 
 def test_convert_says_what_is_lost_and_does_not_overwrite(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"problem": Q, "answer": A, "solution": S, "checker": "exact"}])
     command = ["convert", str(path), "--to", "openai", "--out", str(tmp_path / "b.jsonl")]
     told = CliRunner().invoke(app, command).stdout
-    assert "openai has no place for: checker (1 rows)" in told
-    assert "openai has no place for: answer (1 rows)" in told
+    assert "openai has no place for: checker (1 row)" in told
+    assert "openai has no place for: answer (1 row)" in told
     for out, to, said in (
         ("b.jsonl", "openai", "exists"),
         ("c.csv", "trl", "expected a .jsonl"),

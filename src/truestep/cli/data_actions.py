@@ -22,7 +22,8 @@ from truestep.data.describe import Description, describe, not_used, read_as
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_lines, overlap_report
 from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
-from truestep.errors import UserError
+from truestep.errors import UserError, verb
+from truestep.errors import count as counted
 from truestep.records import Problem, Verdict
 from truestep.settings import DataSettings, Settings, load_settings, parse
 
@@ -216,9 +217,13 @@ def convert(
         return
     for said in (*read_as(described), *not_used(described)):
         echo(said)
-    for what, count in lost.items():
-        echo(f"{to} has no place for: {what} ({count} rows)")
-    echo(json.dumps(rows[0], ensure_ascii=False) if dry_run else f"{len(rows)} rows are written\n{out}")
+    for what, num in lost.items():
+        echo(f"{to} has no place for: {what} ({counted(num, 'row')})")
+    echo(
+        json.dumps(rows[0], ensure_ascii=False)
+        if dry_run
+        else f"{counted(len(rows), 'row')} {verb(len(rows), 'are')} written\n{out}"
+    )
 
 
 def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | None) -> _SetCheck:
@@ -227,8 +232,8 @@ def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | N
 
 
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
-    """Print the first examples of every data set as the model sees them. A solution is shown only in a set
-    that a stage trains on solutions of."""
+    """Print the first examples of every data set as the model sees them. A solution is shown only if a stage trains
+    on it or measures its validation loss on it."""
     announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
     from rich.text import Text
 
@@ -244,16 +249,21 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     console = PlainConsole(soft_wrap=True)
     documents = []
     demonstrated = _demonstrated(settings, Path(recipe).parent)
+    held = {s.validation.data for s in settings.stages} - demonstrated
     for name, problems in _load_sets(settings, Path(recipe).parent).items():
         described = describe(problems, _needs(settings, name))
         for said in () if as_json else (*read_as(described), *not_used(described)):
             console.print(f"{name}: {said}", markup=False)
         for problem in problems[:num]:
-            problem = problem if name in demonstrated else replace(problem, solution="", dialogue=())
+            problem = problem if name in demonstrated | held else replace(problem, solution="", dialogue=())
             for spans, document in _example(tokenizer, problem, settings, context):
                 documents.append({"data": name, "layout": problem.layout, **document})
                 if not as_json:
-                    counts = f"{document['num_trained']} of {document['num_tokens']} tokens are trained on"
+                    chosen = document["num_trained"]
+                    what = "in its validation loss" if name in held else "trained on"
+                    counts = (
+                        f"{counted(chosen, 'token', document['num_tokens'])} {verb(chosen, 'are')} {what}"
+                    )
                     answer = f"; answer {problem.answer}" if problem.answer else ""
                     console.print(Text(f"{name} {problem.id} ({problem.row}): {counts}{answer}", "bold"))
                     console.print(spans, end="\n\n")
@@ -281,10 +291,11 @@ def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
 
 
 def _needs(settings: Settings, name: str) -> set[str]:
-    """Return what every row of a data set needs: a solution for SFT, an answer for all other uses."""
+    """Return what every row of a data set needs: a solution for SFT and validation, otherwise an answer."""
     needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if name in s.data_names}
     judged = {*settings.evaluate.data, *(s.dev.data for s in settings.stages)}
-    return needs | ({"answer"} if name in judged else set())
+    held = {s.validation.data for s in settings.stages}
+    return needs | ({"answer"} if name in judged else set()) | ({"solution"} if name in held else set())
 
 
 def _print_check(

@@ -11,6 +11,7 @@ import numpy as np
 
 from truestep.data.overlap import problem_text, text_key
 from truestep.data.row_schema import unused_columns
+from truestep.errors import count, verb
 from truestep.records import Problem
 
 
@@ -117,11 +118,12 @@ def describe(problems: Iterable[Problem], needs: Collection[str] = ()) -> dict[s
 def read_as(described: Mapping[str, Any]) -> list[str]:
     """Return a sentence for every layout but our own: its name, its rows, and which columns are read as what."""
     found = []
-    for name, count in described["layouts"].items():
+    for name, num in described["layouts"].items():
         columns = described["columns"][name]
         renamed = [f"{ours} = {' and '.join(of)}" for ours, of in columns.items() if list(of) != [ours]]
         if name != "truestep" or renamed:
-            found.append(f"{count} rows are read as {name}" + (f": {', '.join(renamed)}" if renamed else ""))
+            of_it = f": {', '.join(renamed)}" if renamed else ""
+            found.append(f"{count(num, 'row')} {verb(num, 'are')} read as {name}{of_it}")
     return found
 
 
@@ -129,14 +131,16 @@ def not_used(described: Mapping[str, Any]) -> list[str]:
     """Return sentences about the columns and turns that are not trained on or graded with, and about dialogues."""
     found = []
     if columns := described["unused_columns"]:
-        names = ", ".join(f"{name} ({count} rows)" for name, count in list(columns.items())[:10])
+        names = ", ".join(f"{name} ({count(num, 'row')})" for name, num in list(columns.items())[:10])
         more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
         found.append(f"not used (only your own reward functions get them): {names}{more}")
     if num := described["num_dialogues"]:
         turns = described["num_trained_turns"]
-        found.append(f'{turns} assistant turns of {num} dialogues are trained on (train_turns = "all")')
+        found.append(
+            f'{count(turns, "assistant turn")} of {count(num, "dialogue")} {verb(turns, "are")} trained on (train_turns = "all")'
+        )
     if num := described["num_context_turns"]:
-        found.append(f"earlier assistant turns of {num} rows are context and are not trained on")
+        found.append(f"earlier assistant turns of {count(num, 'row')} are context and are not trained on")
     return found
 
 

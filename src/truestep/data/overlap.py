@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from truestep.errors import verb
 from truestep.records import Problem
 
 NGRAM_WORDS = 13
@@ -126,7 +127,8 @@ def overlap_lines(report: Mapping[str, Any]) -> list[str]:
     """Return one sentence for each pair of sets in a report."""
     return [
         f"overlap of {pair['train']} with {pair['evaluation']}: {pair['exact']['num_evaluation']} of "
-        f"{pair['num_evaluation']} have the same text, {pair['ngram']['num_evaluation']} share "
+        f"{pair['num_evaluation']} {verb(pair['exact']['num_evaluation'], 'have')} the same text, "
+        f"{pair['ngram']['num_evaluation']} {verb(pair['ngram']['num_evaluation'], 'share')} "
         f"{report.get('ngram_words', NGRAM_WORDS)} words"
         for pair in report.get("pairs", ())
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from truestep.data.row_schema import LETTERS
+from truestep.errors import count, verb
 from truestep.grade.choices import choice_letters
 from truestep.grade.extract import Extraction, gold_answer
 from truestep.grade.normal import plain
@@ -72,9 +73,8 @@ def said_of(unread: Sequence[Gold], num_unread: int, num: int) -> str:
     """Return a sentence about the gold answers that only the same text can match."""
     first = unread[0].problem
     example = f"e.g. {first.row or first.id}: {first.answer[:60]!r}"
-    return (
-        f"{num_unread} of {num} gold answers are read by no rule, so only the same text is correct, {example}"
-    )
+    amount = f"{count(num_unread, 'gold answer', num)} {verb(num_unread, 'are')}"
+    return f"{amount} read by no rule, so only the same text is correct, {example}"
 
 
 def _is_plain(answer: str) -> bool:

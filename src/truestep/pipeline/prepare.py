@@ -19,7 +19,7 @@ from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
 from truestep.data.templates import choose_template
 from truestep.device import world
-from truestep.errors import Faults, UserError
+from truestep.errors import Faults, UserError, count, verb
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, override, read_config, resolve
 from truestep.model.select import check_patterns
 from truestep.objective.corrections import REWEIGHTING
@@ -282,17 +282,17 @@ def _of_systems(
 ) -> list[str]:
     """Return a sentence if rows of a training set have a system prompt and those of the tests have none."""
 
-    def count(problems: Sequence[Problem]) -> int:
+    def with_system(problems: Sequence[Problem]) -> int:
         return sum(p.messages[0].role == "system" for p in problems if p.messages)
 
-    bare = [f"data.{name}" for name, problems in tested.items() if not count(problems)]
+    bare = [f"data.{name}" for name, problems in tested.items() if not with_system(problems)]
     if settings.chat.system or not bare:
         return []
     return [
-        f"{num} of {len(problems)} rows of data.{name} have a system prompt, but no row of {' and '.join(bare)} has one, so "
-        "the model is tested without it; set chat.system, or add a system turn to the test rows"
+        f"{count(num, 'row', len(problems))} of data.{name} {verb(num, 'have')} a system prompt, but no row of "
+        f"{' and '.join(bare)} has one, so the model is tested without it; set chat.system, or add a system turn to the test rows"
         for name, problems in trained.items()
-        if (num := count(problems))
+        if (num := with_system(problems))
     ]
 
 
@@ -362,16 +362,17 @@ def of_sequences(made: Encoded, num_rows: int, context: int) -> list[str]:
     num, found = len(made.kept) + made.num_long, []
     if made.num_split:
         found.append(
-            f"{made.num_split} of {num_rows} dialogues become several sequences, because the chat template does not "
-            "write earlier turns as they were sampled (for example without their thoughts)"
+            f"{count(made.num_split, 'dialogue', num_rows)} {verb(made.num_split, 'become')} several sequences, because the "
+            "chat template does not write earlier turns as they were sampled (for example without their thoughts)"
         )
     if made.num_cut:
         found.append(
-            f"{made.num_cut} of {num_rows} texts are cut into pieces of {context} tokens, the context"
+            f"{count(made.num_cut, 'text', num_rows)} {verb(made.num_cut, 'are')} cut into pieces of {context} tokens, the context"
         )
     if made.num_long:
         found.append(
-            f"{made.num_long} of {num} demonstrations are longer than the context of {context} tokens and are left out"
+            f"{count(made.num_long, 'demonstration', num)} {verb(made.num_long, 'are')} longer than the context of {context} "
+            f"tokens and {verb(made.num_long, 'are')} left out"
         )
     return found
 

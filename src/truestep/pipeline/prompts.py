@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from truestep.data.chat import encode_prompt
-from truestep.errors import UserError
+from truestep.errors import UserError, count, verb
 from truestep.records import Message, Prompt
 from truestep.settings import RejectionSettings, RlSettings
 
@@ -64,8 +64,8 @@ def _short_prompts(
     if not 0 < num <= share * len(prompts):
         return prompts
     prepared.notes.append(
-        f"stages.{stage.name}: {num} of {len(prompts)} prompts of data.{name} are longer than {room} tokens (the context "
-        f"without sampling.max_new_tokens) and are left out (data.{name}.overlong_share = {share:g})"
+        f"stages.{stage.name}: {count(num, 'prompt', len(prompts))} of data.{name} {verb(num, 'are')} longer than {room} tokens "
+        f"(the context without sampling.max_new_tokens) and {verb(num, 'are')} left out (data.{name}.overlong_share = {share:g})"
     )
     return kept
 

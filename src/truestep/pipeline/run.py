@@ -18,7 +18,7 @@ from truestep.checkpoint.export import NOT_EVALUATED, export_hf, model_card
 from truestep.checkpoint.manifest import newest_state
 from truestep.checkpoint.store import latest_step
 from truestep.device import keep_free_memory, make_deterministic, set_threads
-from truestep.errors import UserError
+from truestep.errors import UserError, count, verb
 from truestep.evaluate.compare import compare
 from truestep.evaluate.files import ended, read_results, read_samples, results_file, samples_file, score_row
 from truestep.flops import Ledger
@@ -101,7 +101,7 @@ def _require_steps(prepared: Prepared, index: int, folder: Path) -> None:
         if steps < done:
             key = f"stages.{stage.name}.steps"
             raise UserError(
-                f"{key} = {steps}, but {done} steps are done; set {done} or more, or {rundir.ELSEWHERE}"
+                f"{key} = {steps}, but {count(done, 'step')} {verb(done, 'are')} done; set {done} or more, or {rundir.ELSEWHERE}"
             )
 
 
@@ -227,7 +227,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         watch, stall = spec.settings.early_stopping.watch, state.stall
         session.reporter.say(
             f"{spec.name}: ended early after step {state.step}/{spec.num_steps}: {watch} was measured "
-            f"{stall['since']:.0f} times without a value better than {stall['best']:.6g}"
+            f"{count(round(stall['since']), 'time')} without a value better than {stall['best']:.6g}"
         )
     if state.best:
         load_best(spec, state)
