@@ -67,7 +67,7 @@ class History(Frozen):
     code: dict[str, dict[str, str]] = Field(default_factory=dict)
     named: dict[str, tuple[Any, Any]] = Field(
         default_factory=dict
-    )  # files by key: as in the recipe, absolute
+    )  # models and code by key: as in the recipe, absolute
 
     def of(self, stage: str) -> list[Change]:
         return [change for change in self.changes if change.stage == stage]
@@ -89,9 +89,12 @@ def read_history(folder: Path) -> History:
 def write_history(folder: Path, prepared: Prepared) -> None:
     """Write what the run is made from now. What no longer belongs to the recipe is kept, for the identities."""
     old, now = read_history(folder), prepared.history
-    now_named = flat(prepared.named)
     absolute = flat(with_absolute_paths(prepared.settings, prepared.base_dir))
-    named = {k: (v, absolute[k]) for k, v in now_named.items() if v != absolute[k] and k not in old.named}
+    named = {
+        key: (value, absolute[key])
+        for key, value in flat(prepared.named).items()
+        if value != absolute[key] and key.startswith(("model.", "stages.")) and key not in old.named
+    }
     made = {
         "content": {**old.content, **prepared.content}, "code": {**old.code, **prepared.code},
         "named": {**old.named, **named},
