@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
@@ -75,15 +76,31 @@ ALIASES = {
     "learning_rate": ("optimizer.lr",), "max_steps": ("steps",), "num_train_epochs": ("epochs",),
     "batch_size": ("sequences_per_step", "prompts_per_step"), "num_generations": ("samples_per_prompt",),
     "train_batch_size": ("sequences_per_step", "prompts_per_step"),
-    "per_device_train_batch_size": ("tokens_per_microbatch",), "max_tokens": ("sampling.max_new_tokens",),
-    "max_completion_length": ("sampling.max_new_tokens",), "model_name_or_path": ("model.path",),
+    "per_device_train_batch_size": ("sequences_per_step", "prompts_per_step"), "path": ("source",),
+    "max_tokens": ("sampling.max_new_tokens",), "max_completion_length": ("sampling.max_new_tokens",),
+    "model_name_or_path": ("model.path",), "eval_steps": ("validation.every_steps",), "save_steps": ("save_every",),
+    "lr_scheduler_type": ("optimizer.schedule",), "assistant_only_loss": ("train_turns",), "report_to": ("trackers",),
+    "bf16": ("compute.dtype",), "max_length": ("model.context_length",), "max_seq_length": ("model.context_length",),
 }  # fmt: skip
+# Names for which no key is needed, or an option of a method.
+INSTEAD_OF = {
+    "gradient_accumulation_steps": "leave it out: a step has all its sequences, in as many micro-batches of "
+    "tokens_per_microbatch tokens as they fill",
+    "packing": "leave it out: sequences are always packed, without seeing each other",
+    "logging_steps": "leave it out: every step is logged",
+    "output_dir": "pass --out FOLDER",
+    "beta": "set method_options = { kl_coef = ... }",
+    "kl_coef": "set method_options = { kl_coef = ... }",
+    "epsilon": "set method_options = { clip_low = ..., clip_high = ... }",
+}
+MOST_FAULTS = 8
 
 
-def one_line(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
-    """Describe the first problem of the table ``raw``, which ``model`` rejected, and count the others."""
-    first, *others = each_fault(error, model, raw)
-    return first + (f" (and {len(others)} more)" if others else "")
+def refused(where: str, error: ValidationError, model: type[BaseModel], raw: Any) -> UserError:
+    """Return the error with every problem of the table ``raw``, which ``model`` rejected."""
+    found = each_fault(error, model, raw)
+    more = [f"and {count(len(found) - MOST_FAULTS, 'more fault')}"] if len(found) > MOST_FAULTS else []
+    return UserError(f"{where}: {UserError(*found[:MOST_FAULTS], *more)}")
 
 
 def each_fault(error: ValidationError, model: type[BaseModel], raw: Any) -> list[str]:
@@ -91,34 +108,90 @@ def each_fault(error: ValidationError, model: type[BaseModel], raw: Any) -> list
     Unknown keys come first, because they explain missing ones. A stage is called by its name, as in --set."""
     found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     inner = {e["loc"][:-1] for e in found}  # a list whose faulty items are left out is also called too short
-    return [_fault(e, model, raw) for e in found if e["type"] != "too_short" or e["loc"] not in inner]
+    found = [e for e in found if e["type"] != "too_short" or e["loc"] not in inner]
+    places: dict[tuple[str | int, ...], list[Any]] = {}
+    for e in found:  # a value that fits none of several types has a problem with each
+        places.setdefault(_in_raw(e["loc"], raw) if e["type"] != "missing" else e["loc"], []).append(e)
+    said = [(several[0], _fault(several, model, raw)) for several in places.values()]
+    wanted = [text for first, text in said if first["type"] == "extra_forbidden"]
+    return [
+        text for first, text in said
+        # A key that is suggested in the place of an unknown one is also called missing.
+        if not (first["type"] == "missing" and any(re.search(rf'mean "(\S+\.)?{first["loc"][-1]}"', w) for w in wanted))
+    ]  # fmt: skip
 
 
-def _fault(first: Any, model: type[BaseModel], raw: Any) -> str:
-    key, tables = _place(model, raw, first["loc"])
+def _in_raw(loc: tuple[str | int, ...], raw: Any) -> tuple[str | int, ...]:
+    """Return the part of a place that is in the table ``raw``; after it, pydantic names the types of a union."""
+    for index, part in enumerate(loc):
+        if isinstance(raw, dict) and part in raw:
+            raw = raw[str(part)]
+        elif isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
+        elif not isinstance(raw, dict | list | tuple):
+            return loc[:index]
+    return loc
+
+
+_TYPES = {"a valid integer": "an integer", "a valid number": "a number", "a valid boolean": "true or false",
+          "a valid string": "a string"}  # fmt: skip
+
+
+def _expected(message: str) -> str:
+    """Return pydantic's message in the words of the other ones."""
+    text = message.removeprefix("Value error, ")
+    if not text.startswith("Input should be "):
+        return text
+    wanted = text.removeprefix("Input should be ").partition(", unable")[0].partition(", got")[0]
+    is_bound = wanted.startswith(("greater", "less"))
+    return f"expected {_TYPES.get(wanted, f'a number {wanted}' if is_bound else wanted)}"
+
+
+def _fault(several: Sequence[Any], model: type[BaseModel], raw: Any) -> str:
+    first = several[0]
+    key, tables = _place(model, raw, _in_raw(first["loc"], raw) if len(several) > 1 else first["loc"])
     kind, given = first["type"], first.get("input")
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message, *others = dict.fromkeys(_expected(str(e["msg"])) for e in several)
+    message += "".join(f" or {other.removeprefix('expected ')}" for other in others)
     if kind == "extra_forbidden":
-        message = "unknown key" + _right_key(key, tables, model)
+        message = "unknown key" + (_right_table(first["loc"], given) or _right_key(key, tables, model))
     elif kind == "missing":
         message = "the key is missing and has no default; set it" + _meaning(key, tables)
     elif kind == "union_tag_not_found":
         message = 'each stage needs kind = "sft", "rl" or "rejection"'
     elif kind == "union_tag_invalid":
         message = f'kind = {first["input"].get("kind")!r} is not a stage; set "sft", "rl" or "rejection"'
+    elif kind == "tuple_type" and isinstance(given, dict):
+        message = f"expected a list of tables, got one table; write [[{'.'.join(key)}]] for each of them"
     elif kind == "tuple_type":
         message = f"expected a list, got {given!r}; write {json.dumps([given], default=str)}"
     elif kind in ("dict_type", "model_type"):
-        message = f"expected a table, got {given!r}"
+        example = _text_of(key, tables)[1]
+        message = f"expected a table, got {given!r}" + (f"; for example {example}" if example else "")
     elif "input" in first and not isinstance(given, dict | list | tuple):
         message += f", got {given!r}" + _meaning(key, tables)
     return (f"{'.'.join(key)}: " if key else "") + message
 
 
+def _right_table(loc: Sequence[str | int], given: Any) -> str:
+    """Return what to write for [[stages.rl.rewards]] below [[stages]]: TOML puts it into a new key of the last stage."""
+    if len(loc) < 3 or loc[0] != "stages" or not isinstance(given, dict) or not given:
+        return ""
+    inner, value = next(iter(given.items()))
+    head = f"[[stages.{inner}]]" if isinstance(value, list) else f"[stages.{inner}]"
+    return f"; below [[stages]], a table of the stage is called {head}"
+
+
 def _meaning(key: Sequence[str], tables: Sequence[type[BaseModel]]) -> str:
     """Return the first sentence of the key's meaning in parentheses, or "" for what is not a key of these tables."""
-    said = next((meaning(table, key[-1])[0] for table in tables if key and key[-1] in table.model_fields), "")
+    said, _ = _text_of(key, tables)
     return f" ({key[-1]}: {said.partition('. ')[0].rstrip('.')})" if said else ""
+
+
+def _text_of(key: Sequence[str], tables: Sequence[type[BaseModel]]) -> tuple[str, str]:
+    """Return the meaning and the example of a key, or empty texts."""
+    named = (meaning(table, key[-1]) for table in tables if key and key[-1] in table.model_fields)
+    return next(named, ("", ""))
 
 
 def _place(
@@ -127,24 +200,29 @@ def _place(
     """Return the key that pydantic calls ``loc``, and what the table that contains it can be."""
     key = list[str]()
     tables = inside = [model]
+    before: str | int = ""
     for part in loc:
         if str(part).startswith(("function-", "constrained-", "union-")):
             continue
-        if tagged := [m for m in inside if part == _tag(m)]:  # the kind of a stage, which is not a key
-            inside = tagged
+        # The kind of a stage, which is not a key.
+        if isinstance(before, int) and (tagged := [m for m in inside if part == _tag(m)]):
+            inside, before = tagged, ""
             continue
         held = [m.model_fields[part].annotation for m in inside if part in m.model_fields]
         tables, inside = inside, [m for annotation in held for m in _models(annotation)] if held else inside
         raw = raw[int(part)] if isinstance(raw, list) else raw.get(part) if isinstance(raw, dict) else None
         name = raw.get("name") or raw.get("kind") if isinstance(part, int) and isinstance(raw, dict) else ""
         key.append(str(name or part))
+        before = part
     return key, tables
 
 
 def _right_key(key: Sequence[str], tables: Sequence[type[BaseModel]], model: type[BaseModel]) -> str:
     """Suggest the right key (with its table if that is a different one), or list the expected keys."""
     *here, name = key
-    siblings = [field for table in tables for field in table.model_fields]
+    if name in INSTEAD_OF:
+        return f"; {INSTEAD_OF[name]}"
+    siblings = list(dict.fromkeys(field for table in tables for field in table.model_fields))
     below = [".".join([*here, k]) for table in tables for k in _keys(table)]
     pools, aliases = (siblings, below, list(_keys(model))), ALIASES.get(name, ())
     for known, alias in ((k, a) for pool in pools for a in aliases for k in pool):

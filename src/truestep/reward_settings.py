@@ -1,4 +1,4 @@
-"""The rewards of a recipe, set as ``[[stages.rl.rewards]]`` or, for a single one, ``reward = "NAME"``."""
+"""The rewards of a recipe, set as ``[[stages.rewards]]`` or, for a single one, ``reward = "NAME"``."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from truestep.data_settings import OVERLONG_SHARE, Checker
 from truestep.data_settings import DataSettings as DataSettings
-from truestep.errors import UserError, did_you_mean, one_line
+from truestep.errors import UserError, did_you_mean, refused
 from truestep.frozen import Frozen
 from truestep.http_client import LOOPBACK
 from truestep.redaction import INSTEAD, find_secret
@@ -479,7 +479,7 @@ def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: " + one_line(error, model, raw)) from None
+        raise refused(where, error, model, raw) from None
 
 
 def _child(node: Any, part: str, item: str) -> Any:

@@ -493,7 +493,7 @@ def test_a_dry_run_says_what_is_not_used_or_not_read(
     words = ("run", str(folder / "run.toml"), "--out", str(folder / "out"), "--dry-run", "--json")
     assert call(monkeypatch, *words) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
-    assert any(note.startswith("data.train: not used") and "level (1 rows)" in note for note in notes)
+    assert any(note.startswith("data.train: not used") and "level (1 row)" in note for note in notes)
     assert any(note.startswith("data.train: 1 of 3 gold answers is read by no rule") for note in notes)
 
 
