@@ -299,6 +299,7 @@ INDEX = """| page | what it lists |
 | [commands.md](commands.md) | every command and option, with exit codes |
 | [python.md](python.md) | the Python interface |
 | [metrics](../metrics.md) | the keys of `metrics.jsonl` |
+| [architectures.md](architectures.md) | kinds of models that were trained, on one and two ranks |
 
 The how-to guides are in [docs/how-to](../how-to/training.md), and [docs/map.md](../map.md) lists the names and files."""
 

@@ -156,7 +156,9 @@ def _fault(several: Sequence[Any], model: type[BaseModel], raw: Any) -> str:
     if kind == "extra_forbidden":
         message = "unknown key" + (_right_table(first["loc"], given) or _right_key(key, tables, model))
     elif kind == "missing":
-        message = "the key is missing and has no default; set it" + _meaning(key, tables)
+        example = _text_of(key, tables)[1]
+        so = f", for example {example}" if example else ""
+        message = f"the key is missing and has no default; set it{so}{_meaning(key, tables)}"
     elif kind == "union_tag_not_found":
         message = 'each stage needs kind = "sft", "rl" or "rejection"'
     elif kind == "union_tag_invalid":
