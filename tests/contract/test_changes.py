@@ -50,7 +50,7 @@ def made(recipe: Path, folder: Path, wanted: Sequence[str] = (), overrides: Sequ
     """What the command line prepares."""
     settings = load_settings(recipe, overrides)
     history = changed(settings, folder, wanted, ["truestep", "run"])
-    return prepare(continued(settings, history), base_dir=recipe.parent, history=history)
+    return prepare(continued(settings, history, wanted), base_dir=recipe.parent, history=history)
 
 
 def stopped(
@@ -261,6 +261,63 @@ def test_a_change_is_in_the_history_and_the_provenance(
     assert (
         "stages.sft.steps is 15 in this run since a --change, but 16 in the recipe" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe_has", "wanted", "more"),
+    [
+        (17, "stages.sft.steps=17", []),  # the recipe was edited first
+        (60, "stages.sft.steps=17", []),  # the run was begun with --set
+        (17, "stages.0.steps=17", ["--resume"]),
+        (60, "stages.sft.steps=14", []),  # the run's own value wins over the recipe's
+    ],
+)
+def test_a_change_counts_from_the_run_and_not_from_the_recipe(
+    recipe_has: int,
+    wanted: str,
+    more: list[str],
+    recipe: Path,
+    begun: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(begun, tmp_path / "run")
+    edited = recipe.parent / f"edited-{recipe_has}.toml"
+    edited.write_text(recipe.read_text().replace("steps = 14", f"steps = {recipe_has}"))
+    words, steps = [edited, "--out", folder], int(wanted.rpartition("=")[2])
+    for dry in (["--dry-run"], []):
+        assert command(monkeypatch, *words, *dry, "--resume") == 2
+        assert f"pass --change stages.sft.steps={recipe_has} to change it" in capsys.readouterr().err
+    untouched = contents(folder)
+    for dry in (["--dry-run"], []):
+        assert contents(folder) == untouched
+        assert command(monkeypatch, *words, *more, "--change", wanted, *dry) == 0
+        assert ("changed: stages.sft.steps: 14 → 17" in capsys.readouterr().err) == (steps == 17)
+    assert len(metrics(folder)) == steps
+    # A second change counts from the first one, also if the recipe has its value already.
+    edited.write_text(recipe.read_text().replace("steps = 14", "steps = 20"))
+    assert command(monkeypatch, *words, "--change", "stages.sft.steps=20") == 0
+    assert f"changed: stages.sft.steps: {steps} → 20" in capsys.readouterr().err
+    assert len(metrics(folder)) == 20
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--change", "stages.sft.steps=20"]])
+def test_a_dry_run_refuses_the_folders_that_a_run_refuses(
+    recipe: Path,
+    begun: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, begun):
+        said = []
+        for dry in ([], ["--dry-run"]) if folder == tmp_path or not more else ():
+            assert command(monkeypatch, recipe, "--out", folder, *more, *dry) == 2
+            said.append(capsys.readouterr().err.splitlines()[-1])
+        assert len({*said}) == bool(said)
 
 
 def test_two_ranks_make_a_change(recipe: Path, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_steps_after_a_change_are_sent_again(recipe: Path, tmp_path: Path) -> No
         settings = load_settings(recipe, ["trackers=['mine.py:Mine']", "stages.sft.steps=2"])
         settings = settings.model_copy(update={"stages": settings.stages[:1]})
         history = changed(settings, out, changes, ["truestep"])
-        ready = prepare(continued(settings, history), base_dir=recipe.parent, history=history)
+        ready = prepare(continued(settings, history, changes), base_dir=recipe.parent, history=history)
         open_run_folder(ready, out, resume=True, rank=0)
         run_pipeline(ready, out, ranks=Ranks(), reporter=Silent())
         return ready

@@ -149,17 +149,19 @@ def checked(
     from truestep.data.overlap import overlap_lines
     from truestep.pipeline.history import continued, said
     from truestep.pipeline.prepare import prepare
-    from truestep.pipeline.run import check_run_folder
+    from truestep.pipeline.run import check_begun_stages, check_run_folder
     from truestep.pipeline.sizes import batch_table
 
     if ranks.channel is not None:
         ranks.channel.speak = partial(_last_words, reporter, folder)
         ranks.channel.advice = partial(advice, folder)
-    if not how.dry_run and ranks.rank == 0:
+    if ranks.rank == 0:
         check_run_folder(settings, folder, resume=how.continues)  # before any data is read
     history = _history(settings, folder, how.change, ranks, dry_run=how.dry_run)
-    prepared = prepare(continued(settings, history), base_dir=base_dir, history=history)
+    prepared = prepare(continued(settings, history, how.change), base_dir=base_dir, history=history)
     prepared.notes += [f"changed: {line}" for line in said(history)]
+    if how.dry_run:
+        check_begun_stages(prepared, folder)
     rows = batch_table(prepared, ranks.world_size)
     if ranks.rank == 0:
         _print_rows(rows, reporter)

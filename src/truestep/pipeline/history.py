@@ -142,16 +142,34 @@ def with_values(settings: Settings, values: Values) -> Settings:
     return parse_settings(table, where=settings.name)
 
 
-def continued(settings: Settings, history: History) -> Settings:
-    """Return the recipe's settings with all changes. Raises UserError if the recipe has a third value for a key."""
+def continued(settings: Settings, history: History, wanted: Sequence[str] = ()) -> Settings:
+    """Return the recipe's settings with all changes, of which ``wanted`` are the items of this command's ``--change``.
+    Raises UserError if the recipe has a third value for another key."""
     first, last, now = history.first(), history.last(), flat(settings)
+    given = _keys(settings, wanted)
     for key, value in last.items():
-        if key in now and now[key] not in (first[key], value):
+        if key in now and now[key] not in (first[key], value) and not _is_within(key, given):
             raise UserError(
                 f"{key} is {value!r} in this run since a --change, but {now[key]!r} in the recipe; pass --change "
                 f"{key}={json.dumps(now[key])} to change it again, or set it to {value!r}"
             )
-    return with_values(settings, last)
+    return _overridden(with_values(settings, last), wanted)
+
+
+def _overridden(settings: Settings, wanted: Sequence[str]) -> Settings:
+    return parse_settings(override(table_of(settings), wanted, flag="--change"), where="--change")
+
+
+def _keys(settings: Settings, wanted: Sequence[str]) -> list[str]:
+    """Return the keys that the items set, with stages by their names. A key can be that of a table."""
+    table: dict[str, Any] = {"stages": [{"name": s.name, "kind": s.kind} for s in settings.stages]}
+    override(table, [f"{item.partition('=')[0]}=0" for item in wanted], flag="--change")
+    table["stages"] = {stage["name"]: stage for stage in table["stages"]}
+    return [key for key, _ in _leaves(table, "")]
+
+
+def _is_within(key: str, tables: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{table}.") for table in tables)
 
 
 def begun_with(settings: Settings, history: History) -> Settings:
@@ -168,6 +186,7 @@ def as_named(settings: Settings, base_dir: Path, history: History) -> Settings:
 
 def changed(settings: Settings, folder: Path, wanted: Sequence[str], command: Sequence[str]) -> History:
     """Return the history of the run in ``folder``, with the ``KEY=VALUE`` items of ``--change``. Nothing is written.
+    What is changed is the run's value, which is in resolved.toml; the recipe can have another one.
 
     Raises UserError if there is no run, or if a key may not be changed or belongs to a stage that others build on."""
     history = read_history(folder)
@@ -177,9 +196,10 @@ def changed(settings: Settings, folder: Path, wanted: Sequence[str], command: Se
         raise UserError(
             f"{folder} is not a run that could be changed; pass its --out, or use --set for a new run"
         )
-    before = continued(settings, history)
-    table = override(table_of(before), wanted, flag="--change")
-    old, new = flat(before), flat(parse_settings(table, where="--change"))
+    run = {**flat(load_settings(folder / "resolved.toml")), **history.last()}
+    known = flat(settings)
+    before = with_values(settings, {key: value for key, value in run.items() if _may(key) and key in known})
+    old, new = flat(before), flat(_overridden(before, wanted))
     found = {key: (old[key], value) for key, value in new.items() if old.get(key) != value}
     for key in found:
         if not _may(key):

@@ -64,15 +64,20 @@ def open_run_folder(prepared: Prepared, folder: Path, *, resume: bool, rank: int
         return
     settings = prepared.settings
     check_run_folder(settings, folder, resume=resume)
-    for index in range(len(settings.stages)):
-        _require_identity(prepared, index, folder)
-        _require_steps(prepared, index, folder)
+    check_begun_stages(prepared, folder)
     write_history(folder, prepared)
     for index, stage in enumerate(settings.stages):
         done = stage_folder(folder, index, stage) / "done.json"
         if done.exists() and read_done(done.parent)["identity"] != stage_identity(prepared, index):
             done.unlink()  # the stage was changed after it had ended, so it goes on
     rundir.open_run(folder, table_of(with_absolute_paths(settings, prepared.base_dir)))
+
+
+def check_begun_stages(prepared: Prepared, folder: Path) -> None:
+    """Raise UserError if a stage that has begun in the folder cannot be continued with these settings and data."""
+    for index in range(len(prepared.settings.stages)):
+        _require_identity(prepared, index, folder)
+        _require_steps(prepared, index, folder)
 
 
 def _require_identity(prepared: Prepared, index: int, folder: Path) -> None:
