@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truestep import rundir
-from truestep.errors import UserError
+from truestep.errors import UserError, did_you_mean
 from truestep.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from truestep.audit.measure.findings import Finding
 
 PathLike = str | Path
+RUN_FILES = ("resolved.toml", "summary.json")
 NAMES = ("Audit", "Run", "train", "evaluate", "compare", "grade", "audit")
 
 
@@ -39,6 +40,10 @@ class Run:
     """
 
     folder: PathLike
+
+    def __post_init__(self) -> None:
+        """Raises UserError if the folder is not a run directory."""
+        _require_run(self.path)
 
     @property
     def path(self) -> Path:
@@ -95,16 +100,15 @@ class Run:
     @property
     def model(self) -> Path:
         """The Hugging Face folder of the last finished stage. Raises UserError if no stage is finished."""
-        found = sorted(self.path.glob("stages/*/export"))
-        if not found:
-            raise UserError(f"{self.path} has no trained model yet")
-        return found[-1]
+        return rundir.model_of(self.path)
 
     def samples(self, data: str = "", group: str = "") -> list[dict[str, Any]]:
         """Return the samples of an evaluation: of the data set (or benchmark) ``data`` and the checkpoint (or prompt)
-        ``group``, by default the last ones."""
+        ``group``, by default the last ones. ``samples("rl")`` also works, if no data set has the checkpoint's name."""
         from truestep.evaluate.files import read_samples, samples_of
 
+        if data and not group and all(data != row["data"] for row in self.scores):
+            data, group = "", data
         rows = [
             row for row in self.scores
             if data in ("", row["data"]) and group in ("", row.get("checkpoint"), row.get("prompt"))
@@ -114,7 +118,7 @@ class Run:
                 {f"{row['data']} · {row.get('checkpoint') or row.get('prompt')}" for row in self.scores}
             )
             raise UserError(
-                f"{self.path} has no samples of {data} {group}; it has {', '.join(known) or 'none'}"
+                f"{self.path} has no samples of {' · '.join(filter(None, (data, group)))}; it has {', '.join(known) or 'none'}"
             )
         return read_samples(samples_of(self.path, rows[-1]))
 
@@ -144,6 +148,16 @@ class Run:
             "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in cells
         )
         return f"<p><code>{escape(str(self.path))}</code></p><table><tr>{head}</tr>{body}</table>"
+
+
+def _require_run(folder: Path) -> None:
+    if any((folder / name).is_file() for name in RUN_FILES):
+        return
+    near = sorted({p.parent.name for name in RUN_FILES for p in folder.parent.glob(f"*/{name}")})
+    known = f"; {folder.parent} has the runs {', '.join(near[:10])}" if near else ""
+    fault = "is not a run directory" if folder.exists() else "does not exist"
+    hint = did_you_mean(folder.name, near) or known or "; pass the folder that a run printed"
+    raise UserError(f"{folder} {fault}{hint}")
 
 
 def train(
@@ -185,8 +199,8 @@ def train(
     prepared, _ = checked(settings, base, folder, how, ranks, reporter)
     try:
         trained(prepared, folder, how, ranks, reporter)
-    except Interrupted:
-        raise KeyboardInterrupt from None
+    except Interrupted as stop:
+        raise _stopped(stop, folder) from None
     return Run(folder)
 
 
@@ -218,9 +232,15 @@ def evaluate(
     folder = folder_of(asked, Path(out) if out else None)
     try:
         evaluated(asked, Path(), folder, resume=resume, reporter=ConsoleReporter(quiet=quiet))
-    except Interrupted:
-        raise KeyboardInterrupt from None
+    except Interrupted as stop:
+        raise _stopped(stop, folder) from None
     return Run(folder)
+
+
+def _stopped(stop: Interrupted, folder: Path) -> KeyboardInterrupt:
+    return KeyboardInterrupt(
+        f"{stop}; all finished work is saved. To continue, make the same call with out={str(folder)!r}, resume=True"
+    )
 
 
 def compare(a: PathLike | Run, b: PathLike | Run, metric: str = "") -> dict[str, Any]:

@@ -293,6 +293,13 @@ def verify_export(folder: Path) -> None:
         verify_files(folder, read_json(mark).get("files", {}), remedy)
 
 
+def model_of(folder: Path) -> Path:
+    """Return the model of the last finished stage of a run. Raises UserError if there is none."""
+    if done := sorted(folder.glob("stages/*/done.json")):
+        return done[-1].parent / "export"
+    raise UserError(f"{folder} is a run without a finished stage, so it has no trained model")
+
+
 def cache_folder(part: str = "") -> Path:
     """Return a part of the cache folder, which is $TRUESTEP_CACHE, $XDG_CACHE_HOME/truestep or
     ~/.cache/truestep. Raises UserError if another user could change what it contains."""

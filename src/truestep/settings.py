@@ -63,7 +63,8 @@ class TinySettings(Frozen):
 
 class ModelSettings(Frozen):
     path: str
-    """The model: "tiny", "smollm2-135m-instruct", a Hugging Face folder, a .gguf file or a hub id.
+    """The model: "tiny", "smollm2-135m-instruct", a Hugging Face folder, a run directory (its last model), a .gguf
+    file or a hub id.
     Example: ``path = "Qwen/Qwen2.5-0.5B"``"""
     context_length: Annotated[int, Field(ge=8)] | Literal["model"] = "model"
     """Number of positions. Beyond the model's own, rope_scaling or rope_theta must say how they are reached.

@@ -129,8 +129,16 @@ def test_errors_are_one_sentence(run: api.Run, tmp_path: Path) -> None:
         run.metrics("rl")
     with pytest.raises(UserError, match="has no samples of nothing"):
         run.samples("nothing")
-    with pytest.raises(UserError, match="contains no run with a summary"):
-        _ = api.Run(tmp_path).scores
+    with pytest.raises(UserError, match="has no samples of nothing · sft; it has test · base, test · sft"):
+        run.samples("nothing", "sft")
+    assert run.samples("base") == run.samples("test", "base") != run.samples("sft")
+    for folder, said in (
+        (run.path.with_name("runs"), 'runs does not exist; did you mean "run"'),
+        (run.path / "stages", "stages is not a run directory; pass the folder"),
+        (run.path.parent / "other", "other does not exist; .* has the runs run"),
+    ):
+        with pytest.raises(UserError, match=said):
+            api.Run(folder)
     with pytest.raises(UserError, match="already"):
         truestep.train(RECIPE, out=run.path, quiet=True)
     assert RECIPE["stages"][0]["steps"] == 3, "the caller's table is not changed"
@@ -149,7 +157,7 @@ def test_interrupted_and_resumed(run: api.Run, tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", once)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="saved. To continue, .*out='.*run', resume=True"):
             truestep.train(RECIPE, out=tmp_path / "run", quiet=True)
     assert api.Run(tmp_path / "run").status == "interrupted"
     again = truestep.train(RECIPE, out=tmp_path / "run", resume=True, quiet=True)
@@ -157,12 +165,40 @@ def test_interrupted_and_resumed(run: api.Run, tmp_path: Path, monkeypatch: pyte
     assert again.metrics()["loss"].tolist() == run.metrics()["loss"].tolist()
 
 
+def test_a_run_directory_is_its_last_model(run: api.Run, tmp_path: Path) -> None:
+    from truestep.evaluate.jobs import evaluation_settings
+    from truestep.model.load import model_content, resolve
+    from truestep.settings import ModelSettings
+
+    def content(path: Path) -> str:
+        return model_content(ModelSettings(path=str(path)))
+
+    export = run.path / "stages/01-sft/export"
+    assert run.model == export == Path(resolve(ModelSettings(path=str(run.path))))
+    assert content(run.path) == content(export) != ""
+    for path in (run.path, export):
+        raw = {"model": {"path": str(path)}, "benchmarks": ["own.jsonl"]}
+        assert evaluation_settings(raw, "here").name == "eval-run"
+    unfinished, study = tmp_path / "unfinished", tmp_path / "study"
+    for folder in (unfinished, study):
+        folder.mkdir()
+    (unfinished / "resolved.toml").write_text("")
+    (study / "study.toml").write_text("")
+    for folder, said in (
+        (unfinished, "unfinished is a run without a finished stage"),
+        (study, "the folder of a study, .*cells/KEY/run"),
+        (tmp_path, "has no config.json"),
+    ):
+        with pytest.raises(UserError, match=said):
+            resolve(ModelSettings(path=str(folder)))
+
+
 def test_evaluate_and_compare(run: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"problem": f"{n}+{n}", "answer": str(2 * n)} for n in range(3)]
     Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     how: dict[str, Any] = {"prompts": ["brief"], "max_new_tokens": 8, "quiet": True}
-    before = truestep.evaluate(run.model, "own.jsonl", out="before", **how)
+    before = truestep.evaluate(run.path, "own.jsonl", out="before", **how)
     after = truestep.evaluate(str(run.model), ["own.jsonl"], out="after", temperature=0.9, **how)
     (row,) = truestep.compare(before, after)["comparisons"]
     assert row["num_problems"] == 3

@@ -173,7 +173,10 @@ def test_a_stage_ends_early_and_exports_its_best_weights(
         == last
         == max(r["step"] for r in rundir.read_jsonl(stage / "metrics.jsonl"))
     )
-    assert any(f"ended early after step {last}/40: validation/loss" in said for said in reporter.said)
+    (early,) = [
+        said for said in reporter.said if f"ended early after step {last}/40: validation/loss" in said
+    ]
+    assert "pass --change stages.sft.early_stopping.patience=" in early
     kept = read_checkpoint(stage / "best" / f"step_{best:08d}", every_row).tensors["parameters"]
     exported = LlamaForCausalLM.from_pretrained(stage / "export").state_dict()
     assert all(torch.equal(exported[name.removeprefix("model.")], tensor) for name, tensor in kept.items())

@@ -97,6 +97,7 @@ def test_the_last_line_of_stdout_is_the_run_directory(
         assert (run / name).stat().st_size > 0
     assert "<html" in (run / "report.html").read_text()
     assert "Traceback" not in done.stderr
+    assert f"model: {run.relative_to(run.parents[1])}/stages/02-rl/export" in done.stdout.splitlines()
     table = done.stdout.splitlines()[:-1]
     for checkpoint in ("base", "sft", "rl"):
         assert any(checkpoint in line for line in table)
@@ -212,6 +213,7 @@ def test_after_ctrl_c_the_command_that_was_named_finishes_the_same_run(
     assert document["run_dir"] == "resumed"
     assert document["status"] == "done"
     assert Path(folder / document["report"]).exists()
+    assert document["trained_model"] == "resumed/stages/02-rl/export"
     for stage in ("01-sft", "02-rl"):
         for name in ("metrics.jsonl", "export/model.safetensors"):
             path = Path("stages") / stage / name

@@ -273,8 +273,11 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
 
 
 def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:
+    from truestep.rundir import model_of
+
+    model = {"trained_model": str(model_of(folder))} if summary["stages"] else {}
     if as_json:
-        echo(json.dumps({"run_dir": str(folder), "report": str(report), **summary}))
+        echo(json.dumps({"run_dir": str(folder), "report": str(report), **model, **summary}))
         return
 
     from truestep.report.tables import score_table, terminal_table
@@ -282,4 +285,5 @@ def show(folder: Path, summary: Any, report: Path, as_json: bool) -> None:
     if rows := score_table(folder):
         console = PlainConsole()
         console.print(terminal_table(rows, title=summary["name"], width=console.width))
-    echo(f"report: {report}\n{folder}")
+    lines = [f"report: {report}", *(f"model: {path}" for path in model.values()), str(folder)]
+    echo("\n".join(lines))

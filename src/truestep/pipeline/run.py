@@ -232,7 +232,8 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         watch, stall = spec.settings.early_stopping.watch, state.stall
         session.reporter.say(
             f"{spec.name}: ended early after step {state.step}/{spec.num_steps}: {watch} was measured "
-            f"{count(round(stall['since']), 'time')} without a value better than {stall['best']:.6g}"
+            f"{count(round(stall['since']), 'time')} without a value better than {stall['best']:.6g}; to go on, pass --change stages.{spec.name}.early_stopping."
+            f"patience={2 * spec.settings.early_stopping.patience} (0: never ends early)"
         )
     if state.best:
         load_best(spec, state)

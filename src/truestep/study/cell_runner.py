@@ -218,7 +218,8 @@ def local_model(path: str, base_dir: Path) -> Path | None:
     if path in (BASE_MODEL, "tiny", *PACKAGED):
         return None
     beside = [base_dir / path] if "/" in path or path.endswith(".gguf") else []
-    return next((p for p in (*beside, Path(path)) if p.exists()), None)
+    found = next((p for p in (*beside, Path(path)) if p.exists()), None)
+    return rundir.model_of(found) if found and (found / "resolved.toml").is_file() else found
 
 
 def adopt(parent: Path, run: Path, num_stages: int, settings: Settings) -> None:
