@@ -157,7 +157,7 @@ def test_interrupted_and_resumed(run: api.Run, tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train", once)
-        with pytest.raises(KeyboardInterrupt, match="saved. To continue, .*out='.*run', resume=True"):
+        with pytest.raises(KeyboardInterrupt, match=r"saved\. To continue, .*out='.*run', resume=True"):
             truestep.train(RECIPE, out=tmp_path / "run", quiet=True)
     assert api.Run(tmp_path / "run").status == "interrupted"
     again = truestep.train(RECIPE, out=tmp_path / "run", resume=True, quiet=True)

@@ -18,7 +18,7 @@ import typer
 from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import HEARTBEAT_SECONDS, announce
 from truestep.data.convert import SUFFIXES, TARGETS, converted, write_rows
-from truestep.data.describe import Description, describe, not_used, read_as
+from truestep.data.describe import TRAINED_ON, Description, describe, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_lines, overlap_report
 from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from truestep.grade.score import Grader
     from truestep.pipeline.golds import Gold
 
+EXPLAINED = (
+    "repeated: rows whose text an earlier row has; characters: of problems + solutions, shortest-longest; refused: gold "
+    "answers that the checker does not accept as their own answer"
+)
 CHUNK = 2_000  # gold answers that are graded at once
 
 
@@ -42,9 +46,9 @@ class _SetCheck:
 
     def __init__(
         self, name: str, data: DataSettings, *, seed: int, base_dir: Path, needs: Collection[str],
-        grader: Grader | None,
+        grader: Grader | None, use: str = TRAINED_ON,
     ) -> None:  # fmt: skip
-        self.name, self.grader = name, grader
+        self.name, self.grader, self.use = name, grader, use
         self.source = stream_problems(name, data, seed=seed, base_dir=base_dir, needs=needs)
         self.files, self.left, self.said_of_files = files_of(name, data, base_dir)
         self.description = Description(needs)
@@ -120,7 +124,8 @@ def check(
             _require_no_columns(source, columns)
             settings = load_settings(source, overrides)
             checks = {name: _set_check(settings, name, Path(source).parent, grader) for name in settings.data}
-            used = [*settings.evaluate.data, *(s.dev.data for s in settings.stages if s.dev.data)]
+            watched = [name for s in settings.stages for name in s.watched_data.values()]
+            used = [*settings.evaluate.data, *watched]
             judged = {name: list(checks[name].problems()) for name in dict.fromkeys(used)}
             others = {n: judged[n] if n in judged else made.problems() for n, made in checks.items()}
             names = dict.fromkeys(name for s in settings.stages for name in s.data_names)
@@ -228,7 +233,8 @@ def convert(
 
 def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | None) -> _SetCheck:
     needs, data = _needs(settings, name), settings.data[name]
-    return _SetCheck(name, data, seed=settings.seed, base_dir=base_dir, needs=needs, grader=grader)
+    use = use_of(settings, name)
+    return _SetCheck(name, data, seed=settings.seed, base_dir=base_dir, needs=needs, grader=grader, use=use)
 
 
 def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
@@ -252,18 +258,18 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     held = {s.validation.data for s in settings.stages} - demonstrated
     for name, problems in _load_sets(settings, Path(recipe).parent).items():
         described = describe(problems, _needs(settings, name))
-        for said in () if as_json else (*read_as(described), *not_used(described)):
+        use = use_of(settings, name)
+        for said in () if as_json else (*read_as(described), *not_used(described, use)):
             console.print(f"{name}: {said}", markup=False)
         for problem in problems[:num]:
             problem = problem if name in demonstrated | held else replace(problem, solution="", dialogue=())
             for spans, document in _example(tokenizer, problem, settings, context):
                 documents.append({"data": name, "layout": problem.layout, **document})
                 if not as_json:
-                    chosen = document["num_trained"]
-                    what = "in its validation loss" if name in held else "trained on"
-                    counts = (
-                        f"{counted(chosen, 'token', document['num_tokens'])} {verb(chosen, 'are')} {what}"
-                    )
+                    chosen, total = document["num_trained"], document["num_tokens"]
+                    counts = f"{counted(chosen, 'token', total)} {verb(chosen, 'are')} {use}"
+                    if name not in demonstrated | held:
+                        counts = f"a prompt of {counted(total, 'token')}"
                     answer = f"; answer {problem.answer}" if problem.answer else ""
                     console.print(Text(f"{name} {problem.id} ({problem.row}): {counts}{answer}", "bold"))
                     console.print(spans, end="\n\n")
@@ -318,10 +324,11 @@ def _print_check(
         characters = " + ".join(f"{found['min']}-{found['max']}" for found in lengths)
         table.add_row(name, *counts, characters, refused, str(d["bad_rows"]["count"]))
     console.print(table)
+    console.print(EXPLAINED, markup=False)
     for name, d in described.items():
         for fault in d["bad_rows"]["first"]:
             console.print(f"{name}: bad row: {fault}", markup=False)
-        for said in (checks[name].said_of_files, *read_as(d), *not_used(d)):
+        for said in (checks[name].said_of_files, *read_as(d), *not_used(d, checks[name].use)):
             if said:
                 console.print(f"{name}: {said}", markup=False)
         if d.get("gold", {}).get("num_text_only"):

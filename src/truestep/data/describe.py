@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,11 @@ from truestep.data.overlap import problem_text, text_key
 from truestep.data.row_schema import unused_columns
 from truestep.errors import count, verb
 from truestep.records import Problem
+
+if TYPE_CHECKING:
+    from truestep.settings import Settings
+
+TRAINED_ON = "trained on"
 
 
 class Description:
@@ -127,20 +132,32 @@ def read_as(described: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def not_used(described: Mapping[str, Any]) -> list[str]:
+def use_of(settings: Settings, name: str) -> str:
+    """Return what is done with the solutions of a data set."""
+    is_held = name in [stage.validation.data for stage in settings.stages]
+    return "measured (validation loss)" if is_held else TRAINED_ON
+
+
+def not_used(described: Mapping[str, Any], use: str = TRAINED_ON) -> list[str]:
     """Return sentences about the columns and turns that are not trained on or graded with, and about dialogues."""
     found = []
+    read = {
+        name: ours for of in described["columns"].values() for ours, names in of.items() for name in names
+    }
     if columns := described["unused_columns"]:
-        names = ", ".join(f"{name} ({count(num, 'row')})" for name, num in list(columns.items())[:10])
+        named = {name: f" = {read[name]}" if read.get(name, name) != name else "" for name in columns}
+        names = ", ".join(
+            f"{name}{named[name]} ({count(num, 'row')})" for name, num in list(columns.items())[:10]
+        )
         more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
         found.append(f"not used (only your own reward functions get them): {names}{more}")
     if num := described["num_dialogues"]:
         turns = described["num_trained_turns"]
         found.append(
-            f'{count(turns, "assistant turn")} of {count(num, "dialogue")} {verb(turns, "are")} trained on (train_turns = "all")'
+            f'{count(turns, "assistant turn")} of {count(num, "dialogue")} {verb(turns, "are")} {use} (train_turns = "all")'
         )
     if num := described["num_context_turns"]:
-        found.append(f"earlier assistant turns of {count(num, 'row')} are context and are not trained on")
+        found.append(f"earlier assistant turns of {count(num, 'row')} are context and are not {use}")
     return found
 
 

@@ -14,7 +14,7 @@ from truestep.errors import UserError
 from truestep.records import Problem
 from truestep.settings import DataSettings
 
-SHOWN_FAULTS = 10  # bad rows that are shown; all are counted
+SHOWN_FAULTS = 10  # different faults that are shown; all bad rows are counted
 
 
 class BadRows(UserError):
@@ -107,6 +107,7 @@ def _validated(
     used: dict[int, int] = {}  # hash of an id → its row: 2**20 × the row's number + the file's
     labels: list[str] = []
     first: list[str] = []
+    seen: set[str] = set()
     num_bad = 0
     for label, prefix, rows in sources:
         labels.append(label)
@@ -123,7 +124,8 @@ def _validated(
                     raise RowError("id", f'expected a unique id, got "{problem.id}", which {holder} also has')
             except RowError as error:
                 num_bad += 1
-                if num_bad <= SHOWN_FAULTS:
+                if len(first) < SHOWN_FAULTS and str(error) not in seen:
+                    seen.add(str(error))
                     first.append(f"{where}: {error}")
             else:
                 yield problem

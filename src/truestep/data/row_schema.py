@@ -17,6 +17,7 @@ from truestep.data.turns import (
     READ_KEYS,
     closest,
     did_you_mean,
+    is_turns,
     near,
     read_tools,
     read_turns,
@@ -78,8 +79,16 @@ def _problem(reading: Reading, data: DataSettings, *, id: str, where: str, needs
     has_solution = bool(dialogue)
     if "answer" in needs and not answer:
         raise RowError("answer", "expected an answer, got none" + _remedy(reading, "answer"))
+    wants_turn = "messages" in row and not has_solution  # of the assistant
+    if "solution" in needs and wants_turn:
+        raise RowError(
+            "messages", "expected an assistant turn to train on, got none" + _remedy(reading, "solution")
+        )
     if "solution" in needs and not has_solution:
         raise RowError("solution", "expected a worked solution, got none" + _remedy(reading, "solution"))
+    if not answer and wants_turn and not needs:
+        hint = _remedy(reading, "answer", "solution")
+        raise RowError("messages", "expected an assistant turn to train on, or an answer, got neither" + hint)
     if not answer and not has_solution and "problem" not in needs:
         hint = _remedy(reading, "answer", "solution")
         raise RowError("answer", "expected an answer or a solution, got neither" + hint)
@@ -281,7 +290,8 @@ def _countdown(row: Row) -> dict[str, Any]:
 
 def _remedy(reading: Reading, *wanted: str) -> str:
     """Return which columns the row has, and how to name one of them in the recipe."""
-    if found := closest(reading.given, *wanted):
+    turns = [key for key in reading.given if "messages" in wanted and is_turns(reading.given[key])]
+    if found := (turns[0], "messages") if turns else closest(reading.given, *wanted):
         key, name = found
         hint = f'; the row has {shown(key)}; did you mean "{name}"?'
         return f"{hint} Set columns = {{ {name} = {shown(key)} }} for the data set, or rename it"

@@ -46,6 +46,14 @@ def read_turns(value: Any, column: str) -> list[Message]:
     return turns
 
 
+def is_turns(value: Any) -> bool:
+    """Return whether a value looks like a list of turns."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and (
+        {"role", "content"} <= first.keys() or {"from", "value"} <= first.keys()
+    )
+
+
 def from_json(value: Any, column: str) -> Any:
     """Return the value of a JSON text, as CSV files and some tools' columns have it, or the value itself."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
@@ -185,7 +193,8 @@ def text_of(value: Any, field: str) -> str:
 # Other names for our columns and keys, for "did you mean".
 ALIASES = {
     "question": "problem", "query": "problem", "input": "problem", "instruction": "problem",
-    "conversations": "messages", "conversation": "messages", "from": "role", "value": "content",
+    "conversations": "messages", "conversation": "messages", "msgs": "messages", "chat": "messages",
+    "dialog": "messages", "dialogue": "messages", "turns": "messages", "q": "problem", "from": "role", "value": "content",
     "text": "content", "label": "answer", "gold": "answer", "ground_truth": "answer", "final_answer": "answer",
     "target": "answer", "expected_answer": "answer", "gt_answer": "answer",
     "response": "solution", "output": "solution", "completion": "solution", "rationale": "solution",

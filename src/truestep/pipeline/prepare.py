@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep.data.chat import check_special_tokens, encode_prompt, stop_token_ids
 from truestep.data.demonstrations import Encoded, encode_demonstrations
-from truestep.data.describe import describe, not_used, read_as
+from truestep.data.describe import describe, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
@@ -121,6 +121,8 @@ def prepare(
     trained = {name: found[name] for s in settings.stages for name in s.data_names if name in found}
     tested = {name: found[name] for name in settings.evaluate.data if name in found}
     prepared.notes += _of_systems(settings, trained, tested)
+    watched = [name for stage in settings.stages for name in stage.watched_data.values()]
+    tested |= {name: found[name] for name in watched if name in found}
     prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
     return prepared
 
@@ -345,7 +347,7 @@ def _encode(prepared: Prepared, name: str, problems: list[Problem], wanted: set[
     remarks = [
         files_of(name, settings.data[name], prepared.base_dir)[2],
         *read_as(described),
-        *not_used(described),
+        *not_used(described, use_of(settings, name)),
     ]
     prepared.notes += [f"data.{name}: {said}" for said in remarks if said]
     if wanted & {"answer", "problem"}:

@@ -230,10 +230,11 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         state = run_stage(spec)
     if state.step < spec.num_steps:
         watch, stall = spec.settings.early_stopping.watch, state.stall
+        more = 2 * spec.settings.early_stopping.patience
         session.reporter.say(
             f"{spec.name}: ended early after step {state.step}/{spec.num_steps}: {watch} was measured "
-            f"{count(round(stall['since']), 'time')} without a value better than {stall['best']:.6g}; to go on, pass --change stages.{spec.name}.early_stopping."
-            f"patience={2 * spec.settings.early_stopping.patience} (0: never ends early)"
+            f"{count(round(stall['since']), 'time')} without a value better than {stall['best']:.6g}; "
+            f"to go on, pass --change stages.{spec.name}.early_stopping.patience={more} (0: never ends early)"
         )
     if state.best:
         load_best(spec, state)
