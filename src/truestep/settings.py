@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -478,9 +478,31 @@ def parse_settings(raw: dict[str, Any], *, where: str) -> Settings:
 def parse(model: type[M], raw: dict[str, Any], *, where: str) -> M:
     """Validate a table as a settings model. Raises UserError with one line that names the key."""
     try:
-        return model.model_validate(raw)
+        made = model.model_validate(raw)
     except ValidationError as error:
         raise refused(where, error, model, raw) from None
+    if found := list(_converted(raw, made)):
+        raise UserError(
+            *(
+                f"{where}: {key}: expected {json.dumps(read)}, got {given!r}; write it without quotes"
+                for key, given, read in found
+            )
+        )
+    return made
+
+
+def _converted(raw: Any, made: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the key and both values of every text that pydantic has read as a number or a truth value."""
+    if isinstance(raw, str) and isinstance(made, int | float):
+        yield key, raw, made
+    elif isinstance(raw, dict):
+        for name, value in raw.items():
+            inner = made.get(name) if isinstance(made, dict) else getattr(made, name, None)
+            yield from _converted(value, inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(raw, list | tuple) and isinstance(made, list | tuple):
+        for value, inner in zip(raw, made, strict=False):
+            label = getattr(inner, "name", "")
+            yield from _converted(value, inner, f"{key}.{label}" if label else key)
 
 
 def _child(node: Any, part: str, item: str) -> Any:

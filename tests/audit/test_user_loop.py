@@ -140,6 +140,14 @@ def loops(tmp_path: Path) -> dict[str, object]:
     }
 
 
+def test_a_misspelt_function_is_named(tmp_path: Path) -> None:
+    (tmp_path / "misspelt_loop.py").write_text(RIGHT)
+    load = subject_module("user_loop").load
+    with pytest.raises(AttributeError, match='has no function stp; did you mean "step"'):
+        load(str(tmp_path / "misspelt_loop.py"), "stp")
+    assert callable(load(str(tmp_path / "misspelt_loop.py"), "step"))
+
+
 @pytest.mark.parametrize(
     "name",
     ["step", "skipping", "row_by_row", "in_one_pass", "in_one_line", "with_mask", "without_last_token"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,17 +103,17 @@ def test_check_names_texts_with_two_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_check_counts_all_bad_rows_and_shows_ten(tmp_path: Path, as_json: bool) -> None:
+def test_check_counts_all_bad_rows_and_shows_ten_faults(tmp_path: Path, as_json: bool) -> None:
     path = tmp_path / "many.jsonl"
-    good, bad = '{"problem": "1+1=?", "answer": 2}\n', '{"problem": "x"}\n'
-    path.write_text(good + bad * 11 + good.replace("2", "3"))
+    good, bad = '{"problem": "1+1=?", "answer": 2}\n', '{"problem": "x", "c%d": 1}\n'
+    path.write_text(good + bad % 0 + "".join(bad % n for n in range(11)) + good.replace("2", "3"))
     result = run("check", path, "--no-gold", *["--json"] * as_json)
     assert isinstance(result.exception, UserError)
-    assert str(result.exception).endswith("(and 10 more bad rows)")
-    shown = [f"{path}:{number}: answer: expected an answer or a solution" for number in range(2, 12)]
+    assert str(result.exception).endswith("(and 11 more bad rows)")
+    shown = [f"{path}:{number}: answer: expected an answer or a solution" for number in (2, *range(4, 13))]
     if as_json:
         found = document(result)["data"]["many"]
-        assert (found["bad_rows"]["count"], found["num_problems"]) == (11, 2)
+        assert (found["bad_rows"]["count"], found["num_problems"]) == (12, 2)
         lines = found["bad_rows"]["first"]
     else:
         lines = [line.partition("bad row: ")[2] for line in result.stdout.splitlines() if "bad row: " in line]
@@ -227,6 +228,30 @@ def test_check_says_what_is_not_used(recipe: Path) -> None:
     assert alone["unused_columns"] == {"level": 1, "messages[].id": 1}
 
 
+def test_a_validation_set_is_measured_and_compared_with_the_training_sets(recipe: Path) -> None:
+    turns = [{"role": role, "content": c} for role, c in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    (recipe.parent / "train.jsonl").write_text(json.dumps({"messages": turns}))
+    (recipe.parent / "held.jsonl").write_text(json.dumps({"messages": turns}))
+    held = ["data.held.source=held.jsonl", 'stages.sft.validation={ data = "held", every_steps = 1 }']
+    words = [word for item in held for word in ("--set", item)]
+    text = run("check", recipe, *words).stdout
+    for name, use in (("train", "trained on"), ("held", "measured (validation loss)")):
+        assert f'{name}: 2 assistant turns of 1 dialogue are {use} (train_turns = "all")' in text
+    assert "overlap of train with held: 1 of 1 has the same text" in text
+    assert "overlap of train with test: 0 of 2 have the same text" in text
+    pytest.importorskip("torch", reason="the tokenizer comes with the training extra")
+    shown = run("show", recipe, *words).stdout
+    for name, use in (("train", "trained on"), ("held", "measured (validation loss)")):
+        assert re.search(rf"{name} \S+ \(\S+\): \d+ of \d+ tokens are {re.escape(use)}\n", shown)
+        assert f"{name}: 2 assistant turns of 1 dialogue are {use}" in shown
+
+
+def test_a_named_column_that_is_not_used_has_our_name(recipe: Path) -> None:
+    (recipe.parent / "train.jsonl").write_text(json.dumps({"problem": "x", "solution": "y", "number": 2}))
+    text = run("check", recipe, "--set", 'data.train.columns={ answer = "number" }').stdout
+    assert "not used (only your own reward functions get them): number = answer (1 row)" in text
+
+
 def test_check_asks_of_a_row_what_the_stages_need(recipe: Path) -> None:
     for name, field in (("train", "solution"), ("test", "answer")):
         path = recipe.parent / f"{name}.jsonl"
@@ -247,7 +272,8 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     result = run("show", recipe, "--num", "1")
     assert result.exit_code == 0, result.exception
     assert "<|user|>1+1=?<|end|><|assistant|>⟦#### 2<|end|>⟧" in result.stdout
-    assert result.stdout.count("tokens are trained on") == 3
+    assert result.stdout.count("tokens are trained on") == 1
+    assert len(re.findall(r"\(\S+\): a prompt of \d+ tokens", result.stdout)) == 2
     examples = {e["data"]: e for e in document(run("show", recipe, "--num", "1", "--json"))["examples"]}
     assert examples["train"]["num_trained"] == len("#### 2") + 1
     assert examples["test"]["num_trained"] == 0

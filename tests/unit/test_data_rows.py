@@ -118,6 +118,12 @@ BROKEN = {
         row(problem="x", answer=0, choices=["1", "2"], checker="choice"), "answer", "from 1",
     ),
     "no answer": (row(problem="x"), "answer", "got none"),
+    "turns under another name": (
+        row(msgs=1), "problem", 'the row has "msgs"; did you mean "messages"? Set columns = { messages = "msgs" }',
+    ),
+    "turns under any name": (
+        row(anwser="2", xyz=turns(("user", "x"), ("assistant", "y"))), "problem", 'columns = { messages = "xyz" }',
+    ),
     "a misspelt answer": (row(problem="x", anwser="2"), "answer", 'did you mean "answer"'),
     "an empty answer": (row(problem="x", answer=""), "answer", "empty"),
     "a boolean answer": (row(problem="x", answer=True), "answer", "expected text or a number, got True"),
@@ -195,6 +201,17 @@ def test_broken_row_is_named(kind: str, tmp_path: Path) -> None:
     assert "\n" not in message
     assert "more bad row" not in message
     assert len(message) < len(str(path)) + 400
+
+
+@pytest.mark.parametrize(("needs", "said"), [(("solution",), "to train on, got none"), ((), "got neither")])
+def test_turns_without_the_assistants_are_named(needs: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row(messages=turns(("user", "x"))))
+    with pytest.raises(UserError, match=f"jsonl:1: messages: expected an assistant turn .*{said}"):
+        load(path, needs)
+    path.write_bytes(row(problem="x"))
+    with pytest.raises(UserError, match=f"jsonl:1: {'solution' if needs else 'answer'}: "):
+        load(path, needs)
 
 
 UNBROKEN = {

@@ -17,7 +17,7 @@ import typer
 from truestep import rundir, signals
 from truestep.cli.evaluation import show
 from truestep.cli.output import echo
-from truestep.cli.progress import ConsoleReporter
+from truestep.cli.progress import ConsoleReporter, in_words, size_in_words
 from truestep.cli.run import execute, only_evaluation
 from truestep.errors import UserError
 from truestep.evaluate.files import end_summary
@@ -140,9 +140,11 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
     ]
     total = plan["total"]
     if "memory_bytes_at_most" in total:
-        lines.append(f"memory: at most about {total['memory_bytes_at_most'] / 2**30:.1f} GiB")
+        lines.append(f"memory: at most about {size_in_words(total['memory_bytes_at_most'])}")
     if (hours := total.get("hours_if_all_run_to_the_limit")) is not None:
-        lines.append(f"time: {hours} h if every completion runs to its limit, at this machine's matmul rate")
+        lines.append(
+            f"time: {in_words(3600 * hours)} if every completion runs to its limit, at this machine's matmul rate"
+        )
     return "\n".join([*lines, *plan["notes"], str(folder)])
 
 
@@ -263,6 +265,6 @@ def plan_of(settings: Settings, jobs: list[Job], adapter: ModelAdapter) -> dict[
         from truestep.device import matmul_rate
 
         seconds = total["flops_at_most"] / matmul_rate(getattr(torch, settings.compute.dtype))
-        total["hours_if_all_run_to_the_limit"] = round(seconds / 3600, 2)
+        total["hours_if_all_run_to_the_limit"] = round(seconds / 3600, 5)
     notes = remarks(settings, jobs) + [note for made in ready for note in made.notes]
     return {"jobs": rows, "total": total, "notes": notes}

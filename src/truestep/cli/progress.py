@@ -82,7 +82,7 @@ class ConsoleReporter:
                 if self.head:  # only now, because more may have been said since the beginning
                     self.say(f"{'step':>{self._step_width()}} {self.head} {'left':>7}")
                     self.head = ""
-                self.say(f"{f'{done}/{self.total}':>{self._step_width()}} {note} {_in_words(left):>7}")
+                self.say(f"{f'{done}/{self.total}':>{self._step_width()}} {note} {in_words(left):>7}")
                 return
             self.say(f"{self.what}: {done}/{self.total}  {now - self.began:.0f} s, {left:.0f} s left  {note}")
 
@@ -95,7 +95,11 @@ class ConsoleReporter:
         self.live = self.task = None
 
 
-def _in_words(seconds: float) -> str:
+def size_in_words(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def in_words(seconds: float) -> str:
     """Return a time of at most seven characters."""
     if seconds < 100:
         return f"{seconds:.0f} s"

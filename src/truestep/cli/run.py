@@ -163,7 +163,9 @@ def checked(
     if how.dry_run:
         check_begun_stages(prepared, folder)
     rows = batch_table(prepared, ranks.world_size)
-    if ranks.rank == 0:
+    if ranks.rank == 0 and (
+        how.dry_run or how.change or not (folder / "resolved.toml").exists()
+    ):  # otherwise it was said before
         _print_rows(rows, reporter)
         for note in (*prepared.notes, *overlap_lines(prepared.overlap)):
             reporter.say(note)

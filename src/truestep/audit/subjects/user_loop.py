@@ -8,6 +8,7 @@ take exactly one step of this optimizer and clear the gradients; it may group ro
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -58,7 +59,10 @@ def load(file: str, name: str) -> Callable[..., Any]:
     sys.modules[path.stem] = module
     found.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
-        raise AttributeError(f"{path.name} has no function {name}")
+        known = [n for n, value in vars(module).items() if callable(value)]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        raise AttributeError(f"{path.name} has no function {name}{hint}")
     return getattr(module, name)
 
 
