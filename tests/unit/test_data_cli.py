@@ -319,7 +319,7 @@ def test_a_validation_set_needs_solutions_and_shows_what_is_measured(recipe: Pat
     held = recipe.parent / "held.jsonl"
     held.write_text('{"problem": "3+3=?", "solution": "6"}\n')
     shown = run("show", recipe)
-    assert "held.jsonl:1): 2 of 10 tokens are in its validation loss\n" in shown.stdout
+    assert "held.jsonl:1): 2 of 10 tokens are measured (validation loss)\n" in shown.stdout
     assert "⟦6<|end|>⟧" in shown.stdout
     held.write_text('{"problem": "3+3=?", "answer": "6"}\n')
     for command in ("show", "check"):
