@@ -226,5 +226,8 @@ def test_losses_get_lower(recipe: Path, tmp_path: Path) -> None:
     """On the rows that are trained on, the loss must fall."""
     (tmp_path / "held.jsonl").write_text((recipe.parent / "train.jsonl").read_text())
     held = f'data.held.source="{tmp_path / "held.jsonl"}"'
-    go(prepared(recipe, *SHARED[:2], held, VALIDATION), tmp_path / "run")
+    made = prepared(recipe, *SHARED[:2], held, VALIDATION)
+    pairs = {(p["train"], p["evaluation"]): p["exact"]["num_evaluation"] for p in made.overlap["pairs"]}
+    assert pairs == {("train", "held"): 12}, "a copy of the training set is not noticed"
+    go(made, tmp_path / "run")
     assert all(a > b for a, b in pairwise(losses(tmp_path / "run").values()))
