@@ -38,9 +38,6 @@ HOSTILE = {
     "empty_parts": "value = {}",
     "bad_key": "value = {'a b\\n': 1.0}",
     "error_object": "value = RuntimeError('the server said no')",
-    "too_many": "out.append(0.5)",
-    "nothing": "return None",
-    "a_text": "return 'x' * len(samples)",
     "gigabyte": "global kept; kept = b'x' * (1 << 30); time.sleep(3600)",
     "child_gigabyte": "\n        if os.fork() == 0: kept = b'x' * (1 << 30); time.sleep(3600)\n        time.sleep(3600)",
     "exit": "sys.exit(3)",
@@ -54,7 +51,7 @@ HOSTILE = {
 }
 SAID = {
     "raise": "ValueError: boom", "hang": "timeout_seconds = 3", "nan": "returned nan", "huge": "returned inf",
-    "text": "expected a number", "too_many": "returned 2 values for 1", "nothing": "returned NoneType",
+    "text": "expected a number, None or a mapping of numbers (",
     "gigabyte": "memory_mb = 300", "os_exit": "exit status 3", "killed": "signal 9", "exit": "SystemExit: 3",
 }  # fmt: skip
 LIMITS: dict[str, dict[str, Any]] = {kind: {"timeout_seconds": 3.0} for kind in ("hang", "busy")}
@@ -171,11 +168,43 @@ def test_the_share_of_failures_that_stops_a_run(
         with pytest.raises(UserError) as caught:
             scorer.score(samples)
     message = str(caught.value)
-    assert f"failed on {bad} of {of} samples" in message
+    assert f"failed on every sample that was tried ({bad} of {of} samples, step 1)" in message
     assert f"max_failure_share = {share:g}" in message
     assert "raise ValueError('boom')" in message, "the function's own line"
     assert 'reward.py", line 7, in score' in message
     assert "truestep/rewards" not in message, "and none of ours"
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ("[1.0]", "returned 1 value; expected a list with one value for each of 24 samples"),
+    ("(1.0 for s in samples[1:])", "returned 23 values"), ("{s.problem.id: 1.0 for s in samples}", "returned dict"),
+])  # fmt: skip
+def test_a_wrong_number_of_values_is_a_fault_of_the_function(tmp_path: Path, body: str, said: str) -> None:
+    """Alone, every sample would get a list of length 1, which fits."""
+    (tmp_path / "reward.py").write_text(f"\ndef score(samples):\n    return {body}\n")
+    samples = [sample(n) for n in range(24)]
+    with opened(tmp_path) as scorer, pytest.raises(UserError) as caught:
+        scorer.score(samples)
+    assert "failed on every sample that was tried (24 of 24 samples, step 1)" in str(caught.value)
+    assert f"first failure: {said}" in str(caught.value)
+    assert "reward.py, line 2, in score)" in str(caught.value)
+
+
+def test_one_value_for_each_sample_is_right_in_any_sequence(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("def score(samples): return (1.0 for s in samples)\n")
+    with opened(tmp_path, max_failure_share=0.0) as scorer:
+        assert [r.reward for r in scorer.score([sample(n) for n in range(24)])] == [1.0] * 24
+
+
+def test_a_function_that_fails_on_all_is_said_to_fail_on_all(tmp_path: Path) -> None:
+    """The retry ends after few samples; the message does not say that only these are bad."""
+    (tmp_path / "reward.py").write_text("def score(samples):\n    raise ValueError('boom')\n")
+    with opened(tmp_path) as scorer, pytest.raises(UserError) as caught:
+        scorer.score([sample(n) for n in range(48)])
+    told = "failed on every sample that was tried (3 of 48 samples, step 1)"
+    assert told in str(caught.value)
+    assert "so the run stops; the first failure: ValueError: boom" in str(caught.value)
+    assert "reward.py, line 2, in score)" in str(caught.value)
 
 
 def test_small_steps_are_counted_together(tmp_path: Path) -> None:
@@ -184,7 +213,7 @@ def test_small_steps_are_counted_together(tmp_path: Path) -> None:
     with opened(tmp_path) as scorer:
         for step in range(2):
             assert all(r.failed for r in scorer.score([sample(BAD, step=step)] * 8))
-        with pytest.raises(UserError, match=r"failed on \d+ of 24"):
+        with pytest.raises(UserError, match=r"every sample that was tried \(\d+ of 24"):
             scorer.score([sample(BAD, step=2)] * 8)
         assert not any(r.failed for r in scorer.score([sample(n, step=3) for n in range(100, 130)]))
 

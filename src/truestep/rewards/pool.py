@@ -1,7 +1,8 @@
 """The worker processes of one reward function, with the code to start, call, monitor and kill them.
 
 A batch that fails as a whole (an exception, a timeout, too much memory, a dead worker) is repeated sample by
-sample, so that one sample does not make the others fail."""
+sample, so that one sample does not make the others fail. A wrong number of values is a fault of the function, and
+its batch is not repeated."""
 
 from __future__ import annotations
 
@@ -92,11 +93,11 @@ class Worker:
             return self.failed(**reply)
         return [Answer(**a | {k: redact(a[k]) for k in ("reason", "detail") if a.get(k)}) for a in reply]
 
-    def failed(self, *, reason: str, detail: str = "", **_: Any) -> Answer:
+    def failed(self, *, reason: str, detail: str = "", fault: bool = False, **_: Any) -> Answer:
         """Return a failed Answer that also shows what the function printed last."""
         printed = redact(self._printed.decode("utf-8", "replace").strip())[-OUTPUT_TAIL:]
         detail += f"\nThe function printed:\n{printed}" if printed else ""
-        return Answer(reason=redact(reason), failed=True, detail=redact(detail.strip()))
+        return Answer(reason=redact(reason), failed=True, detail=redact(detail.strip()), fault=fault)
 
     def _send(self, request: Any, seconds: float) -> None:
         self._channel.settimeout(seconds)
@@ -185,7 +186,7 @@ class FunctionPool:
             "folder": str(folder.resolve()),
         }  # fmt: skip
         self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=entry.workers)
-        self._step, self._samples, self._failures = -1, 0, list[Answer]()
+        self._step, self._samples, self._passed, self._failures = -1, 0, 0, list[Answer]()
 
     def start(self) -> None:
         """Load the function once, before anything is sampled. Raises UserError if that fails."""
@@ -202,7 +203,7 @@ class FunctionPool:
     def submit(self, samples: Sequence[RewardInput]) -> list[concurrent.futures.Future[list[Answer]]]:
         """Start scoring and return one future for each batch, in order."""
         if samples and samples[0].step != self._step and self._samples >= MIN_SAMPLES:
-            self._samples, self._failures = 0, []
+            self._samples, self._passed, self._failures = 0, 0, []
         self._step = samples[0].step if samples else self._step
         self._samples += len(samples)
         size = max(1, min(self.entry.batch_size, -(-len(samples) // self.entry.workers)))
@@ -213,21 +214,27 @@ class FunctionPool:
         """Raise UserError with the first failure's traceback if more than ``max_failure_share`` failed."""
         allowed = self.entry.max_failure_share * self._samples + 1e-9
         if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
-            first = self._failures[0]
+            first, num = self._failures[0], len(self._failures)
+            share = f"max_failure_share = {self.entry.max_failure_share:g}"
+            bad = f"{num} of {self._samples} samples"
+            told = f"{bad} (step {self._step + 1})"
+            if not self._passed:  # the retry of a batch has ended early
+                told = f"every sample that was tried ({bad}, step {self._step + 1})"
             raise UserError(
-                f'reward "{self.entry.name}" failed on {len(self._failures)} of {self._samples} samples '
-                f"(step {self._step + 1}), more than max_failure_share = {self.entry.max_failure_share:g}; "
+                f'reward "{self.entry.name}" failed on {told}, more than {share}, so the run stops; '
                 f"the first failure: {first.reason}\n{first.detail}".rstrip()
             )
 
     def _batch(self, samples: Sequence[RewardInput]) -> list[Answer]:
         reply = self._ask(samples)
         if isinstance(reply, list):
-            self._failures += [a for a in reply if a.failed]
+            failures = [a for a in reply if a.failed]
+            self._failures += failures
+            self._passed += len(reply) - len(failures)
             return reply
-        if len(samples) == 1:
-            self._failures.append(reply)
-            return [reply]
+        if len(samples) == 1 or reply.fault:
+            self._failures += [reply] * len(samples)
+            return [reply] * len(samples)
         answers, until = list[Answer](), time.monotonic() + RETRY_TIME * self.entry.timeout_seconds
         for number, sample in enumerate(samples):
             self.check_failures()

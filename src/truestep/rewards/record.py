@@ -25,13 +25,14 @@ Value = float | None | Unscored | Mapping[str, float] | Exception
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """One function's result for one sample. A failure has a ``reason``, and the function's traceback or
-    output is in ``detail``."""
+    output is in ``detail``. If it is a ``fault`` of the function, it is of every sample in the batch."""
 
     value: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     failed: bool = False
     detail: str = ""
+    fault: bool = False
 
 
 def to_json(value: Any) -> bytes:

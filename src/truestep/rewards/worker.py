@@ -15,10 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
-from truestep.errors import UserError
+from truestep.errors import UserError, count
 from truestep.records import RewardInput
 from truestep.redaction import from_environment
 from truestep.reward_settings import NAME
@@ -36,15 +37,30 @@ def failed(raised: Raised) -> Answer:
     return Answer(reason=raised.reason, failed=True, detail=raised.detail)
 
 
-def call(reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]) -> list[Any]:
-    """Return one value for each sample. Raises UserError if the function returns anything else."""
+def call(
+    reward: Callable[..., Any], options: Mapping[str, Any], samples: Sequence[RewardInput]
+) -> list[Answer] | Answer:
+    """Return one Answer for each sample, or a fault of the function if it does not return one value for each. A fault
+    must not be hidden by single samples, for which a list of length 1 always fits."""
     output = reward(samples, **options)
-    if isinstance(output, str | Mapping) or not hasattr(output, "__iter__"):
-        raise UserError(f"returned {_shown(output)}; expected a list with one value for each sample")
-    values = list(output)
-    if len(values) != len(samples):
-        raise UserError(f"returned {len(values)} values for {len(samples)} samples")
-    return values
+    values = None if isinstance(output, str | Mapping) or not hasattr(output, "__iter__") else list(output)
+    found = _shown(output) if values is None else count(len(values), "value")
+    if values is None or len(values) != len(samples):
+        wanted = f"expected a list with one value for each of {count(len(samples), 'sample')}"
+        return Answer(reason=f"returned {found}; {wanted}{_place(reward)}", failed=True, fault=True)
+    answers = [tried(answer, value) for value in values]
+    return [
+        replace(a, reason=a.reason + _place(reward))
+        if a.failed and not isinstance(value, BaseException)
+        else a
+        for a, value in zip(answers, values, strict=True)
+    ]
+
+
+def _place(reward: Callable[..., Any]) -> str:
+    """Return where a function is defined, or "" if it is not written in Python."""
+    code = getattr(reward, "__code__", None)
+    return f" ({code.co_filename}, line {code.co_firstlineno}, in {code.co_name})" if code else ""
 
 
 def answer(value: Any) -> Answer:
@@ -105,10 +121,7 @@ def serve(channel: socket.socket) -> None:
     score = tried(prepare)
     channel.sendall(to_json(score if isinstance(score, Answer) else Answer()))
     for line in requests:
-        values = tried(score, [read_input(table) for table in json.loads(line)])
-        if isinstance(values, list):
-            values = [tried(answer, value) for value in values]
-        channel.sendall(to_json(values))
+        channel.sendall(to_json(tried(score, [read_input(table) for table in json.loads(line)])))
 
 
 def main() -> None:
