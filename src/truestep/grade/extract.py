@@ -31,7 +31,9 @@ _JOINT = re.compile(
 _GAP = re.compile(r"[ $]*(?:\\q?quad|\n)?[ $]*")  # two boxes in one formula, or on adjacent lines
 _END_TOKENS = re.compile(r"(?:\s{0,9}(?:<[|｜][^<>|｜]{1,40}[|｜]>|</?s>|<eos>|<pad>|<end_of_turn>))+\s*$")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|(?<!\d{4}) )(?=\d{3}(?!\d))")
-_HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
+_NO_END = re.compile(
+    r"[`\"'“‘#\\(\[{=+\-/^<~]$|\S\s*[-+*/^<>~]\s+$"
+)  # a quotation or an operator before a marker
 ANSWER_IS = re.compile(
     r"\banswers?\b[*_]{0,3}(?:\s{1,3}\w{1,15}){0,6}?"
     r"(?:\s{1,3}(?:is|are)\b(?:\s{1,3}(?:therefore|thus))?|\s{0,3}[:=])\s{0,3}[*_]{0,3}:?|"
@@ -123,10 +125,10 @@ NOTHING = Extraction(answer="", how="none")
 
 
 def extract_answer(text: str, *, strict: bool = False, thinks: bool = False) -> Extraction:
-    r"""Return the answer in a completion, which is its last ``\boxed{…}``, <answer> tag, "#### …" line or
-    "answer is …". Unless ``strict`` is True, the answer may also be the whole of a short text, or the last
-    formula or number. Only the text after the last </think> counts. There is no answer if a <think> is never
-    closed, or if the model ``thinks`` and </think> is missing."""
+    r"""Return the answer in a completion, which is its last ``\boxed{…}``, <answer> tag, "#### …" (up
+    to the end of the line) or "answer is …". Unless ``strict`` is True, the answer may also be the whole of a
+    short text, or the last formula or number. Only the text after the last </think> counts. There is no answer
+    if a <think> is never closed, or if the model ``thinks`` and </think> is missing."""
     if thinks and "</think>" not in text:
         return NOTHING
     text = after_thought(text)
@@ -223,8 +225,29 @@ def _marker(text: str) -> tuple[str, How] | None:
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:
         return text[start + len("<answer>") : end], "marker"
-    found = _HASHES.findall(text) if "####" in text else []
-    return (found[-1], "marker") if found else None
+    found, in_code = "", False
+    for line in text.split("\n") if "####" in text else ():
+        in_code ^= line.lstrip().startswith("```")
+        if "####" in line and (answer := _marked(line, in_code)):
+            found = answer
+    return (found, "marker") if found else None
+
+
+def _marked(line: str, in_code: bool) -> str:
+    """Return what follows the last #### in a line, or "" if it is no marker. Markers with different answers are one
+    answer, which is not right. Text in front of the marker must not be code, quote the marker or change its number;
+    then the marker must be followed by an answer, because it could also be a comment."""
+    before, *given = line.split("####")
+    answers = list(dict.fromkeys(part.strip() for part in given if part.strip()))
+    answer = answers[0] if len(answers) == 1 else line[len(before) + 4 :].strip()
+    if not before.strip() or not answer:
+        return answer
+    said = SENTENCE_END.split(before[-MAX_BARE:])[-1].replace("**", "").lstrip(" \t>*-")
+    if in_code or _NO_END.search(said) or is_changed(said, "") or _WRONG.search(said[-40:]):
+        return ""
+    if any(num_words(a) > MAX_WORDS or a.startswith("#") for a in answers):
+        return ""
+    return answer.removesuffix("**") if before.endswith("**") else answer
 
 
 def _answer_is(text: str) -> tuple[str, How] | None:
