@@ -18,6 +18,7 @@ from truestep.evaluate.benchmarks import TABLE
 from truestep.evaluate.estimate import mean_rewards
 from truestep.evaluate.own import is_own, load_own
 from truestep.evaluate.prompts import chosen, messages_of
+from truestep.report.tables import score_table, terminal_table
 from truestep.rundir import read_jsonl
 
 pytest.importorskip("torch")
@@ -173,6 +174,53 @@ def test_scored_resumed_compared_and_exported(tmp_path: Path, monkeypatch: pytes
     assert json.loads(compared.stdout)["comparisons"][0]["num_problems"] == 4
 
 
+BROKEN = """
+def fails(samples):
+    raise ValueError("boom")
+
+def some(samples):
+    return [float("nan") if s.problem.answer == "4" else {"a": 1.0, "b": 2.0} for s in samples]
+"""
+
+
+def test_a_scorer_that_fails_is_named_with_its_first_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation ends with its verdicts; the table, the JSON and the page say how many samples have no value."""
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "sums.jsonl", *({"problem": f"{n}+{n}?", "answer": str(2 * n)} for n in range(4)))
+    (tmp_path / "mine.py").write_text(BROKEN)
+    words = [
+        "--benchmark",
+        "sums.jsonl",
+        "--scorer",
+        "mine.py:fails",
+        "--scorer",
+        "mine.py:some",
+        "--out",
+        "out",
+    ]
+    found = call(*words, "--samples", "1", "--set", "max_new_tokens=2")
+    [score], place = found["scores"], f"({tmp_path}/mine.py, line 3, in fails)"
+    assert (score["n"], score["unscored"]) == (4, 0)
+    fails, some = score["rewards"]["fails"], score["rewards"]["some"]
+    assert (fails["value"], fails["low"], fails["scored"], fails["missing"]) == (None, None, 0, 4)
+    assert fails["first_missing"] == f"ValueError: boom {place}"
+    assert (some["value"], some["scored"], some["missing"]) == (3.0, 3, 1)
+    assert some["first_missing"].startswith("returned nan")
+    warning, note = found["notes"][-2:]
+    assert warning.startswith(
+        "warning: sums · question: the scorer fails scored 0 of 4 samples; the first without"
+    )
+    assert note.startswith("sums · question: the scorer some scored 3 of 4 samples")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "scorer fails scored 0 of 4" in page
+    assert "– (4 samples without it)" in page
+    told = str(terminal_table(score_table(tmp_path / "out"), width=300).caption)
+    assert f"mean fails, sums · question: – (4 samples without it; the first: ValueError: boom {place})" in told
+    assert "some/a" not in told, "the parts are in the page"
+
+
 def test_a_recipe_names_files_in_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     jsonl(tmp_path / "r/t.jsonl", {"problem": "1", "answer": "one"})
@@ -196,7 +244,7 @@ def test_means_of_rewards() -> None:
     assert found["stderr"] == pytest.approx(np.std([2.0, 8.0], ddof=1) / 2**0.5)
     assert (found["num_problems"], found["missing"]) == (2, 2)
     assert mean_rewards(rows[:2])["r"] | {"value": 0} == {
-        "value": 0, "stderr": None, "low": None, "high": None, "num_problems": 1, "missing": 0,
+        "value": 0, "stderr": None, "low": None, "high": None, "num_problems": 1, "scored": 2, "missing": 0,
     }  # fmt: skip
 
 

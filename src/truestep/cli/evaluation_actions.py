@@ -98,7 +98,7 @@ def evaluated(
                     made = RewardScorer(
                         entries, grade=grader.score_many, base=base_dir, folder=folder / "scorers"
                     )
-                    score = inner.enter_context(made).score
+                    score = inner.enter_context(made).each
                     plans = [(job, replace(plan, reward=score)) for job, plan in plans]
                 rundir.open_run(folder, settings.model_dump(mode="json"))
                 rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))

@@ -57,6 +57,36 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
     )  # fmt: skip
 
 
+def compare_values(a: Iterable[Row], b: Iterable[Row], name: str) -> tuple[Comparison, tuple[float, float]]:
+    """Return the comparison of b with a by the mean of a scorer, and the two means, over the problems that have it on
+    both sides. Values may have any size, so there is no exact test, and one problem has no interval (NaN)."""
+    means_a, means_b = (_means_of(rows, name) for rows in (a, b))
+    common = [p for p in means_a if p in means_b]
+    if not common:
+        raise UserError(f"{name} has no value for the same problem on both sides")
+    first, second = (np.array([means[p] for p in common]) for means in (means_a, means_b))
+    values = second - first
+    mean, n = float(values.mean()), len(values)
+    low = high = p_value = math.nan
+    detectable = None
+    if n > 1:
+        error, quantile = standard_error(values), t_quantile(0.975, n - 1)
+        low, high = mean - quantile * error, mean + quantile * error
+        p_value = 2 * t_cdf(-abs(mean) / error, n - 1) if error else float(mean == 0)
+        detectable = (quantile + t_quantile(0.8, n - 1)) * error
+    found = Comparison(
+        difference=mean, low=low, high=high, p_value=p_value, p_exact=math.nan, detectable=detectable,
+        num_problems=n, num_better=int((values > 0).sum()), num_worse=int((values < 0).sum()),
+    )  # fmt: skip
+    return found, (float(first.mean()), float(second.mean()))
+
+
+def _means_of(rows: Iterable[Row], name: str) -> dict[str, float]:
+    groups = {p: [(r.get("rewards") or {}).get(name) for r in g] for p, g in by_problem(rows).items()}
+    known = {p: [value for value in group if value is not None] for p, group in groups.items()}
+    return {p: float(np.mean(values)) for p, values in known.items() if values}
+
+
 def _correct_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
     """Return the number of correct samples and the number of all samples of each problem."""
     return {p: (sum(r["verdict"] == Verdict.CORRECT for r in g), len(g)) for p, g in by_problem(rows).items()}

@@ -157,23 +157,32 @@ def majority(right: int, wrong: Sequence[int], silent: int, k: int) -> float:
     return total / math.comb(right + sum(wrong) + silent, k)
 
 
-def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, float | int | None]]:
-    """Return the mean of every reward over problems, with its standard error (None for one problem) and 95 % interval,
-    and the number of samples without it, which are in no mean. Rewards may have any size, so the interval is
-    the mean ± 1.96 standard errors."""
+def reward_names(rows: Iterable[Row]) -> list[str]:
+    """Return the names of all scorers and their parts, also of a scorer that scored no sample."""
+    return sorted({name for row in rows for key in ("rewards", "unrewarded") for name in row.get(key) or {}})
+
+
+def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Return the mean of every reward over problems (None if no sample has it), with its standard error (None for one
+    problem) and 95 % interval, the number of samples with it, and of those without it, which are in no mean, with the
+    first reason. Rewards may have any size, so the interval is the mean ± 1.96 standard errors."""
     groups = by_problem(rows)
-    names = sorted({name for group in groups.values() for row in group for name in row.get("rewards") or {}})
-    found: dict[str, dict[str, float | int | None]] = {}
-    for name in names:
-        every = [[row["rewards"].get(name) for row in group] for group in groups.values()]
+    samples = [row for group in groups.values() for row in group]
+    found: dict[str, dict[str, Any]] = {}
+    for name in reward_names(samples):
+        every = [[(row.get("rewards") or {}).get(name) for row in group] for group in groups.values()]
         known = [[value for value in group if value is not None] for group in every]
         means = np.array([np.mean(group) for group in known if group])
         error = standard_error(means) if len(means) > 1 else None
         width = None if error is None else NORMAL_QUANTILE * error
-        mean = float(means.mean())
+        mean = float(means.mean()) if len(means) else None
+        scored = sum(map(len, known))
         found[name] = {
-            "value": mean, "stderr": error, "low": None if width is None else mean - width,
-            "high": None if width is None else mean + width, "num_problems": len(means),
-            "missing": sum(map(len, every)) - sum(map(len, known)),
+            "value": mean, "stderr": error, "low": None if width is None or mean is None else mean - width,
+            "high": None if width is None or mean is None else mean + width, "num_problems": len(means),
+            "scored": scored, "missing": len(samples) - scored,
         }  # fmt: skip
+        reasons = (row["unrewarded"][name] for row in samples if name in (row.get("unrewarded") or {}))
+        if reason := next(reasons, ""):
+            found[name]["first_missing"] = reason
     return found

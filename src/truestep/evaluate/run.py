@@ -31,7 +31,8 @@ from truestep.evaluate.files import (
 from truestep.evaluate.interval import mean_interval
 from truestep.grade.policy import Judgment
 from truestep.progress import Reporter
-from truestep.records import Message, Problem, Prompt, RecordError, RewardInput, Score, Stop, Verdict
+from truestep.records import Message, Problem, Prompt, RecordError, RewardInput, Stop, Verdict
+from truestep.rewards.record import Answer as Scored
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters
 from truestep.rollout.engine_endpoint import TextSample
 from truestep.rundir import append_jsonl, jsonl, jsonl_lines, write_atomic, write_json
@@ -43,7 +44,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 Key = tuple[str, int]  # problem id, sample index
 Judge = Callable[[Problem, str], Judgment]
 Answer = Callable[[Sequence[Key]], Iterator[TextSample]]
-Reward = Callable[[Sequence[RewardInput]], Sequence[Score]]
+Reward = Callable[[Sequence[RewardInput]], Sequence[Mapping[str, Scored]]]
+HIDDEN = "(not shown, because the benchmark is private)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class EvaluationPlan:
     private: bool = False  # if True, only ids, verdicts and counts are written, and no text
     opening: str = ""  # the part of the model's own text that is in the prompt; graded with every completion
     facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the results file
-    reward: Reward | None = None  # scores every sample, next to its verdict
+    reward: Reward | None = None  # scores every sample with each scorer, next to its verdict
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -240,7 +242,7 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
             "gold": problem.answer, "reason": judged.reason if judged else f"engine: {sample.error}",
         }  # fmt: skip
     if plan.reward is not None:
-        row["rewards"] = dict(_rewarded(plan, plan.reward, problem, sample).parts) if judged else {}
+        row |= _rewarded(plan, plan.reward, problem, sample) if judged else {"rewards": {}}
     if judged:
         row |= {"verdict": judged.score.label, "strict": judged.strict.value, "lenient": judged.lenient.value,
                 "unreadable": judged.score.unreadable}  # fmt: skip
@@ -252,13 +254,17 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
     return row | {"stop": sample.stop.value, "num_tokens": sample.num_tokens}
 
 
-def _rewarded(plan: EvaluationPlan, reward: Reward, problem: Problem, sample: TextSample) -> Score:
+def _rewarded(plan: EvaluationPlan, reward: Reward, problem: Problem, sample: TextSample) -> Row:
+    """Return the values of the scorers, and why the others have none (an exception can quote the sample)."""
     given = RewardInput(
         problem=problem, messages=problem.messages, completion=plan.opening + sample.text,
         completion_ids=sample.token_ids, stop=sample.stop, seed=plan.seed, step=0, sample=sample.sample_index,
         limit=plan.sampling.max_new_tokens,
     )  # fmt: skip
-    return reward([given])[0]
+    scored = reward([given])[0]
+    lost = {k: HIDDEN if plan.private else a.reason for k, a in scored.items() if a.value is None}
+    values = {key: value for name, a in scored.items() for key, value in a.named(name).items()}
+    return {"rewards": values} | ({"unrewarded": lost} if lost else {})
 
 
 def check_kept(plan: EvaluationPlan) -> None:

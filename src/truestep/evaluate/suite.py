@@ -69,8 +69,25 @@ def run_suite(
         if (rate := scores[-1]["extracted_rate"]) < FEW_EXTRACTED:
             few = f"an answer was found in only {rate:.0%} of the samples"
             notes.append(f"{job.title}: {few}, so the score measures the format as much as the model")
+        for text in unscored(job.title, results.get("rewards") or {}):
+            notes.append(text)
+            if text.startswith("warning"):
+                reporter.say(text)
         summarize("running")
     return summarize("done")
+
+
+def unscored(title: str, rewards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a note for each scorer that did not score all samples, which is a warning if it scored none. The verdicts
+    do not depend on scorers."""
+    notes = []
+    for name, found in rewards.items():
+        if first := found.get("first_missing"):
+            num = found["scored"] + found["missing"]
+            told = f"{title}: the scorer {name} scored {found['scored']} of {num} samples; the first without it: {first}"
+            remedy = "; correct the scorer, and evaluate again with a different --out"
+            notes.append(told if found["scored"] else f"warning: {told}{remedy}")
+    return notes
 
 
 def _plan(settings: Settings, job: Job, ready: ReadyJob, folder: Path, identity: str) -> EvaluationPlan:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truestep.errors import UserError
+from truestep.errors import UserError, count
 from truestep.evaluate.files import read_score_row
 from truestep.pages import visible
 from truestep.rundir import read_json
@@ -106,7 +106,7 @@ class ScoreRow:
     whole: bool = True
     private: bool = False
     published: Mapping[str, float] = field(default_factory=dict)
-    rewards: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # by scorer
+    rewards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by scorer
 
     @property
     def samples(self) -> str:
@@ -244,16 +244,20 @@ def score_columns(rows: Sequence[ScoreRow]) -> list[Column]:
 
 
 def _reward_cell(name: str) -> Callable[[ScoreRow], str]:
-    return lambda row: mean_reward(row.rewards.get(name))
+    return lambda row: mean_reward(row.rewards.get(name), with_reason=False)  # the page has it in a note
 
 
-def mean_reward(found: Mapping[str, float | None] | None) -> str:
-    """Return text such as 0.42 [0.31, 0.53]."""
-    if not found or found["value"] is None:
+def mean_reward(found: Mapping[str, Any] | None, *, with_reason: bool = True) -> str:
+    """Return text such as 0.42 [0.31, 0.53] (1 sample without it; the first: ValueError: …)."""
+    if not found:
         return NONE
     ends = "" if found["low"] is None else f" [{found['low']:.3g}, {found['high']:.3g}]"
-    missing = f" ({found['missing']} samples without it)" if found["missing"] else ""
-    return f"{found['value']:.3g}{ends}{missing}"
+    value = NONE if found["value"] is None else f"{found['value']:.3g}{ends}"
+    if not found["missing"]:
+        return value
+    reason = found.get("first_missing") if with_reason else ""
+    first = f"; the first: {clip(reason, 300)}" if reason else ""
+    return f"{value} ({count(found['missing'], 'sample')} without it{first})"
 
 
 def _sizes(row: ScoreRow) -> str:
@@ -309,8 +313,9 @@ def terminal_table(rows: Sequence[ScoreRow], title: str = "", *, width: int) -> 
     ]
     notes += [f"unreadable answers (incorrect): {', '.join(unread)}"] if unread else []
     notes += [
-        f"mean {name}, {r.title}: {mean_reward(found)}" for r in rows for name, found in r.rewards.items()
-    ]
+        f"mean {name}, {r.title}: {mean_reward(found)}"
+        for r in rows for name, found in r.rewards.items() if "/" not in name
+    ]  # fmt: skip
     notes += dict.fromkeys(f"! {row.checkpoint}: {text}" for row in rows for text in row.warnings)
     notes += dict.fromkeys(f"{row.checkpoint}, {text}" for row in rows for text in row.recovered)
     if notes:

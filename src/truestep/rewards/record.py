@@ -34,6 +34,11 @@ class Answer:
     detail: str = ""
     fault: bool = False
 
+    def named(self, name: str) -> dict[str, float]:
+        """Return the value and its parts by name: NAME/PART and NAME."""
+        value = {} if self.value is None else {name: self.value}
+        return {f"{name}/{key}": part for key, part in self.parts.items()} | value
+
 
 def to_json(value: Any) -> bytes:
     """Return one line of JSON. Records become objects; other types, such as dates, become text."""

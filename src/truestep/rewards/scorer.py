@@ -62,6 +62,16 @@ class RewardScorer:
             results = iter(self.score(whole))
             lost = Score(reward=None, verdict=Verdict.UNSCORED, reason="the engine failed")
             return [lost if sample.stop is Stop.ERROR else next(results) for sample in inputs]
+        rows, graded = self._answered(inputs)
+        return [self._sum(row, score) for row, score in zip(rows, graded, strict=True)]
+
+    def each(self, inputs: Sequence[RewardInput]) -> list[dict[str, Answer]]:
+        """Return what every reward says about each sample, by the reward's name. Raises UserError as ``score``."""
+        return self._answered(inputs)[0]
+
+    def _answered(
+        self, inputs: Sequence[RewardInput]
+    ) -> tuple[list[dict[str, Answer]], Sequence[Score | None]]:
         graded: Sequence[Score | None] = [None] * len(inputs)
         if any(entry.function == "checker" for entry in self._entries):
             graded = self._grade([(sample.problem, sample.completion) for sample in inputs])
@@ -82,16 +92,14 @@ class RewardScorer:
                 answers[entry.name] = [Answer(value=fair_coin(sample)) for sample in inputs]
             else:
                 answers[entry.name] = [Answer(value=s.reward, reason=s.reason) for s in graded if s]
-        rows = [{name: column[i] for name, column in answers.items()} for i in range(len(inputs))]
-        return [self._sum(row, score) for row, score in zip(rows, graded, strict=True)]
+        return [{name: column[i] for name, column in answers.items()} for i in range(len(inputs))], graded
 
     def _sum(self, row: Mapping[str, Answer], score: Score | None) -> Score:
         total, missing, parts = 0.0, list[str](), dict[str, float]()
         for entry in self._entries:
             found = row[entry.name]
-            parts |= {f"{entry.name}/{key}": part for key, part in found.parts.items()}
+            parts |= found.named(entry.name)
             if found.value is not None:
-                parts[entry.name] = found.value
                 total += entry.weight * found.value
             elif entry.weight:
                 missing.append(f"{entry.name}: {found.reason}")
