@@ -246,6 +246,7 @@ def _stopped(stop: Interrupted, folder: Path) -> KeyboardInterrupt:
 def compare(a: PathLike | Run, b: PathLike | Run, metric: str = "") -> dict[str, Any]:
     """Compare two evaluations of the same problems: run directories, or logs of lm-eval, lighteval and inspect. Return
     ``comparisons``, one row per task: difference b − a, low, high, p_value, detectable (80 % power), and the sides.
+    ``metric`` is "correct" (the default), the name of a scorer that both have, or the score of a log to use.
 
     >>> compare("runs/before", "runs/after")["comparisons"][0]["difference"]
     """

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from truestep.api import compare
 from truestep.cli.main import _app
 from truestep.errors import UserError
 from truestep.evaluate.benchmarks import TABLE
 from truestep.evaluate.estimate import mean_rewards
 from truestep.evaluate.own import is_own, load_own
 from truestep.evaluate.prompts import chosen, messages_of
+from truestep.evaluate.run import write_samples
 from truestep.report.tables import score_table, terminal_table
 from truestep.rundir import read_jsonl
 
@@ -174,6 +176,45 @@ def test_scored_resumed_compared_and_exported(tmp_path: Path, monkeypatch: pytes
     assert json.loads(compared.stdout)["comparisons"][0]["num_problems"] == 4
 
 
+def rewarded(folder: Path, values: list[list[float | None]]) -> Path:
+    rows = [
+        {"problem_id": f"p{p}", "sample_index": i, "prompt": f"{p}?", "verdict": "correct", "num_tokens": 1,
+         "rewards": {} if value is None else {"brevity": value}}
+        for p, of in enumerate(values) for i, value in enumerate(of)
+    ]  # fmt: skip
+    folder.mkdir()
+    write_samples(folder / "sums.samples.jsonl", "sums", folder.name, rows)
+    return folder
+
+
+def test_scorers_are_compared_by_their_means(tmp_path: Path) -> None:
+    """The verdicts are all the same, so a metric that is ignored gives a difference of 0."""
+    a = rewarded(tmp_path / "a", [[1.0, 3.0], [5.0, 5.0], [None, 7.0], [None, None]])
+    b = rewarded(tmp_path / "b", [[4.0, 4.0], [5.0, 9.0], [9.0, 10.0], [1.0, 1.0]])
+    [found] = compare(a, b, metric="brevity")["comparisons"]
+    differences = np.array([2.0, 2.0, 2.5])
+    assert found["difference"] == pytest.approx(differences.mean())
+    width = 4.302653 * differences.std(ddof=1) / 3**0.5  # Student's t with 2 degrees of freedom
+    assert (found["low"], found["high"]) == pytest.approx(
+        (found["difference"] - width, found["difference"] + width)
+    )
+    assert (found["num_problems"], found["num_better"], found["a"]["unscored"]) == (3, 3, 3)
+    assert (found["a"]["score"], found["b"]["score"]) == pytest.approx((14 / 3, (4 + 7 + 9.5 + 1) / 4))
+    told = CliRunner().invoke(_app(), ["eval", "compare", str(a), str(b), "--metric", "brevity"]).stdout
+    assert told.startswith("sums, mean brevity: 4.67 [")
+    assert "(truestep, 3 samples without it) → 5.38 [" in told
+    for metric in ("", "correct"):
+        assert compare(a, b, metric=metric)["comparisons"][0]["difference"] == 0.0
+    [same] = compare(a, a, metric="brevity")["comparisons"]
+    assert (same["difference"], same["low"], same["p_value"]) == (0.0, None, None)
+    assert (
+        "[no interval]"
+        in CliRunner().invoke(_app(), ["eval", "compare", str(a), str(a), "--metric", "brevity"]).stdout
+    )
+    with pytest.raises(UserError, match=r'no score brev; .* one of correct, brevity; did you mean "brevity"'):
+        compare(a, b, metric="brev")
+
+
 BROKEN = """
 def fails(samples):
     raise ValueError("boom")
@@ -217,7 +258,9 @@ def test_a_scorer_that_fails_is_named_with_its_first_failure(
     assert "scorer fails scored 0 of 4" in page
     assert "– (4 samples without it)" in page
     told = str(terminal_table(score_table(tmp_path / "out"), width=300).caption)
-    assert f"mean fails, sums · question: – (4 samples without it; the first: ValueError: boom {place})" in told
+    assert (
+        f"mean fails, sums · question: – (4 samples without it; the first: ValueError: boom {place})" in told
+    )
     assert "some/a" not in told, "the parts are in the page"
 
 

@@ -13,6 +13,7 @@ import typer
 from truestep.cli.output import echo
 from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
+from truestep.errors import count
 
 DEFAULT = (
     "model"  # what ``truestep eval WORD`` means if WORD is not another command; WORD may be a folder "model"
@@ -49,6 +50,7 @@ _DRY_RUN = "Check everything, and print upper bounds for tokens and memory; do n
 _SECOND = "Also grade every answer with math-verify, and count disagreements."
 _SCORE = "The score to use if a log has several."
 Metric = Annotated[str, option("--metric", _SCORE, "math_verify if logged, otherwise the first")]
+_MEAN = "What is compared: correct, or the mean of a scorer of both evaluations. In a log, the score to use."
 Folder = Annotated[Path, option("--out", "The folder to write to.", False)]
 Logged = Annotated[Path, _argument("A run directory, a samples file, or a log from another harness.")]
 
@@ -104,7 +106,10 @@ def list_benchmarks(as_json: Json = False) -> None:
     echo(json.dumps(document) if as_json else "\n".join(lines))
 
 
-def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) -> None:
+def compare(
+    a: Logged, b: Logged,
+    metric: Annotated[str, option("--metric", _MEAN, "correct")] = "", as_json: Json = False,
+) -> None:  # fmt: skip
     """Compare two evaluations of the same problems. Print the paired difference B - A on every task that both
     have, with its 95 % interval, its p-values and the smallest detectable difference."""
     announce(f"truestep eval compare: reading {a} and {b}")
@@ -118,16 +123,32 @@ def compare(a: Logged, b: Logged, metric: Metric = "", as_json: Json = False) ->
 
 
 def _sentence(row: dict[str, Any]) -> str:
+    is_share = row["metric"] == "correct"
+    scale, form = (100, ".1f") if is_share else (1, ".3g")
+
+    def ends(of: dict[str, Any], sign: str = "") -> str:
+        low, high = of["low"], of["high"]
+        known = f" [{scale * low:{sign}{form}}, {scale * high:{sign}{form}}]" if low is not None else ""
+        return known or " [no interval]"
+
     def side(s: dict[str, Any]) -> str:
         made_by = s["made_by"] if s["seed"] is None else f"{s['made_by']}, seed {s['seed']}"
-        return f"{100 * s['score']:.1f} % [{100 * s['low']:.1f}, {100 * s['high']:.1f}] ({made_by})"
+        lost = "" if is_share or not s["unscored"] else f", {count(s['unscored'], 'sample')} without it"
+        return f"{scale * s['score']:{form}}{' %' * is_share}{ends(s)} ({made_by}{lost})"
 
-    least = "unknown" if row["detectable"] is None else f"{100 * row['detectable']:.1f} points"
+    least = (
+        "unknown"
+        if row["detectable"] is None
+        else f"{scale * row['detectable']:{form}}{' points' * is_share}"
+    )
+    exact = "" if row["p_exact"] is None else f" (exact {row['p_exact']:.3g})"
+    p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}{exact}"
+    name = row["task"] if is_share else f"{row['task']}, mean {row['metric']}"
+    more, less = ("better", "worse") if is_share else ("higher", "lower")
     return (
-        f"{row['task']}: {side(row['a'])} → {side(row['b'])}: {100 * row['difference']:+.1f} points "
-        f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}], p = {row['p_value']:.3g} (exact {row['p_exact']:.3g}), "
-        f"detectable with 80 % power: {least}; {row['num_problems']} problems, {row['num_better']} better, "
-        f"{row['num_worse']} worse, paired by {row['paired_by']}"
+        f"{name}: {side(row['a'])} → {side(row['b'])}: {scale * row['difference']:+{form}}{' points' * is_share}"
+        f"{ends(row, '+')}{p_value}, detectable with 80 % power: {least}; {count(row['num_problems'], 'problem')}, "
+        f"{row['num_better']} {more}, {row['num_worse']} {less}, paired by {row['paired_by']}"
     )
 
 

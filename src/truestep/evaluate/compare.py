@@ -57,28 +57,25 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> Comparison:
     )  # fmt: skip
 
 
-def compare_values(a: Iterable[Row], b: Iterable[Row], name: str) -> tuple[Comparison, tuple[float, float]]:
-    """Return the comparison of b with a by the mean of a scorer, and the two means, over the problems that have it on
-    both sides. Values may have any size, so there is no exact test, and one problem has no interval (NaN)."""
+def compare_values(a: Iterable[Row], b: Iterable[Row], name: str) -> dict[str, Any]:
+    """Return the fields of a Comparison of b with a by the mean of a scorer, over the problems that have it on both
+    sides. Values may have any size, so there is no exact test. One problem, or differences that are all the same, say
+    nothing about the spread, so there is no interval. Raises UserError if no problem has it on both sides."""
     means_a, means_b = (_means_of(rows, name) for rows in (a, b))
-    common = [p for p in means_a if p in means_b]
-    if not common:
-        raise UserError(f"{name} has no value for the same problem on both sides")
-    first, second = (np.array([means[p] for p in common]) for means in (means_a, means_b))
-    values = second - first
-    mean, n = float(values.mean()), len(values)
-    low = high = p_value = math.nan
-    detectable = None
-    if n > 1:
-        error, quantile = standard_error(values), t_quantile(0.975, n - 1)
-        low, high = mean - quantile * error, mean + quantile * error
-        p_value = 2 * t_cdf(-abs(mean) / error, n - 1) if error else float(mean == 0)
-        detectable = (quantile + t_quantile(0.8, n - 1)) * error
-    found = Comparison(
-        difference=mean, low=low, high=high, p_value=p_value, p_exact=math.nan, detectable=detectable,
-        num_problems=n, num_better=int((values > 0).sum()), num_worse=int((values < 0).sum()),
-    )  # fmt: skip
-    return found, (float(first.mean()), float(second.mean()))
+    values = np.array([means_b[p] - means_a[p] for p in means_a if p in means_b])
+    if not len(values):
+        raise UserError(f"no problem has a value of {name} on both sides")
+    found: dict[str, Any] = {
+        "difference": float(values.mean()), "low": None, "high": None, "p_value": None, "p_exact": None,
+        "detectable": None, "num_problems": len(values), "num_better": int((values > 0).sum()),
+        "num_worse": int((values < 0).sum()),
+    }  # fmt: skip
+    if len(values) > 1 and np.ptp(values) > 0:
+        mean, error, df = found["difference"], standard_error(values), len(values) - 1
+        width = t_quantile(0.975, df) * error
+        found |= {"low": mean - width, "high": mean + width, "p_value": 2 * t_cdf(-abs(mean) / error, df)}
+        found |= {"detectable": width + t_quantile(0.8, df) * error}
+    return found
 
 
 def _means_of(rows: Iterable[Row], name: str) -> dict[str, float]:

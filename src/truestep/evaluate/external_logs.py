@@ -194,6 +194,7 @@ def _replies(row: Row) -> list[str]:
 
 def _metric(path: Path, wanted: str, logged: Sequence[str]) -> str:
     """Return the name of the score to use. Raises UserError if the log does not have the requested score."""
+    wanted = "" if wanted == "correct" and wanted not in logged else wanted
     if wanted and wanted not in logged:
         remedy = f"pass --metric with one of {', '.join(logged)}" if logged else "it has no scores at all"
         raise UserError(f"{path} has no score {wanted}; {remedy}")

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from truestep.errors import UserError
+from truestep.errors import UserError, did_you_mean
 from truestep.evaluate.benchmarks import BY_ID
-from truestep.evaluate.compare import compare
-from truestep.evaluate.estimate import by_problem, estimate
+from truestep.evaluate.compare import compare, compare_values
+from truestep.evaluate.estimate import by_problem, estimate, mean_rewards, reward_names
 from truestep.evaluate.external_logs import Evaluation, Row, is_private, read_evaluations
 from truestep.evaluate.files import SCHEMA_VERSION, results_file, samples_file, score_row
 from truestep.evaluate.run import task_results, write_samples
 from truestep.records import RecordError
 from truestep.rundir import provenance, read_json, write_json
 
+CORRECT = "correct"  # the metric of the verdicts
 MAX_TASK_BYTES = 200  # a name of a file has at most 255
 _TEXTS = ("prompt", "completion", "extracted", "gold", "reason")
 
@@ -81,8 +82,10 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
     """Compare two evaluations. ``comparisons`` has b - a for each task that both have, paired by problem (by
-    id if the texts agree, otherwise by text). ``only_in_a`` and ``only_in_b`` list the other tasks. Raises
-    UserError if no task is in both, if a task has different problems, or if an evaluation is unfinished."""
+    id if the texts agree, otherwise by text). ``metric`` is "correct" (the default), a scorer of two evaluations of
+    truestep, or a score of a log. ``only_in_a`` and ``only_in_b`` list the other tasks. Raises UserError if no
+    task is in both, if a task has different problems, if the metric is unknown, or if an evaluation is unfinished."""
+    metric = "" if metric == CORRECT else metric
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
     # Different templates, harnesses or filters are compared if at least one side has only one.
@@ -97,7 +100,7 @@ def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
         both = f"{a} has {names[0]}, {b} has {names[1]}, so no task is in both"
         raise UserError(f"{both}; pass single files to compare them anyway")
     return {
-        "comparisons": [_compared(max(x[0], y[0], key=len), left[x], right[y]) for x, y in pairs],
+        "comparisons": [_compared(max(x[0], y[0], key=len), left[x], right[y], metric) for x, y in pairs],
         "only_in_a": sorted({k[0] for k in left} - {x[0] for x, _ in pairs}),
         "only_in_b": sorted({k[0] for k in right} - {y[0] for _, y in pairs}),
     }
@@ -123,7 +126,26 @@ def _task(key: Key) -> str:
     return key[0].partition(",")[0]
 
 
-def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
+def _is_scorer(metric: str, x: Evaluation, y: Evaluation) -> bool:
+    """Return whether the metric is a scorer of both sides. In a log, it is a score that the verdicts come from; an
+    evaluation of truestep is then compared by its own verdicts. Raises UserError if a side does not have it."""
+    if not metric or "truestep" not in (x.made_by, y.made_by):
+        return False
+    for side, other in ((x, y), (y, x)):
+        names = reward_names(side.rows)
+        if side.made_by == other.made_by and metric not in names:
+            known = ", ".join([CORRECT, *names])
+            hint = did_you_mean(metric, [CORRECT, *names])
+            raise UserError(f"{side.source} has no score {metric}; pass --metric with one of {known}{hint}")
+        if side.made_by != other.made_by and metric in names:
+            raise UserError(
+                f"{other.source} has no mean of {metric}; pass two evaluations of truestep, or --metric {CORRECT}"
+            )
+    return x.made_by == y.made_by
+
+
+def _compared(task: str, x: Evaluation, y: Evaluation, metric: str) -> dict[str, Any]:
+    is_scorer = _is_scorer(metric, x, y)
     for evaluation in (x, y):
         if len(sizes := set(map(len, _grouped(evaluation).values()))) > 1:
             uneven = (
@@ -134,15 +156,24 @@ def _compared(task: str, x: Evaluation, y: Evaluation) -> dict[str, Any]:
     if not _same_problems(rows_x, rows_y):
         rows_x, rows_y, paired_by = _by_text(rows_x), _by_text(rows_y), "text"
     try:
-        found = compare(rows_x, rows_y).to_json()
+        found = compare(rows_x, rows_y).to_json()  # raises if the problems differ
+        found = compare_values(rows_x, rows_y, metric) if is_scorer else found
     except UserError as error:
         raise UserError(f"{x.source} and {y.source}: {task}: {error}") from None
     sides = {}
     for name, one, rows in (("a", x, rows_x), ("b", y, rows_y)):
         score = estimate(rows).to_json()
+        if is_scorer:
+            mean = mean_rewards(rows)[metric]
+            score |= {
+                "score": mean["value"],
+                "low": mean["low"],
+                "high": mean["high"],
+                "unscored": mean["missing"],
+            }
         kept = {k: score[k] for k in ("score", "low", "high", "n", "unscored")}
         sides[name] = {"path": one.source, "made_by": one.made_by, "seed": _seed(one), **kept}
-    return {"task": task, **sides, "paired_by": paired_by, **found}
+    return {"task": task, "metric": metric or CORRECT, **sides, "paired_by": paired_by, **found}
 
 
 def _grouped(evaluation: Evaluation) -> dict[str, list[Any]]:

@@ -21,6 +21,7 @@ OWN_HEADER = {"name": str}
 OWN = {
     "problem_id": str, "sample_index": int, "verdict": str, "num_tokens": int, "prompt": str, "completion": str,
     "gold": str, "extracted": (str, bool), "reason": str, "stop": str, "strict": str, "lenient": str, "unreadable": bool,
+    "rewards": {"*": (int, float)}, "unrewarded": {"*": str},
 }  # fmt: skip
 LM_EVAL = {
     "doc_id": _ID, "doc": {"id": _ID}, "filter": str, "metrics": [str], "resps": [ANY], "filtered_resps": [ANY],
