@@ -4,6 +4,7 @@ From Python: ``truestep.train``, ``evaluate``, ``compare``, ``grade``, ``audit``
 """
 
 import importlib
+import inspect
 import os
 import sys
 import types
@@ -20,17 +21,29 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys(
 
 class Verb(types.ModuleType):
     """A package that can be called: ``truestep.train(...)`` is ``truestep.api.train(...)``, and ``truestep.train.loop``
-    is still a module (docs/decisions/015)."""
+    is still a module (docs/decisions/015). ``help`` and ``inspect.signature`` show the function."""
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        return getattr(importlib.import_module("truestep.api"), self.__name__.rpartition(".")[2])(
-            *given, **named
-        )
+        return self._function(*given, **named)
+
+    @property
+    def _function(self) -> Any:
+        return getattr(importlib.import_module("truestep.api"), self.__name__.rpartition(".")[2])
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._function)
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        return str(self._function.__doc__)
 
     @classmethod
     def make(cls, name: str) -> None:
         """Make an imported package callable."""
-        sys.modules[name].__class__ = cls
+        module = sys.modules[name]
+        module.__class__ = cls
+        module.__dict__.pop("__doc__", None)  # the package's own, which would hide the function's
 
 
 _VERBS = ("train", "evaluate", "grade", "audit")

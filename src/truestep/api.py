@@ -210,12 +210,14 @@ def evaluate(
     *,
     out: PathLike = "",
     resume: bool = False,
+    overrides: Sequence[str] = (),
     quiet: bool = False,
     **settings: Any,
 ) -> Run:
     """Evaluate a model (folder, hub id or name on a server) on benchmarks: ids of pinned ones, or files and folders of
     your own. ``settings`` are further keys of an evaluation's recipe, such as limit, samples, prompts, few_shot, engine,
-    temperature, max_new_tokens, data (a folder with the pinned benchmarks) and scorers.
+    temperature, max_new_tokens, columns, checker, data (a folder with the pinned benchmarks) and scorers (names,
+    FILE.py:FUNCTION, or tables). ``overrides`` are KEY=VALUE, as of ``--set``.
 
     Raises UserError, also if a benchmark is not as pinned. After Ctrl-C, KeyboardInterrupt is raised; every finished sample is
     saved.
@@ -224,10 +226,14 @@ def evaluate(
     """
     from truestep.cli.evaluation_actions import evaluated, folder_of
     from truestep.cli.progress import ConsoleReporter
-    from truestep.evaluate.jobs import evaluation_settings
+    from truestep.evaluate.jobs import check_overrides, evaluation_settings
+    from truestep.settings import override
 
     named = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
-    table = {"model": {"path": str(model)}, "benchmarks": named, **settings}
+    check_overrides([*settings, *overrides], "truestep.evaluate:")
+    options = settings.pop("model", {})  # such as context_length
+    given = {"model": {**options, "path": str(model)}, "benchmarks": named, **settings}
+    table = override(deepcopy(given), overrides)
     asked = evaluation_settings(table, "truestep.evaluate")
     folder = folder_of(asked, Path(out) if out else None)
     try:

@@ -247,6 +247,9 @@ class EvaluateSettings(Frozen):
     benchmark_checker: Checker | Literal["auto"] = "auto"
     """The checker of your own benchmarks, instead of a row's. "auto": the row's, "exact" for choices,
     otherwise "math". Example: ``benchmark_checker = "exact"``"""
+    benchmark_columns: dict[str, str] = Field(default_factory=dict)
+    """Names of columns of your own benchmarks: our name = the file's, as in [data.NAME].
+    Example: ``benchmark_columns = { problem = "prompt_text", answer = "label" }``"""
     scorers: tuple[RewardSettings, ...] = ()
     """Rewards that every sample of a benchmark gets, next to its verdict.
     Example: ``scorers = [{ function = "format" }]``"""
@@ -526,7 +529,8 @@ def table_of(settings: Settings) -> dict[str, Any]:
 
 
 _NEWER: tuple[tuple[str, Any], ...] = (
-    ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0), ("benchmark_checker", "auto"), ("scorers", []),
+    ("date", PINNED_DATE), ("save_every_minutes", 0), ("rollout_ahead", 0), ("benchmark_checker", "auto"),
+    ("benchmark_columns", {}), ("scorers", []),
     ("columns", {}), ("train_turns", "all"), ("overlong_share", OVERLONG_SHARE), ("epochs_of", ""), ("special_tokens", []),
     ("vllm", VllmSettings().model_dump(mode="json")),
     ("template", "model"), ("rope_scaling", "model"), ("freeze", []), ("no_decay", []), ("decay_fraction", 0.1),

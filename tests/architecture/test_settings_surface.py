@@ -18,7 +18,7 @@ compute.threads compute.dtype compute.parallel compute.gradient_checkpointing co
 chat.system chat.user chat.generation_suffix chat.date chat.special_tokens chat.template
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
 data.*.columns data.*.train_turns data.*.overlong_share
-evaluate.data evaluate.benchmark_checker evaluate.samples_per_problem evaluate.pass_at evaluate.before
+evaluate.data evaluate.benchmark_checker evaluate.benchmark_columns evaluate.samples_per_problem evaluate.pass_at evaluate.before
 evaluate.benchmarks evaluate.folder evaluate.engine evaluate.prompts evaluate.few_shot evaluate.limit evaluate.limits
 evaluate.sampling.temperature evaluate.sampling.top_p evaluate.sampling.top_k
 evaluate.sampling.max_new_tokens evaluate.sampling.max_running

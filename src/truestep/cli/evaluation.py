@@ -13,12 +13,15 @@ import typer
 from truestep.cli.output import echo
 from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
-from truestep.errors import count
+from truestep.errors import UserError, count
 
 DEFAULT = (
     "model"  # what ``truestep eval WORD`` means if WORD is not another command; WORD may be a folder "model"
 )
-HELP = "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below."
+HELP = (
+    "Evaluate a model: truestep eval MODEL --benchmarks ..., truestep eval RECIPE, or a command below. "
+    "truestep eval model --help lists the options of an evaluation."
+)
 
 
 def _argument(text: str) -> Any:
@@ -33,6 +36,7 @@ def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any
 _MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
 _IDS = "Comma-separated ids (truestep eval list shows them all), or files and folders of your own: PATH or NAME=PATH."
 _OWN_FILE = "A benchmark of your own: a file or folder, PATH or NAME=PATH. Can be repeated."
+_COLUMN = "Name a column of your own benchmarks, such as answer=label. Can be repeated."
 _SCORER = (
     "Also score every sample with a reward: FILE.py:FUNCTION, or a name such as format. Can be repeated."
 )
@@ -64,6 +68,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help=_MODEL, metavar="MODEL", show_default=False)],
     benchmarks: Annotated[str, option("--benchmarks", _IDS)] = "",
     benchmark: Annotated[list[str] | None, option("--benchmark", _OWN_FILE, False)] = None,
+    column: Annotated[list[str] | None, option("--column", _COLUMN, False, metavar="OURS=THEIRS")] = None,
     scorer: Annotated[list[str] | None, option("--scorer", _SCORER, False)] = None,
     data: Annotated[str, option("--data", _DATA, "the Hugging Face hub")] = "",
     limit: Annotated[int | None, option("--limit", _LIMIT, "all", min=1)] = None,
@@ -73,20 +78,24 @@ def evaluate(
     engine: Annotated[str, option("--engine", _ENGINE, "torch")] = "",
     overrides: Annotated[list[str] | None, option("--set", _SET, False)] = None,
     out: Annotated[Path | None, option("--out", "The run directory.", "runs/NAME-HASH")] = None,
+    tasks: Annotated[str, typer.Option("--tasks", hidden=True)] = "",
     resume: Resume = False,
     dry_run: Annotated[bool, option("--dry-run", _DRY_RUN)] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on benchmarks, or a training recipe's model on the recipe's own data sets."""
+    if tasks:
+        raise UserError(f"there is no option --tasks; pass --benchmarks {tasks}")
     announce(f"truestep eval: reading {model} and the benchmarks")
     from truestep.cli import evaluation_actions
 
     given: dict[str, Any] = {
         "benchmarks": [*words_of(benchmarks), *(benchmark or ())], "folder": data, "limit": limit,
+        "benchmark_columns": evaluation_actions.columns_of(column or ()),
         "scorers": [{"function": name} for name in scorer or ()], "samples_per_problem": samples,
         "prompts": words_of(prompts), "few_shot": few_shot, "engine": engine,
     }  # fmt: skip
-    given = {key: value for key, value in given.items() if value not in (None, "", [])}
+    given = {key: value for key, value in given.items() if value not in (None, "", [], {})}
     how = {"resume": resume, "dry_run": dry_run, "as_json": as_json}
     evaluation_actions.evaluate(model, given, overrides or (), out, **how)
 
@@ -240,7 +249,10 @@ def app() -> typer.Typer:
 
 
 def with_default(words: Sequence[str]) -> list[str]:
-    """Return the command line with ``eval MODEL`` changed to ``eval model MODEL``."""
-    if len(words) > 1 and words[0] == "eval" and words[1] not in {*COMMANDS, "--help"} - {DEFAULT}:
+    """Return the command line with ``eval MODEL`` changed to ``eval model MODEL``, unless it is already written so."""
+    is_whole = len(words) > 2 and words[1] == DEFAULT and (words[2] == "--help" or words[2][:1] != "-")
+    if is_whole or len(words) < 2 or words[0] != "eval":
+        return list(words)
+    if words[1] not in {*COMMANDS, "--help"} - {DEFAULT}:
         return ["eval", DEFAULT, *words[1:]]
     return list(words)

@@ -21,12 +21,13 @@ from truestep.cli.progress import ConsoleReporter, in_words, size_in_words
 from truestep.cli.run import execute, only_evaluation
 from truestep.errors import UserError
 from truestep.evaluate.files import end_summary
-from truestep.evaluate.jobs import Job, changed, evaluation_settings, make_jobs, remarks
+from truestep.evaluate.jobs import Job, changed, check_overrides, evaluation_settings, make_jobs, remarks
 from truestep.evaluate.model_adapters import EndpointAdapter, ModelAdapter, TokenAdapter
 from truestep.evaluate.suite import make_plans, run_suite
 from truestep.grade.score import Grader
+from truestep.records import Problem, Score
 from truestep.report.evaluation import write_evaluation_report
-from truestep.rewards.scorer import RewardScorer, sources
+from truestep.rewards.scorer import Grade, RewardScorer, sources
 from truestep.rollout.engine import Engine
 from truestep.rollout.engine_endpoint import EndpointEngine, connect
 from truestep.settings import Settings, load_settings, override, read_recipe, settings_hash
@@ -37,6 +38,7 @@ def evaluate(model: str, given: dict[str, Any], sets: Sequence[str], out: Path |
     ``[evaluate]``. ``sets`` contains the values of --set. A recipe without benchmarks uses its own data."""
     is_recipe, path = model.endswith(".toml"), Path(model)
     raw = read_recipe(model, sets) if is_recipe else override({"model": {"path": model}}, sets)
+    check_overrides(sets)
     table = raw.pop("evaluate", {})  # merged below with the options, which override it
     if is_recipe and "benchmarks" not in {*raw, *table, *given}:
         if given:
@@ -62,7 +64,7 @@ def _execute(
     folder, reporter = folder_of(settings, out), ConsoleReporter()
     if dry_run:
         jobs = make_jobs(settings, base_dir)
-        with opened(settings) as (adapter, _):
+        with opened(settings) as (adapter, _), scorers_of(settings, base_dir, folder):
             plan = plan_of(settings, jobs, adapter)
         echo(json.dumps({"run_dir": str(folder), **plan}) if as_json else _plan_text(plan, folder))
         return
@@ -88,18 +90,13 @@ def evaluated(
         adapter, content = stack.enter_context(opened(settings))
         stack.enter_context(rundir.locked(folder))
         _check_folder(settings, folder, resume=resume)  # another process may have used it in the meantime
-        # Samples that a function cannot score are counted, and never stop an evaluation, however many there are.
-        entries = [e.model_copy(update={"max_failure_share": 1.0}) for e in settings.evaluate.scorers]
-        code = "".join(source.sha256 for source in sources(entries, base_dir).values())
+        code = "".join(source.sha256 for source in sources(settings.evaluate.scorers, base_dir).values())
         plans, notes = make_plans(settings, jobs, adapter, folder, content, code)
         try:
             with signals.deferred(reporter.place), Grader() as grader, ExitStack() as inner:
-                if entries:
-                    made = RewardScorer(
-                        entries, grade=grader.score_many, base=base_dir, folder=folder / "scorers"
-                    )
-                    score = inner.enter_context(made).each
-                    plans = [(job, replace(plan, reward=score)) for job, plan in plans]
+                scorers = inner.enter_context(scorers_of(settings, base_dir, folder, grader.score_many))
+                if settings.evaluate.scorers:
+                    plans = [(job, replace(plan, reward=scorers.each)) for job, plan in plans]
                 rundir.open_run(folder, settings.model_dump(mode="json"))
                 rundir.write_json(folder / "provenance.json", rundir.provenance(settings.seed))
                 summary = run_suite(
@@ -116,6 +113,25 @@ def evaluated(
             reporter.close()
         write_evaluation_report(folder)
     return summary
+
+
+def _none(pairs: Sequence[tuple[Problem, str]]) -> list[Score]:
+    return []
+
+
+def scorers_of(settings: Settings, base_dir: Path, folder: Path, grade: Grade = _none) -> RewardScorer:
+    """Return the scorers of an evaluation. Entering them loads their functions, also in a dry run. A sample that a
+    function cannot score is counted, and never stops an evaluation, however many there are."""
+    entries = [e.model_copy(update={"max_failure_share": 1.0}) for e in settings.evaluate.scorers]
+    return RewardScorer(entries, grade=grade, base=base_dir, folder=folder / "scorers")
+
+
+def columns_of(items: Sequence[str]) -> dict[str, str]:
+    """Return the values of --column as a table. Raises UserError for an item that is not OURS=THEIRS."""
+    for item in items:
+        if not all(part.strip() for part in item.partition("=")):
+            raise UserError(f"--column {item} is not OURS=THEIRS; pass, for example, --column answer=label")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in (item.partition("=") for item in items)}
 
 
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:

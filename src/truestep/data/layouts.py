@@ -142,7 +142,7 @@ def _put_named(row: Row, columns: Mapping[str, str], found: Row, sources: dict[s
         found.pop(ours, None)
         sources.pop(ours, None)
     for ours, theirs in columns.items():
-        value, at = _value(row, theirs, ours)
+        value, at = column_of(row, theirs, ours)
         found.pop(ours, None)
         sources[ours] = (at,)
         if value is not None:
@@ -154,7 +154,7 @@ def _put_named(row: Row, columns: Mapping[str, str], found: Row, sources: dict[s
             found["messages"] = turns[:-1] if last in ("assistant", "gpt") else turns
 
 
-def _value(row: Row, path: str, ours: str) -> tuple[Any, str]:
+def column_of(row: Row, path: str, ours: str) -> tuple[Any, str]:
     """Return the value of a column, or of a part of it (``extra_info.answer``), and the name of the column."""
     if path in row:
         return row[path], path

@@ -60,7 +60,9 @@ BY_ID = {b.id: b for b in TABLE}
 def find(id: str) -> Benchmark:
     """Return the benchmark with that id. Raises a UserError that suggests the nearest id."""
     if id not in BY_ID:
-        raise UserError(f'benchmarks: "{id}" is not one of {", ".join(BY_ID)}{did_you_mean(id, list(BY_ID))}')
+        own = f"for a file or folder of your own, pass its path, such as ./{id}.jsonl"
+        known = ", ".join(BY_ID)
+        raise UserError(f'benchmarks: "{id}" is not one of {known}{did_you_mean(id, list(BY_ID))}; {own}')
     return BY_ID[id]
 
 

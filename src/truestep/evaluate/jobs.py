@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from truestep.errors import UserError
+from truestep.errors import ALIASES, UserError, did_you_mean
 from truestep.evaluate import benchmarks, prompts
 from truestep.evaluate.own import is_own, load_own
 from truestep.records import Problem
@@ -18,12 +18,15 @@ from truestep.settings import SamplingSettings, Settings, parse, settings_hash
 # Short keys in `truestep eval` recipes (and in --set), and the keys that they stand for.
 SHORT = {
     "benchmarks": "evaluate.benchmarks", "checker": "evaluate.benchmark_checker", "scorers": "evaluate.scorers",
-    "prompts": "evaluate.prompts", "few_shot": "evaluate.few_shot",
+    "columns": "evaluate.benchmark_columns", "prompts": "evaluate.prompts", "few_shot": "evaluate.few_shot",
     "limit": "evaluate.limit", "limits": "evaluate.limits", "engine": "evaluate.engine",
     "samples": "evaluate.samples_per_problem", "temperature": "evaluate.sampling.temperature",
     "top_p": "evaluate.sampling.top_p", "max_new_tokens": "evaluate.sampling.max_new_tokens",
     "max_running": "evaluate.sampling.max_running", "dtype": "compute.dtype", "threads": "compute.threads",
 }  # fmt: skip
+# Tables of a training recipe, which an evaluation of benchmarks does not use. ``data`` can also be a folder.
+_OF_TRAINING = ("data", "stages", "chat", "trackers", "declared")
+_OTHER = ("name", "model", "seed", "evaluate", "compute")
 # What a sample depends on; samples made with different values must not be mixed.
 FIXED = (
     "model", "seed", "compute.dtype", "evaluate.engine", "evaluate.few_shot", "evaluate.sampling.temperature",
@@ -52,13 +55,20 @@ class Job:
 def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
     """Return the settings of ``truestep eval``, from a recipe that may use the keys in ``SHORT``. Raises
     UserError if no benchmark is named, or if a benchmark, template or setting is unknown."""
+    known = [*SHORT, "data", *_OTHER]
+    for key in raw:
+        if key not in known and key not in _OF_TRAINING and key not in Settings.model_fields:
+            meant = [name for alias in ALIASES.get(key, ()) if (name := alias.rpartition(".")[2]) in SHORT]
+            hint = f'; did you mean "{meant[0]}"?' if meant else did_you_mean(key, known)
+            expected = f"; expected one of {', '.join(known)}"
+            raise UserError(f"{where}: {key}: unknown key{hint or expected}")
     table: dict[str, Any] = {"name": "eval-" + _stem(raw), "data": {}, "stages": []}
     for key, value in raw.items():
         if key == "data" and isinstance(value, str):
             _put(table, "evaluate.folder", value)
-        elif key in ("data", "stages", "chat", "trackers", "declared"):
-            continue  # keys of a training recipe; benchmarks have their own problems and templates
-        elif isinstance(value, Mapping) and key != "limits":
+        elif key in _OF_TRAINING:
+            continue  # benchmarks have their own problems and templates
+        elif isinstance(value, Mapping) and key not in ("limits", "columns"):
             for inner, entry in value.items():
                 if key != "evaluate" or inner not in ("data", "pass_at", "before"):
                     _put(table, f"{key}.{inner}", entry)
@@ -68,16 +78,37 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
         raise UserError(
             f"{where}: no benchmarks are given; pass --benchmarks (truestep eval list shows them) or a file of your own"
         )
+    for key in ("benchmarks", "prompts"):
+        if isinstance(words := table["evaluate"].get(key), str):
+            table["evaluate"][key] = [word.strip() for word in words.split(",") if word.strip()]
+    scorers = table["evaluate"].get("scorers", [])
+    if isinstance(scorers, str | list | tuple):
+        listed = [scorers] if isinstance(scorers, str) else scorers
+        table["evaluate"]["scorers"] = [{"function": s} if isinstance(s, str) else s for s in listed]
     settings = parse(Settings, table, where=where)
     for id in settings.evaluate.benchmarks:
         if not is_own(id):
             benchmarks.find(id)
+    if settings.evaluate.benchmark_columns and not any(map(is_own, settings.evaluate.benchmarks)):
+        raise UserError(f"{where}: columns are named, but no benchmark is a file of your own; remove --column")
     prompts.chosen([p for p in settings.evaluate.prompts if p != "benchmark" and not prompts.is_file(p)])
     if settings.compute.dtype == "float64":
         raise UserError(
             f"{where}: compute.dtype: an evaluation runs only in float32 or bfloat16; set one of them"
         )
     return settings
+
+
+def check_overrides(overrides: Sequence[str], flag: str = "--set") -> None:
+    """Raise UserError for an override of a setting that an evaluation of benchmarks does not use."""
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        if key != "data" and key.partition(".")[0] in _OF_TRAINING:
+            columns = "; name the columns of your own benchmarks with --column OURS=THEIRS"
+            hint = columns if key.startswith("data.") else ""
+            raise UserError(
+                f"{flag} {key}: an evaluation of benchmarks does not use this setting; remove it{hint}"
+            )
 
 
 def _stem(raw: Mapping[str, Any]) -> str:
@@ -131,7 +162,9 @@ def _loaded(
             benchmark = benchmarks.find(id)
             found = [(benchmark, benchmarks.load(benchmark, folder))]
         else:
-            found = load_own(id, base_dir, settings.evaluate.benchmark_checker)
+            found = load_own(
+                id, base_dir, settings.evaluate.benchmark_checker, settings.evaluate.benchmark_columns
+            )
         for benchmark, every in found:
             if (other := seen.setdefault(benchmark.id, id)) != id:
                 raise UserError(

@@ -10,20 +10,25 @@ pinned ones is. Held by: tests/evaluate/test_own_benchmark.py
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from truestep.data.layouts import column_of, read
 from truestep.data.problems import load_problems
-from truestep.data.rows import READ, kind_of, read_rows
-from truestep.errors import UserError
+from truestep.data.rows import READ, Row, RowError, kind_of, read_rows
+from truestep.errors import UserError, did_you_mean
 from truestep.evaluate.benchmarks import BY_ID, Benchmark, problem_of
 from truestep.evaluate.sources import Item, content_hash, items_of
 from truestep.records import Problem
-from truestep.settings import DataSettings
+from truestep.settings import DataSettings, parse
 
 # Columns of rows with choices, or in two parts (sources.item_of); other rows are problems as for training.
 _OF_ITEMS = {"choices", "options", "Correct Answer", "Body"}
+# Columns that items_of reads before the named one.
+_SAME = {"problem": ("question", "Body"), "answer": ("answerKey",), "choices": ("options",)}
+COLUMN = "--column OURS=THEIRS, such as --column problem=prompt_text --column answer=label"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -34,9 +39,12 @@ def is_own(entry: str) -> bool:
     )
 
 
-def load_own(entry: str, base_dir: Path, checker: str) -> list[tuple[Benchmark, list[Problem]]]:
+def load_own(
+    entry: str, base_dir: Path, checker: str, columns: Mapping[str, str] | None = None
+) -> list[tuple[Benchmark, list[Problem]]]:
     """Return the benchmarks of an entry, with all their problems. ``checker`` is one of settings.CHECKERS, or "auto":
-    a row's own, "exact" for choices and otherwise "math". A path is relative to ``base_dir`` or the current folder.
+    a row's own, "exact" for choices and otherwise "math". ``columns`` are the file's names of columns by ours. A path
+    is relative to ``base_dir`` or the current folder.
 
     Raises UserError that names file, row and field."""
     name, _, place = entry.rpartition("=")
@@ -47,10 +55,10 @@ def load_own(entry: str, base_dir: Path, checker: str) -> list[tuple[Benchmark, 
         files = sorted(f for f in path.iterdir() if kind_of(f))
         if not files:
             raise UserError(f"benchmarks: the folder {path} has no {', '.join(READ)} file")
-        return [_load(f, f"{name}-{_stem(f)}" if name else _stem(f), checker) for f in files]
+        return [_load(f, f"{name}-{_stem(f)}" if name else _stem(f), checker, columns or {}) for f in files]
     if not kind_of(path):
         raise UserError(f"benchmarks: {path}: expected a file with the ending {', '.join(READ)}")
-    return [_load(path, name or _stem(path), checker)]
+    return [_load(path, name or _stem(path), checker, columns or {})]
 
 
 def _stem(path: Path) -> str:
@@ -61,12 +69,14 @@ def _found(place: Path, base_dir: Path) -> Path:
     for path in (base_dir / place, place):
         if path.exists():
             return path
+    near = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    hint = did_you_mean(place.name, near)
     raise UserError(
-        f"benchmarks: no such file or folder: {place}; truestep eval list shows the pinned benchmarks"
+        f"benchmarks: no such file or folder: {place}{hint}; truestep eval list shows the pinned benchmarks"
     )
 
 
-def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]]:
+def _load(path: Path, name: str, checker: str, columns: Mapping[str, str]) -> tuple[Benchmark, list[Problem]]:
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-") or "own"
     if name in BY_ID:
         raise UserError(
@@ -74,8 +84,11 @@ def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]
         )
     rows = list(read_rows(path))
     items: Sequence[Item] = ()
-    if any(isinstance(row, dict) and _OF_ITEMS & row.keys() for _, row in rows):
-        items = items_of(str(path), name, rows)
+    table = {"source": str(path), "checker": checker, "columns": dict(columns)}
+    settings = parse(DataSettings, table, where="benchmarks")
+    if "choices" in columns or any(isinstance(row, dict) and _OF_ITEMS & row.keys() for _, row in rows):
+        with _hinted(rows, columns):
+            items = items_of(str(path), name, [(n, _renamed(row, columns)) for n, row in rows])
         is_choice = all(item.choices for item in items)
         if not is_choice and (mixed := [n for n, item in enumerate(items, start=1) if item.choices]):
             raise UserError(
@@ -89,11 +102,46 @@ def _load(path: Path, name: str, checker: str) -> tuple[Benchmark, list[Problem]
             if isinstance(row, dict)
         ]
     else:
-        settings = DataSettings.model_validate({"source": str(path), "checker": checker})
-        problems = load_problems(name, settings, seed=0, base_dir=Path())
+        with _hinted(rows, columns):
+            problems = load_problems(name, settings, seed=0, base_dir=Path())
         items = [Item(id=p.id, question=p.messages[-1].content, answer=p.answer) for p in problems]
         own = _benchmark(name, items, "math", ",".join(sorted({p.checker for p in problems})))
     return own, problems
+
+
+def _renamed(row: Row | RowError, columns: Mapping[str, str]) -> Row | RowError:
+    """Return a row with the named columns under our names, and without other columns of the same meaning."""
+    if isinstance(row, RowError):
+        return row
+    try:
+        named = {ours: column_of(row, theirs, ours)[0] for ours, theirs in columns.items()}
+    except RowError as error:
+        return error
+    replaced = {other for ours in columns for other in _SAME.get(ours, ())}
+    return {k: v for k, v in row.items() if k not in {*columns.values(), *replaced}} | named
+
+
+@contextmanager
+def _hinted(rows: Sequence[tuple[int, Row | RowError]], columns: Mapping[str, str]) -> Iterator[None]:
+    """Add to an error about rows with unknown columns how to name them."""
+    try:
+        yield
+    except UserError as error:
+        hint = f"; for your own benchmark, pass {COLUMN}" if not columns and _is_unknown(rows) else ""
+        raise UserError(*(f"{fault}{hint}" for fault in error.faults)) from None
+
+
+def _is_unknown(rows: Sequence[tuple[int, Row | RowError]]) -> bool:
+    """Return whether the first row has no question or no answer under any known name."""
+    row = next((row for _, row in rows if isinstance(row, dict)), {})
+    try:
+        read_row = read(row, {}).row
+    except RowError:
+        return True
+    return (
+        not {"problem", "prompt", "messages"} & read_row.keys()
+        or not {"answer", "solution"} & read_row.keys()
+    )
 
 
 def _benchmark(name: str, items: Sequence[Item], kind: str, scorer: str) -> Benchmark:

@@ -72,7 +72,9 @@ def _read(path: Path) -> list[Template]:
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8")).get("template")
     except OSError as error:
-        raise UserError(f"prompts: cannot read {path}: {error.strerror}") from None
+        near = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, near)
+        raise UserError(f"prompts: cannot read {path}: {error.strerror}{hint}") from None
     except ValueError as error:
         raise UserError(f"prompts: {path} is not valid TOML: {error}") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

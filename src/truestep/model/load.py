@@ -7,13 +7,17 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import urllib.request
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import torch
 
-from truestep.errors import UserError
+from truestep.errors import UserError, did_you_mean
 from truestep.flops import ModelShape
 from truestep.model import attention
 from truestep.model.packaged import PACKAGED, packaged_file
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY_CONTEXT = 512
+CONNECT_SECONDS = 5.0  # time to reach the hub
 _READ_BY_TRANSFORMERS = (
     ".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".bpe",
 )  # fmt: skip
@@ -63,10 +68,13 @@ def resolve(settings: ModelSettings) -> str:
         return str(_converted(Path(path)))
     if Path(path).is_dir() and path != "tiny":
         return str(_model_in(Path(path)))
-    elif path != "tiny" and (path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()):
+    elif path != "tiny" and (_is_path(path) or path.count("/") != 1 or Path(path).exists()):
         known = ", ".join(["tiny", *PACKAGED])
+        parent = Path(path).parent
+        near = [str(parent / one.name) for one in parent.iterdir()] if parent.is_dir() else []
+        hint = did_you_mean(path, [*near, "tiny", *PACKAGED])
         raise UserError(
-            f"model.path = {path!r}: no such folder; set {known}, a folder, a .gguf file or org/name"
+            f"model.path = {path!r}: no such folder{hint}; set {known}, a folder, a .gguf file or org/name"
         )
     return path
 
@@ -81,6 +89,12 @@ def _model_in(folder: Path) -> Path:
     if (folder / "study.toml").is_file():
         fault = f"this is the folder of a study, which has many models ({folder}/cells/KEY/run is a run)"
     raise UserError(f"model.path = {str(folder)!r}: {fault}; set a different folder")
+
+
+def _is_path(path: str) -> bool:
+    """Return whether a name of a model is meant as a path: by its form, or because its first part is a folder here."""
+    first = path.partition("/")[0]
+    return path.startswith((".", "/", "~")) or path.endswith("/") or "\\" in path or Path(first).is_dir()
 
 
 def model_content(settings: ModelSettings) -> str:
@@ -279,9 +293,30 @@ def _extend(config: Any, settings: ModelSettings, length: int) -> None:
         config.rope_parameters = {**rope, "rope_type": rule, "factor": length / own, **of_yarn}
 
 
+@lru_cache
+def _require_hub(source: str) -> None:
+    """Raise UserError if a model is neither here nor on a hub that can be reached, which transformers tries many times."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    is_here = isinstance(try_to_load_from_cache(source, "config.json"), str)
+    if is_here or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        fault = f"no such folder, and the hub {redact(constants.ENDPOINT)} cannot be reached"
+        why = error.strerror or str(error)
+        raise UserError(
+            f"model.path = {source!r}: {fault} ({why}); set an existing folder, or check the network"
+        ) from None
+
+
 def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
     """Open a folder or hub id with a class of transformers. Python files in the folder are never run. Raises
     UserError for whatever the files make transformers and tokenizers raise, among it plain exceptions."""
+    if not Path(source).is_dir():
+        _require_hub(source)
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
