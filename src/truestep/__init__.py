@@ -4,7 +4,6 @@ From Python: ``truestep.train``, ``evaluate``, ``compare``, ``grade``, ``audit``
 """
 
 import importlib
-import inspect
 import os
 import sys
 import types
@@ -31,12 +30,13 @@ class Verb(types.ModuleType):
         return getattr(importlib.import_module("truestep.api"), self.__name__.rpartition(".")[2])
 
     @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._function)
+    def __signature__(self) -> Any:
+        return importlib.import_module("inspect").signature(self._function)
 
     @property
     def __doc__(self) -> str:  # type: ignore[override]
-        return str(self._function.__doc__)
+        function = self._function
+        return f"{function.__name__}{self.__signature__}\n\n{function.__doc__}"
 
     @classmethod
     def make(cls, name: str) -> None:

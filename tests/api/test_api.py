@@ -203,8 +203,41 @@ def test_evaluate_and_compare(run: api.Run, tmp_path: Path, monkeypatch: pytest.
     (row,) = truestep.compare(before, after)["comparisons"]
     assert row["num_problems"] == 3
     assert row["difference"] == after.scores[0]["score"] - before.scores[0]["score"]
-    with pytest.raises(UserError, match="max_new_token"):
+    with pytest.raises(UserError, match='max_new_token: unknown key; did you mean "max_new_tokens"'):
         truestep.evaluate(run.model, "own.jsonl", out="x", max_new_token=8, quiet=True)
+    with pytest.raises(UserError, match=r"steps: unknown key; expected one of benchmarks, checker.*few_shot"):
+        truestep.evaluate(run.model, "own.jsonl", out="x", overrides=["steps=8"], quiet=True)
+    with pytest.raises(UserError, match="chat: an evaluation of benchmarks does not use this setting"):
+        truestep.evaluate(run.model, "own.jsonl", out="x", chat={"user": "{problem}"}, quiet=True)
+
+
+def test_evaluate_takes_what_the_command_line_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text('{"q": "1+1", "answer": "2"}\n')
+    Path("tpl.toml").write_text('[[template]]\nid = "bare"\nmath = "{problem}"\n')
+    Path("f.py").write_text("def g(samples):\n    return [2.0 for s in samples]\n")
+    small = {"context_length": 256, "tiny": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}}
+    run = truestep.evaluate(
+        "tiny", "own.jsonl", out="x", prompts="tpl.toml", scorers=["f.py:g", {"function": "format"}],
+        columns={"problem": "q"}, overrides=["max_new_tokens=3"], model=small, quiet=True,
+    )  # fmt: skip
+    assert run.scores[0]["prompt"] == "bare"
+    assert run.scores[0]["rewards"]["g"]["value"] == 2.0
+    assert set(run.scores[0]["rewards"]) == {"format", "g"}
+    assert max(row["num_tokens"] for row in run.samples()) <= 3
+
+
+def test_verbs_are_shown_as_functions() -> None:
+    """In a new process, because torch is imported here already."""
+    code = (
+        "import inspect, sys, truestep\n"
+        "for name in ('train', 'evaluate', 'grade', 'audit'):\n"
+        "    verb, function = getattr(truestep, name), getattr(truestep.api, name)\n"
+        "    assert inspect.signature(verb) == inspect.signature(function)\n"
+        "    assert verb.__doc__.startswith(name + '(') and function.__doc__ in verb.__doc__\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def my_step(model: Any, optimizer: Any, microbatches: Any) -> None:

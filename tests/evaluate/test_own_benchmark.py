@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from truestep.api import compare
+from truestep.cli.evaluation import with_default
 from truestep.cli.main import _app
 from truestep.errors import UserError
 from truestep.evaluate.benchmarks import TABLE
@@ -20,8 +21,10 @@ from truestep.evaluate.estimate import mean_rewards
 from truestep.evaluate.own import is_own, load_own
 from truestep.evaluate.prompts import chosen, messages_of
 from truestep.evaluate.run import write_samples
+from truestep.model.load import load_tokenizer, resolve
 from truestep.report.tables import score_table, terminal_table
 from truestep.rundir import read_jsonl
+from truestep.settings import ModelSettings
 
 pytest.importorskip("torch")
 SMALL = ["model.context_length=1024", "model.tiny.hidden_size=16", "model.tiny.num_layers=1",
@@ -122,6 +125,8 @@ def test_bad_names_are_refused(tmp_path: Path) -> None:
         load_own(str(path), tmp_path, "auto")
     with pytest.raises(UserError, match="no such file or folder: gone"):
         load_own("gone.jsonl", tmp_path, "auto")
+    with pytest.raises(UserError, match=r"no such file or folder: .*24\.jsnl; did you mean"):
+        load_own(f"{path.parent}/{path.stem}.jsnl", tmp_path, "auto")
     with pytest.raises(UserError, match='"a b" is not a name'):
         load_own(f"a b={path}", tmp_path, "auto")
     (tmp_path / "empty").mkdir()
@@ -174,6 +179,84 @@ def test_scored_resumed_compared_and_exported(tmp_path: Path, monkeypatch: pytes
     assert told["results"]["sums"]["exact_match,none"] == score["score"]
     compared = CliRunner().invoke(_app(), ["eval", "compare", "out", "lm", "--json"])
     assert json.loads(compared.stdout)["comparisons"][0]["num_problems"] == 4
+
+
+def test_columns_are_named_as_for_data(tmp_path: Path) -> None:
+    """Named columns give the same problems; rows with unknown columns get the remedy; a name that is not used is refused."""
+    rows = [{"q": "1+1?", "gold": "2", "question": "see q"}, {"q": "2+2?", "gold": "4", "question": "see q"}]
+    free = jsonl(tmp_path / "free.jsonl", *rows)
+    own, problems = load_own(str(free), tmp_path, "auto", {"problem": "q", "answer": "gold"})[0]
+    plain = jsonl(tmp_path / "plain.jsonl", *({"problem": r["q"], "answer": r["gold"]} for r in rows))
+    same, wanted = load_own(str(plain), tmp_path, "auto")[0]
+    assert (own.content, [p.messages for p in problems]) == (same.content, [p.messages for p in wanted])
+    choices = jsonl(
+        tmp_path / "c.jsonl", *({"q": r["q"], "gold": "B", "opts": ["1", r["gold"]]} for r in rows)
+    )
+    names = {"problem": "q", "answer": "gold", "choices": "opts"}
+    own, problems = load_own(str(choices), tmp_path, "auto", names)[0]
+    assert (own.kind, [p.messages[-1].content.partition("\n")[0] for p in problems]) == (
+        "choice",
+        ["1+1?", "2+2?"],
+    )
+    with pytest.raises(UserError, match="pass --column OURS=THEIRS"):
+        load_own(str(choices), tmp_path, "auto")
+    bad = jsonl(tmp_path / "bad.jsonl", {"problem": "1?", "answer": ""})
+    with pytest.raises(UserError) as caught:
+        load_own(str(bad), tmp_path, "auto")
+    assert "--column" not in str(caught.value), "its columns are known"
+    for columns, fault in (
+        ({"problem": "qq"}, 'did you mean "q"'),
+        ({"problm": "q"}, 'did you mean "problem"'),
+    ):
+        with pytest.raises(UserError, match=fault):
+            load_own(str(free), tmp_path, "auto", columns)
+    sets = ["--set", "data.free.columns.problem=q", "--benchmark", str(free)]
+    assert "does not use this setting; remove it; name the columns" in call(*sets, code=2)
+    assert "no benchmark is a file of your own" in call(
+        "--benchmarks", "gsm8k", "--column", "problem=q", code=2
+    )
+    assert "--column x is not OURS=THEIRS" in call("--benchmark", str(free), "--column", "x", code=2)
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "sums.jsonl", {"problem": "1+1?", "answer": "2"})
+    (tmp_path / "mine.py").write_text(REWARD)
+    words = ["--benchmark", "sums.jsonl", "--scorer"]
+    told = call(*words, "mine.py:word", "--dry-run", code=2)
+    assert "cannot be loaded: word does not exist in" in told
+    assert 'did you mean "words"' in told
+    assert call(*words, "mine.py:words", "--dry-run")["total"]["samples"] == 1
+
+
+def test_the_command_can_be_written_with_or_without_its_name() -> None:
+    assert with_default(["eval", "runs/x"]) == ["eval", "model", "runs/x"]
+    assert with_default(["eval", "model", "runs/x", "--json"]) == ["eval", "model", "runs/x", "--json"]
+    assert with_default(["eval", "model", "--help"]) == ["eval", "model", "--help"]
+    assert with_default(["eval", "model", "--limit", "1"]) == ["eval", "model", "model", "--limit", "1"]
+    assert with_default(["eval", "model"]) == ["eval", "model", "model"], "a folder with this name"
+    assert with_default(["eval", "--help"]) == ["eval", "--help"]
+    assert with_default(["eval", "list"]) == ["eval", "list"]
+    assert with_default(["run", "model", "x"]) == ["run", "model", "x"]
+    assert "truestep eval model --help" in CliRunner().invoke(_app(), ["eval", "--help"]).stdout
+    assert "pass --benchmarks gsm8k" in call("--tasks", "gsm8k", code=2)
+
+
+def test_a_model_that_is_not_here_is_named_before_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs/sft").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such folder; did you mean .*runs/sft"):
+        resolve(ModelSettings(path="runs/sfd"))
+    assert resolve(ModelSettings(path="org/name")) == "org/name"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(
+        UserError, match=r"no such folder, and the hub http://127\.0\.0\.1:9 cannot be reached"
+    ):
+        load_tokenizer(ModelSettings(path="org/name"))
 
 
 def rewarded(folder: Path, values: list[list[float | None]]) -> Path:

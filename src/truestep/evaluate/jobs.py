@@ -90,7 +90,9 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
         if not is_own(id):
             benchmarks.find(id)
     if settings.evaluate.benchmark_columns and not any(map(is_own, settings.evaluate.benchmarks)):
-        raise UserError(f"{where}: columns are named, but no benchmark is a file of your own; remove --column")
+        raise UserError(
+            f"{where}: columns are named, but no benchmark is a file of your own; remove --column"
+        )
     prompts.chosen([p for p in settings.evaluate.prompts if p != "benchmark" and not prompts.is_file(p)])
     if settings.compute.dtype == "float64":
         raise UserError(
