@@ -242,7 +242,7 @@ def commands_page() -> str:
             check_command(path, command),
             "eval MODEL" if path == ("eval", "model") else " ".join(path),
         )
-        params = [p for p in command.params if p.name != "help"]
+        params = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
         usage = " ".join(argument(p) for p in params if p.param_type_name == "argument")
         hints = get_type_hints(inspect.unwrap(command.callback), include_extras=True)
         lines = ["truestep", shown.removesuffix(" MODEL"), "[OPTIONS]", usage]

@@ -231,9 +231,7 @@ def evaluate(
 
     named = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
     check_overrides([*settings, *overrides], "truestep.evaluate:")
-    options = settings.pop("model", {})  # such as context_length
-    given = {"model": {**options, "path": str(model)}, "benchmarks": named, **settings}
-    table = override(deepcopy(given), overrides)
+    table = override({"model": {"path": str(model)}, "benchmarks": named, **deepcopy(settings)}, overrides)
     asked = evaluation_settings(table, "truestep.evaluate")
     folder = folder_of(asked, Path(out) if out else None)
     try:

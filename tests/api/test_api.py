@@ -27,7 +27,7 @@ SURFACE = {
             "report", "folder"],
     "Audit": ["finding", "verdict", "codes", "weights", "tokens"],
     "train": ["recipe", "out", "resume", "overrides", "change", "strict", "quiet"],
-    "evaluate": ["model", "benchmarks", "out", "resume", "quiet", "settings"],
+    "evaluate": ["model", "benchmarks", "out", "resume", "overrides", "quiet", "settings"],
     "compare": ["a", "b", "metric"],
     "grade": ["gold", "completion", "choices"],
     "audit": ["step", "arch", "accumulation", "seed"],
@@ -216,10 +216,10 @@ def test_evaluate_takes_what_the_command_line_takes(tmp_path: Path, monkeypatch:
     Path("own.jsonl").write_text('{"q": "1+1", "answer": "2"}\n')
     Path("tpl.toml").write_text('[[template]]\nid = "bare"\nmath = "{problem}"\n')
     Path("f.py").write_text("def g(samples):\n    return [2.0 for s in samples]\n")
-    small = {"context_length": 256, "tiny": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}}
+    small = ["model.context_length=256", "model.tiny.hidden_size=16", "model.tiny.num_heads=2"]
     run = truestep.evaluate(
         "tiny", "own.jsonl", out="x", prompts="tpl.toml", scorers=["f.py:g", {"function": "format"}],
-        columns={"problem": "q"}, overrides=["max_new_tokens=3"], model=small, quiet=True,
+        columns={"problem": "q"}, overrides=["max_new_tokens=3", *small], quiet=True,
     )  # fmt: skip
     assert run.scores[0]["prompt"] == "bare"
     assert run.scores[0]["rewards"]["g"]["value"] == 2.0
@@ -230,7 +230,7 @@ def test_evaluate_takes_what_the_command_line_takes(tmp_path: Path, monkeypatch:
 def test_verbs_are_shown_as_functions() -> None:
     """In a new process, because torch is imported here already."""
     code = (
-        "import inspect, sys, truestep\n"
+        "import inspect, sys, truestep.api\n"
         "for name in ('train', 'evaluate', 'grade', 'audit'):\n"
         "    verb, function = getattr(truestep, name), getattr(truestep.api, name)\n"
         "    assert inspect.signature(verb) == inspect.signature(function)\n"
