@@ -454,7 +454,10 @@ def test_a_bad_file_of_prompts_is_named(text: str, fault: str, tmp_path: Path) -
         sent()
 
 
-def test_unknown_prompts_are_named() -> None:
+def test_unknown_prompts_are_named(tmp_path: Path) -> None:
+    (tmp_path / "exams.toml").write_text("")
+    with pytest.raises(UserError, match=r'cannot read .*exam\.toml: .*; did you mean "exams\.toml"'):
+        chosen([str(tmp_path / "exam.toml")])
     with pytest.raises(UserError, match=r"cannot read gone\.toml"):
         chosen(["gone.toml"])
     with pytest.raises(UserError, match=r'"plian" is not one of .*; did you mean "plain"'):
