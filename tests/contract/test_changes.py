@@ -298,8 +298,12 @@ def test_a_change_counts_from_the_run_and_not_from_the_recipe(
     # A second change counts from the first one, also if the recipe has its value already.
     edited.write_text(recipe.read_text().replace("steps = 14", "steps = 20"))
     assert command(monkeypatch, *words, "--change", "stages.sft.steps=20") == 0
-    assert f"changed: stages.sft.steps: {steps} → 20" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"changed: stages.sft.steps: {steps} → 20" in said
+    assert "values that follow from the settings" in said
     assert len(metrics(folder)) == 20
+    assert command(monkeypatch, *words, "--resume") == 0
+    assert "values that follow from the settings" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--change", "stages.sft.steps=20"]])

@@ -108,3 +108,10 @@ def test_styles_of_ones_own_stay() -> None:
 def test_readable_text_stays_as_it_is() -> None:
     text = "Größe √2 ≤ 3 漢字 emoji 🙂 é\n\ttab"
     assert plain(text) == text
+
+
+def test_small_sizes_and_times_are_not_zero() -> None:
+    from truestep.cli.progress import in_words, size_in_words
+
+    assert [size_in_words(n) for n in (2**30 * 1.5, 2**20 * 3)] == ["1.5 GiB", "3.0 MiB"]
+    assert [in_words(s) for s in (7200, 600, 36)] == ["2.0 h", "10 min", "36 s"]
