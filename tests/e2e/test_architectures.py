@@ -1,0 +1,54 @@
+"""docs/reference/architectures.md: the page is that of the recorded runs, they hold their bars, and each architecture's packed
+step is still the one of transformers' own forward passes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import architectures
+
+from truestep.rundir import read_json
+
+STEP, GAP, RANKS = 1e-12, 1e-4, 2e-3
+ONE_BY_ONE = {"Gemma 2", "gpt-oss (MoE)"}
+WHOLE_LOGITS = {"Gemma 2", "Granite"}
+
+
+def hold(name: str, row: dict[str, Any]) -> None:
+    assert row["run"] == "ran"
+    assert max(row["logprob_difference"], row["gradient_difference"]) < STEP
+    assert row["engine_gap"] < GAP
+    assert row["moved"] > 0.01
+    assert row["export"] == {"same_tensors": True, "logit_difference": 0.0}
+    assert max(row["ddp"], row["fsdp2"]) < RANKS
+    assert len(row["notes"]) == (name in ONE_BY_ONE) + (name in WHOLE_LOGITS)
+    assert row["shares_prompts"] == (name not in ONE_BY_ONE)
+    assert row["chunked_head"] == (name not in WHOLE_LOGITS)
+
+
+def test_the_page_is_of_the_recorded_runs() -> None:
+    recorded = read_json(architectures.RESULT)
+    assert architectures.PAGE.read_text(encoding="utf-8") == architectures.page(recorded)
+    assert list(recorded["architectures"]) == list(architectures.ARCHITECTURES)
+    for name, row in recorded["architectures"].items():
+        hold(name, row)
+
+
+@pytest.mark.parametrize("name", list(architectures.ARCHITECTURES))
+def test_the_packed_step_is_that_of_transformers(name: str) -> None:
+    found = architectures.step(name)
+    assert max(found["logprob_difference"], found["gradient_difference"]) < STEP
+    assert found["shares_prompts"] == (name not in ONE_BY_ONE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", list(architectures.ARCHITECTURES))
+def test_each_architecture_runs(name: str) -> None:
+    hold(name, architectures.of_architecture(name))
