@@ -4,7 +4,12 @@ Source: arXiv:2604.23747, appendix B. With N parameters and D response tokens, a
 backward pass 4ND. So an SFT token costs 6N, and an on-policy rollout token 8N (2N to generate it, 6N to train
 on it). The paper counts only response tokens. The fuller count adds prompt tokens, scoring passes (proximal
 log-probabilities) and attention (4 FLOPs per query-key pair, channel and layer, forward), and leaves out the
-input embedding, which is a table look-up.
+input embedding, which is a table look-up. N is what a token uses: of a mixture of experts, the experts that it
+passes through.
+
+A frozen matrix needs no gradient of its weights, and a matrix below all trained parameters needs none of its input
+either. So of the 4N of a backward pass, ``backward_share`` remains, and attention has a backward pass only from the
+lowest layer with a trained parameter on.
 """
 
 from __future__ import annotations
@@ -19,6 +24,15 @@ class ModelShape:
     num_matmul_parameters: int  # of all matrix products of a token: the head included, but not the embedding
     num_layers: int
     attention_width: int  # query channels: heads x head size
+    num_unused_parameters: int = 0  # of the experts that a token does not pass through
+    backward_share: float = (
+        1.0  # of the backward pass's products with matrices; less than 1 if some are frozen
+    )
+    num_backward_layers: int | None = None  # those whose attention has a backward pass; None: all
+
+    def to_json(self) -> dict[str, float]:
+        """Return the fields, without those that only models with experts or frozen layers have."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +58,20 @@ class Ledger:
         return Ledger(**{f.name: round(getattr(self, f.name) * count) for f in fields(Ledger)})
 
     def paper_flops(self, shape: ModelShape) -> float:
-        """Return 6N per demonstration token, 2N per generated token and 6N more if that is trained on."""
-        n = float(shape.num_parameters)
-        return n * (6 * self.demonstration_tokens + 2 * self.rollout_tokens + 6 * self.rollout_trained_tokens)
+        """Return 6N per demonstration token, 2N per generated token and 6N more if that is trained on (less than 6N
+        if matrices are frozen)."""
+        n, trained = float(shape.num_parameters - shape.num_unused_parameters), 2 + 4 * shape.backward_share
+        tokens = self.demonstration_tokens + self.rollout_trained_tokens
+        return n * (trained * tokens + 2 * self.rollout_tokens)
 
     def full_flops(self, shape: ModelShape) -> float:
         """Return the FLOPs with prompt tokens, scoring passes and attention, but no embedding look-ups."""
-        n, attention = float(shape.num_matmul_parameters), 4.0 * shape.num_layers * shape.attention_width
-        forward_only = self.generated_pass_tokens + self.scored_pass_tokens
-        matmul = n * (6 * self.trained_pass_tokens + 2 * forward_only)
-        return matmul + attention * (3 * self.trained_pairs + self.generated_pairs + self.scored_pairs)
+        n, layers = float(shape.num_matmul_parameters - shape.num_unused_parameters), shape.num_layers
+        backward = layers if shape.num_backward_layers is None else shape.num_backward_layers
+        tokens = self.trained_pass_tokens + self.generated_pass_tokens + self.scored_pass_tokens
+        pairs = self.trained_pairs + self.generated_pairs + self.scored_pairs
+        matmul = n * (2 * tokens + 4 * shape.backward_share * self.trained_pass_tokens)
+        return matmul + 4.0 * shape.attention_width * (layers * pairs + 2 * backward * self.trained_pairs)
 
 
 def sequence_work(prompt: int, completion: int) -> Ledger:

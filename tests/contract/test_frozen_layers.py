@@ -98,6 +98,8 @@ def test_in_bfloat16_a_frozen_layer_has_no_master(recipe: Path, tmp_path: Path) 
     }
     for name in filter(is_frozen, before):
         assert torch.equal(tensors["parameters"][name], before[name])
+    assert 0 < rundir.read_json(tmp_path / "run/stages/01-sft/done.json")["shape"]["backward_share"] < 1
+    assert "backward_share" not in rundir.read_json(tmp_path / "run/summary.json")["model"]
 
 
 def test_shards_of_a_frozen_layer(recipe: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The ledger reproduces the paper's totals and scales as it should."""
+"""The ledger reproduces the paper's totals and scales as it should. Frozen layers and experts are counted as torch's own
+counter counts the products of a forward and a backward pass."""
 
 from __future__ import annotations
 
@@ -6,8 +7,13 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from truestep.flops import Ledger, ModelShape
+from truestep.model.load import model_shape
+from truestep.model.select import freeze, without_frozen
 
 PAPER = ModelShape(
     num_parameters=7_000_000_000, num_matmul_parameters=7_000_000_000, num_layers=28, attention_width=3584
@@ -51,5 +57,92 @@ def test_fuller_count_adds_prompts_scoring_and_attention() -> None:
 
 
 def test_json_round_trip() -> None:
+    assert PAPER.to_json().keys() == {
+        "num_parameters",
+        "num_matmul_parameters",
+        "num_layers",
+        "attention_width",
+    }
+    frozen = replace(PAPER, backward_share=0.5, num_backward_layers=0)
+    assert ModelShape(**frozen.to_json()) == frozen  # type: ignore[arg-type]
     ledger = rollouts(3, 2, 5) + demonstrations(1)
     assert Ledger(**json.loads(json.dumps(asdict(ledger)))) == ledger
+
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "attn_implementation": "eager",
+}  # fmt: skip
+TOKENS = 16
+
+
+def model_of(kind: str, **more: int) -> transformers.PreTrainedModel:
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **more)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def products(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the FLOPs of the products with matrices, and those of attention, of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(TOKENS)[None], use_cache=False).logits.sum().backward()
+    found = {str(key): value for key, value in counter.get_flop_counts()["Global"].items()}
+    attention = found.pop("aten.bmm")
+    return sum(found.values()), attention
+
+
+@pytest.mark.parametrize(
+    ("frozen", "layers"),
+    [
+        ([], 3),
+        (["model.embed_tokens.*"], 3),
+        (["model.embed_tokens.*", "model.layers.0.*", "model.layers.1.*"], 1),
+        (["model.embed_tokens.*", "model.layers.0.*", "*.mlp.*"], 2),
+        (["model.layers.[12].*", "lm_head.weight"], 3),
+        (["model.*"], 0),
+    ],
+)
+def test_the_backward_pass_of_frozen_layers(frozen: list[str], layers: int) -> None:
+    model = model_of("llama")
+    freeze(model, frozen)
+    shape = without_frozen(model, model_shape(model))
+    matrices = shape.num_matmul_parameters - 7 * 32  # the scales of the norms are no matrices
+    work = Ledger(trained_pass_tokens=TOKENS, trained_pairs=TOKENS * TOKENS)  # eager computes every pair
+    exact = replace(shape, num_matmul_parameters=matrices)
+    matmul, attention = products(model)
+    only_matrices = replace(exact, attention_width=0)
+    assert work.full_flops(only_matrices) == matmul
+    assert work.full_flops(exact) - work.full_flops(only_matrices) == attention
+    assert shape.num_backward_layers in ({None, layers} if not frozen else {layers})
+    demonstration = Ledger(demonstration_tokens=TOKENS).paper_flops(shape) / TOKENS / shape.num_parameters
+    assert demonstration == (6 if not frozen else pytest.approx(2 + 4 * shape.backward_share))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+        ),
+        ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+        ("olmoe", {"num_experts": 4, "num_experts_per_tok": 1}),
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    ],
+)
+def test_of_experts_only_those_that_a_token_uses(kind: str, more: dict[str, int]) -> None:
+    model = model_of(kind, **more)
+    shape = model_shape(model)
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    vectors = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1)
+    biases = sum(
+        p.numel() // 4 * 2 for name, p in model.named_parameters() if name.endswith("proj_bias")
+    )  # of gpt-oss: rows of 4 experts
+    matrices = replace(
+        shape, num_matmul_parameters=shape.num_matmul_parameters - vectors - biases, attention_width=0
+    )
+    work = Ledger(trained_pass_tokens=TOKENS)
+    model.set_experts_implementation("eager")
+    assert work.full_flops(matrices) == products(model)[0]
+    paper = Ledger(demonstration_tokens=1).paper_flops(shape)
+    assert paper == 6 * (shape.num_parameters - shape.num_unused_parameters)
+    assert Ledger(rollout_tokens=1).paper_flops(shape) == paper / 3

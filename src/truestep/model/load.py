@@ -227,6 +227,21 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         num_matmul_parameters=total - look_up,
         num_layers=config.num_hidden_layers,
         attention_width=config.num_attention_heads * head_size,
+        num_unused_parameters=_num_unused(model),
+    )
+
+
+def _num_unused(model: PreTrainedModel) -> int:
+    """Return the number of the experts' parameters that a token does not use. They are tensors [experts, …]."""
+    used = getattr(model.config, "num_experts_per_tok", None)
+    experts = [
+        m for m in model.modules() if type(m).__name__.endswith("Experts") and hasattr(m, "num_experts")
+    ]
+    return sum(
+        p.numel() // m.num_experts * max(0, m.num_experts - used)
+        for m in experts
+        for p in m.parameters()
+        if used and p.shape[0] == m.num_experts
     )
 
 

@@ -6,13 +6,15 @@ model, such as ``model.layers.[0-3].*``."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from truestep.errors import UserError, did_you_mean
+from truestep.flops import ModelShape
 from truestep.model.load import override, read_config, resolve
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.settings import ModelSettings
@@ -56,6 +58,37 @@ def freeze(model: nn.Module, patterns: Sequence[str], key: str = "freeze") -> No
         raise UserError(
             f"{key} = {list(patterns)} matches every parameter, so nothing is trained; remove a pattern"
         )
+
+
+def without_frozen(model: PreTrainedModel, shape: ModelShape) -> ModelShape:
+    """Return the shape with the part of the backward pass that frozen parameters leave. A forward pass of two tokens
+    shows which products have an input with a gradient. Held by: tests/unit/test_flops.py"""
+    if all(p.requires_grad for p in model.parameters()):
+        return shape
+    counts = {"matrices": 0, "weights": 0, "inputs": 0, "layers": 0}
+
+    def see(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = next((t for t in (*args, *named.values()) if isinstance(t, Tensor)), None)
+        flows = given is not None and given.requires_grad
+        for matrix in (p for p in module.parameters(recurse=False) if p.dim() > 1):
+            counts["matrices"] += matrix.numel()
+            counts["weights"] += matrix.numel() * matrix.requires_grad
+            counts["inputs"] += matrix.numel() * flows
+            flows = flows or matrix.requires_grad  # the input of an expert's second product
+
+    def see_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        counts["layers"] += (output if isinstance(output, Tensor) else output[0]).requires_grad
+
+    products = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
+    hooks = [m.register_forward_pre_hook(see, with_kwargs=True) for m in products]
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == shape.num_layers)
+    layers = next(lists, nn.ModuleList())
+    hooks += [layer.register_forward_hook(see_layer) for layer in layers]
+    model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    share = (counts["weights"] + counts["inputs"]) / (2 * counts["matrices"])
+    return replace(shape, backward_share=share, num_backward_layers=counts["layers"] if layers else None)
 
 
 def empty_model(settings: ModelSettings) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from truestep.device import compute_device, matmul_rate
 from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
-from truestep.model.select import freeze
+from truestep.model.select import freeze, without_frozen
 from truestep.pipeline.history import MEASURES, Change, begun_with
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.track import Trackers
@@ -76,6 +76,7 @@ def make_policy(session: Session, path: str, frozen: Sequence[str] = ()) -> Poli
     compute = session.prepared.settings.compute
     loaded = open_model(session, path)
     freeze(loaded.model, frozen)
+    loaded = replace(loaded, shape=without_frozen(loaded.model, loaded.shape))
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
     for note in policy.notes:
         session.reporter.say(note)

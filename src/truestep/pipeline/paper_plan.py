@@ -225,7 +225,7 @@ def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, A
         )
     return {
         "name": settings.name,
-        "model": {"path": settings.model.path, **vars(model_shape(model)), "context_length": context,
+        "model": {"path": settings.model.path, **model_shape(model).to_json(), "context_length": context,
                   "rope_theta": rope.get("rope_theta")},
         "template": f"{settings.chat.system}\n{settings.chat.user}\n{settings.chat.generation_suffix}",
         "rows": declared.rows, "num_gpus": declared.num_gpus, "stages": rows,

@@ -248,7 +248,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         "method": spec.updater.method.name, "steps": state.step, "seconds": time.perf_counter() - began,
         "data": "+".join(spec.settings.data_names), "tokens": asdict(totals[0]),
         "flops_paper": totals[0].paper_flops(shape), "flops_full": totals[0].full_flops(shape),
-        "ledger_after": asdict(totals[1]), "best": dict(state.best), "shape": asdict(shape),
+        "ledger_after": asdict(totals[1]), "best": dict(state.best), "shape": shape.to_json(),
         "exported": {"step": step, "why": why}, **(_cost(spec) if session.ranks.rank == 0 else {}),
         "warnings": [warning for warning in session.warned if warning["stage"] == spec.name],
     }  # fmt: skip
@@ -345,9 +345,10 @@ def summarize(session: Session, status: str, error: BaseException | None = None)
     that failed has the first line of its error."""
     prepared, settings = session.prepared, session.prepared.settings
     shapes = [read_done(p.parent)["shape"] for p in sorted(session.folder.glob("stages/*/done.json"))]
+    model = {key: value for key, value in shapes[0].items() if "backward" not in key} if shapes else {}
     summary = {
         "name": settings.name, "seed": settings.seed, "status": status,
-        "model": {"path": rundir.redact(settings.model.path), **(shapes[0] if shapes else {})},
+        "model": {"path": rundir.redact(settings.model.path), **model},
         "stages": stage_rows(session), "scores": score_rows(session), "comparisons": comparisons(session),
         "content": {"model": prepared.model_content, **prepared.content},
         "code": {name: code for name, code in prepared.code.items() if code},
