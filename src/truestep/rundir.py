@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -274,10 +274,20 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: s
             raise UserError(f"{path} is not what was written (SHA-256 differs); {remedy}")
 
 
-def mark_export(folder: Path) -> None:
-    """Write the mark of an exported model, with the hashes of its files, into its folder."""
+def mark_export(folder: Path, special_tokens: Sequence[str] = ()) -> None:
+    """Write an export's mark: the hashes of its files, and the special tokens that its texts may contain."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
-    write_json(folder / EXPORT_MARK, {"format": 2, "files": record_files(folder, files)})
+    allowed = {"special_tokens": list(special_tokens)} if special_tokens else {}
+    write_json(folder / EXPORT_MARK, {"format": 2, **allowed, "files": record_files(folder, files)})
+
+
+def special_tokens_of(folder: Path) -> tuple[str, ...]:
+    """Return the special tokens that texts of an exported model may contain. Raises UserError if the mark is damaged."""
+    mark = folder / EXPORT_MARK
+    found = read_json(mark).get("special_tokens", []) if mark.is_file() else []
+    if not isinstance(found, list) or not all(isinstance(token, str) for token in found):
+        raise UserError(f"{mark}: special_tokens is not a list of texts; restore the file or export again")
+    return tuple(found)
 
 
 def train_again(stage: Path) -> str:

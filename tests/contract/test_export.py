@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import go, prepared, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from truestep import rundir
 from truestep.checkpoint.export import export_hf, model_card
 from truestep.checkpoint.store import OutOfSpace
+from truestep.cli.main import _app
 from truestep.errors import UserError
 from truestep.model.load import load_model
 from truestep.settings import ModelSettings, TinySettings
@@ -207,3 +212,44 @@ def test_nothing_in_a_card_is_taken_for_markup() -> None:
     import yaml
 
     assert yaml.safe_load(card.split("\n---\n")[0])["tags"][2] == evil
+
+
+def thinking_export(folder: Path) -> Path:
+    """The export of a run that allowed a special token. The model is nearly random, so it samples every token."""
+    recipe = write_recipe(folder / "recipe")
+    short = ("stages.sft.steps=1", "stages.rl.steps=1", "stages.sft.optimizer.lr=1e-9", "evaluate.data=[]")
+    go(prepared(recipe, *short, 'chat.special_tokens=["<|user|>"]'), folder / "run")
+    return folder / "run/stages/01-sft/export"
+
+
+def texts(folder: Path, model: Path) -> list[str]:
+    """What the model writes, as ``truestep eval`` has it."""
+    (folder / "own.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    words = ["--benchmarks", str(folder / "own.jsonl"), "--samples", "30", "--set", "max_new_tokens=16"]
+    out = folder / f"out{len(list(folder.iterdir()))}"
+    command = ["eval", "model", str(model), *words, "--set", "temperature=1", "--out", str(out), "--json"]
+    assert CliRunner().invoke(_app(), command, catch_exceptions=False).exit_code == 0
+    (path,) = out.rglob("*.samples.jsonl")
+    return [row["completion"] for row in rundir.read_jsonl(path) if "completion" in row]
+
+
+def test_eval_keeps_the_special_tokens_that_the_export_names(tmp_path: Path) -> None:
+    export = thinking_export(tmp_path)
+    assert rundir.read_json(export / rundir.EXPORT_MARK)["special_tokens"] == ["<|user|>"]
+    kept = texts(tmp_path, export)
+    assert any("<|user|>" in text for text in kept)
+    assert not any("<|system|>" in text or "<|end|>" in text for text in kept)
+
+
+@pytest.mark.slow
+def test_special_tokens_of_other_models_are_those_of_the_recipe(tmp_path: Path) -> None:
+    export, plain, recipe = thinking_export(tmp_path), tmp_path / "plain", tmp_path / "eval.toml"
+    kept = texts(tmp_path, export)
+    shutil.copytree(export, plain)
+    (plain / rundir.EXPORT_MARK).unlink()
+    assert texts(tmp_path, plain) == [text.replace("<|user|>", "") for text in kept]
+    recipe.write_text(f'[model]\npath = "{plain}"\n[chat]\nspecial_tokens = ["<|user|>"]\n')
+    assert texts(tmp_path, recipe) == kept
+    recipe.write_text(f'[model]\npath = "{plain}"\n[chat]\nspecial_tokens = ["<|end|>"]\n')
+    with pytest.raises(UserError, match=r'"<\|end\|>" ends a completion'):
+        texts(tmp_path, recipe)

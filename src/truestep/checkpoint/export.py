@@ -25,7 +25,14 @@ NOT_EVALUATED = "Not evaluated."
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
-def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, card: str) -> None:
+def export_hf(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    card: str,
+    special_tokens: Sequence[str] = (),
+) -> None:
     """Write model, tokenizer, generation config and README.md. The folder appears whole or not at all.
 
     An older export, which contains EXPORT_MARK, is replaced. Raises UserError if the existing folder is not an
@@ -47,6 +54,9 @@ def export_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     temporary.mkdir()
     try:
         _write(temporary, model, tokenizer, card)
+        mark_export(temporary, special_tokens)
+        for path in (*temporary.rglob("*"), temporary):
+            fsync_folder(path)  # this call also syncs a file
         replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         code = error.errno if isinstance(error, OSError) else None
@@ -68,10 +78,6 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         model.generation_config = own
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    mark_export(folder)
-    for path in folder.rglob("*"):
-        fsync_folder(path)  # this call also syncs a file
-    fsync_folder(folder)
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -176,8 +176,9 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
         if (name := settings.evaluate.engine) not in ENGINES:
             names = ", ".join(ENGINES)
             raise UserError(f'engine = "{name}": expected {names}, or the URL of an endpoint')
+        from truestep.data.chat import check_special_tokens, stop_token_ids
         from truestep.data.templates import choose_template
-        from truestep.model.load import load_tokenizer, model_content
+        from truestep.model.load import load_tokenizer, model_content, resolve
         from truestep.pipeline.prepare import context_and_eos
 
         context, eos = context_and_eos(settings)
@@ -186,11 +187,16 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
             settings.chat.template != "model"
         ):  # without one, benchmarks are sent as plain text, and a note says so
             choose_template(tokenizer, settings.chat.template, settings.model.path)
+        exported = rundir.special_tokens_of(Path(resolve(settings.model)))
+        allowed = tuple(dict.fromkeys((*settings.chat.special_tokens, *exported)))
+        if allowed:
+            chat = settings.chat.model_copy(update={"special_tokens": allowed})
+            check_special_tokens(tokenizer, chat, stop_token_ids(tokenizer, eos))
         open_engine = ENGINES[name]
         adapter = TokenAdapter(
             tokenizer=tokenizer, context_length=context, model_eos=eos,
             open_engine=cache(lambda: stack.enter_context(open_engine(settings, context))),
-            pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark",
+            pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark", special_tokens=allowed,
         )  # fmt: skip
         yield adapter, model_content(settings.model)
 

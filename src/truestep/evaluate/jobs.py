@@ -29,7 +29,7 @@ _OF_TRAINING = ("data", "stages", "chat", "trackers", "declared")
 _OTHER = ("name", "model", "seed", "evaluate", "compute")
 # What a sample depends on; samples made with different values must not be mixed.
 FIXED = (
-    "model", "seed", "compute.dtype", "evaluate.engine", "evaluate.few_shot", "evaluate.sampling.temperature",
+    "model", "chat.special_tokens", "seed", "compute.dtype", "evaluate.engine", "evaluate.few_shot", "evaluate.sampling.temperature",
     "evaluate.sampling.top_p", "evaluate.sampling.top_k", "evaluate.sampling.max_new_tokens",
 )  # fmt: skip
 
@@ -66,9 +66,17 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
     for key, value in raw.items():
         if key == "data" and isinstance(value, str):
             _put(table, "evaluate.folder", value)
+<<<<<<< HEAD
         elif key in _OF_TRAINING:
             continue  # benchmarks have their own problems and templates
         elif isinstance(value, Mapping) and key not in ("limits", "columns"):
+=======
+        elif key == "chat" and isinstance(value, Mapping):
+            _put(table, "chat.special_tokens", value.get("special_tokens", []))
+        elif key in ("data", "stages", "chat", "trackers", "declared"):
+            continue  # keys of a training recipe; benchmarks have their own problems and templates
+        elif isinstance(value, Mapping) and key != "limits":
+>>>>>>> 4448cb6 (truestep eval keeps the special tokens that an export names)
             for inner, entry in value.items():
                 if key != "evaluate" or inner not in ("data", "pass_at", "before"):
                     _put(table, f"{key}.{inner}", entry)
@@ -193,7 +201,8 @@ def job_identity(settings: Settings, job: Job, model_content: str, scorers: str 
     sampling = (s.temperature, s.top_p, s.top_k, s.max_new_tokens, settings.seed, settings.evaluate.few_shot)
     own = (settings.compute.dtype, engine_kind(settings), job.benchmark.id, job.benchmark.scorer, job.source)
     scored: list[Any] = [*settings.evaluate.scorers, scorers] if settings.evaluate.scorers else []
-    return settings_hash(settings.model, *asked, *map(str, sampling), *own, model_content, *scored)
+    kept = settings.chat.special_tokens  # those of an export are part of its content
+    return settings_hash(settings.model, *asked, *map(str, sampling), *own, model_content, *scored, *kept)
 
 
 def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:

@@ -54,6 +54,7 @@ class TokenAdapter:
     model_eos: Any
     open_engine: Callable[[], Engine]  # called for every job; it opens an engine once and keeps it
     pinned_limit: bool  # the length limit is from a benchmark, and may be reduced to fit the model's context
+    special_tokens: tuple[str, ...] = ()  # those that texts may contain
 
     def ready(self, job: Job, few_shot: int) -> ReadyJob:
         template, kind = job.template, job.benchmark.kind
@@ -86,7 +87,8 @@ class TokenAdapter:
         if not template.chat:
             return Prompt(problem=problem, token_ids=tuple(self.tokenizer(plain_text(messages))["input_ids"]))
         turns = replace(problem, messages=messages, meta={**problem.meta, "turns_given": True})
-        made = encode_prompt(self.tokenizer, turns, ChatSettings(generation_suffix=template.suffix))
+        chat = ChatSettings(generation_suffix=template.suffix, special_tokens=self.special_tokens)
+        made = encode_prompt(self.tokenizer, turns, chat)
         return Prompt(problem=problem, token_ids=made.token_ids)
 
     def _stops(self, template: Template) -> tuple[int, ...]:
@@ -107,7 +109,7 @@ class TokenAdapter:
         return tuple(tuple(ids) for stop, ids in made if len(ids) > 1 and stop in tokenizer.decode(ids))
 
     def answers(self, plan: EvaluationPlan, template: Template, check_stop: Callable[[], None]) -> Answer:
-        decode = partial(completion_text, self.tokenizer)
+        decode = partial(completion_text, self.tokenizer, kept=self.special_tokens)
         sampled = engine_answers(plan, self.open_engine, decode, check_stop)
 
         def answer(keys: Sequence[Key]) -> Iterator[TextSample]:
