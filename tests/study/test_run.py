@@ -401,6 +401,19 @@ def test_a_model_and_data_named_from_here_or_from_the_study_are_found(
         assert found.model.path == (str(tmp_path / place) if place else path)
 
 
+def test_a_cell_is_tracked_by_the_studys_file_in_the_studys_group(tmp_path: Path) -> None:
+    tracked = STUDY.replace(
+        "[run.model]", '[run]\ntrackers = ["mine.py:Mine", "pkg.mod:Mine"]\n[run.model]', 1
+    )
+    run_cells(runner(tmp_path / "there", Children(), text=tracked))
+    recipes = [load_settings(path) for path in (tmp_path / "there").rglob("cells/*/recipe.toml")]
+    assert recipes
+    for recipe in recipes:
+        assert recipe.group == "micro"
+        assert recipe.trackers == (f"{tmp_path}/there/mine.py:Mine", "pkg.mod:Mine")
+    assert len({recipe.name for recipe in recipes}) == len(recipes)
+
+
 def test_code_of_a_recipe_is_found_from_anywhere_and_is_part_of_a_cell(tmp_path: Path) -> None:
     """The row's content, not its place, makes another cell."""
     (tmp_path / "row.py").write_text("def mine(): ...\n")

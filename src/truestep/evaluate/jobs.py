@@ -29,8 +29,8 @@ _OF_TRAINING = ("data", "stages", "chat", "trackers", "declared")
 _OTHER = ("name", "model", "seed", "evaluate", "compute")
 # What a sample depends on; samples made with different values must not be mixed.
 FIXED = (
-    "model", "chat.special_tokens", "seed", "compute.dtype", "evaluate.engine", "evaluate.few_shot", "evaluate.sampling.temperature",
-    "evaluate.sampling.top_p", "evaluate.sampling.top_k", "evaluate.sampling.max_new_tokens",
+    "model", "chat.special_tokens", "seed", "compute.dtype", "evaluate.engine", "evaluate.few_shot",
+    "evaluate.sampling.temperature", "evaluate.sampling.top_p", "evaluate.sampling.top_k", "evaluate.sampling.max_new_tokens",
 )  # fmt: skip
 
 

@@ -24,9 +24,9 @@ def code_of(stage: StageSettings, base_dir: Path) -> dict[str, str]:
     return found
 
 
-def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
-    """Return the settings with absolute paths of the files and folders that they name, so that they mean the same
-    in any folder. Modules (PACKAGE.MODULE:NAME) stay as they are."""
+def with_absolute_code(settings: Settings, base_dir: Path) -> Settings:
+    """Return the settings with absolute paths of methods, rewards and trackers. Modules (PACKAGE.MODULE:NAME) stay as
+    they are."""
 
     def code(named: str) -> str:
         place, _, function = named.rpartition(":")
@@ -43,6 +43,13 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
             changed |= {"reward": code(s.reward), "rewards": rewards}
         return s.model_copy(update=changed)
 
+    trackers = tuple(map(code, settings.trackers))
+    return settings.model_copy(update={"stages": tuple(map(stage, settings.stages)), "trackers": trackers})
+
+
+def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
+    """Return the settings with absolute paths of the files and folders that they name, so that they mean the same
+    in any folder."""
     data = {
         name: d.model_copy(update={"source": absolute_source(d, base_dir)})
         for name, d in settings.data.items()
@@ -52,11 +59,4 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
     model = (
         settings.model.model_copy(update={"path": str(Path(name).absolute())}) if is_file else settings.model
     )
-    return settings.model_copy(
-        update={
-            "model": model,
-            "data": data,
-            "stages": tuple(map(stage, settings.stages)),
-            "trackers": tuple(map(code, settings.trackers)),
-        }
-    )
+    return with_absolute_code(settings, base_dir).model_copy(update={"model": model, "data": data})

@@ -285,8 +285,12 @@ def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, An
         model = open_model(session, settings.model.path).model
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    made = {"card": _card(session, index, done), "special_tokens": settings.chat.special_tokens}
-    export_hf(spec.folder / "export", model, session.prepared.tokenizer, **made)
+    tokenizer, card, tokens = (
+        session.prepared.tokenizer,
+        _card(session, index, done),
+        settings.chat.special_tokens,
+    )
+    export_hf(spec.folder / "export", model, tokenizer, card=card, special_tokens=tokens)
 
 
 def _card(session: Session, index: int, done: Mapping[str, Any]) -> str:

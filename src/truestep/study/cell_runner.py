@@ -21,17 +21,8 @@ from truestep import rundir, signals
 from truestep.data.files import is_local, local_files, sources_of
 from truestep.errors import UserError
 from truestep.model.packaged import PACKAGED
-from truestep.pipeline.code import code_of
-from truestep.settings import (
-    DataSettings,
-    RejectionSettings,
-    RlSettings,
-    Settings,
-    Stage,
-    load_settings,
-    settings_hash,
-    table_of,
-)
+from truestep.pipeline.code import code_of, with_absolute_code
+from truestep.settings import DataSettings, Settings, load_settings, settings_hash, table_of
 from truestep.study import cell_results
 from truestep.study.engines import Launch
 from truestep.study.plan import BASE_MODEL, Study, cell_settings
@@ -184,24 +175,7 @@ def with_absolute_paths(settings: Settings, base_dir: Path) -> Settings:
             data[name] = one.model_copy(update={"source": paths[0] if len(paths) == 1 else tuple(paths)})
     if path := local_model(model.path, base_dir):
         model = model.model_copy(update={"path": str(path.resolve())})
-    stages = tuple(_absolute_code(stage, base_dir) for stage in settings.stages)
-    return settings.model_copy(update={"data": data, "model": model, "stages": stages})
-
-
-def _absolute_code(stage: Stage, base_dir: Path) -> Stage:
-    """Return the stage with absolute paths to its code (FILE.py:NAME)."""
-
-    def found(named: str) -> str:
-        place, _, name = named.rpartition(":")
-        return f"{(base_dir / place).resolve()}:{name}" if place.endswith(".py") else named
-
-    if isinstance(stage, RejectionSettings):
-        return stage
-    update: dict[str, Any] = {"method": found(stage.method)}
-    if isinstance(stage, RlSettings):
-        rewards = [entry.model_copy(update={"function": found(entry.function)}) for entry in stage.rewards]
-        update |= {"reward": found(stage.reward), "rewards": tuple(rewards)}
-    return stage.model_copy(update=update)
+    return with_absolute_code(settings, base_dir).model_copy(update={"data": data, "model": model})
 
 
 def local_sources(name: str, data: DataSettings, base_dir: Path) -> list[Path]:
