@@ -281,15 +281,6 @@ def mark_export(folder: Path, special_tokens: Sequence[str] = ()) -> None:
     write_json(folder / EXPORT_MARK, {"format": 2, **allowed, "files": record_files(folder, files)})
 
 
-def special_tokens_of(folder: Path) -> tuple[str, ...]:
-    """Return the special tokens that texts of an exported model may contain. Raises UserError if the mark is damaged."""
-    mark = folder / EXPORT_MARK
-    found = read_json(mark).get("special_tokens", []) if mark.is_file() else []
-    if not isinstance(found, list) or not all(isinstance(token, str) for token in found):
-        raise UserError(f"{mark}: special_tokens is not a list of texts; restore the file or export again")
-    return tuple(found)
-
-
 def train_again(stage: Path) -> str:
     return f"delete {stage} and run the same command again with --resume, which trains the stage again"
 

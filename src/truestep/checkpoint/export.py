@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from truestep.checkpoint.folders import replace_folder, require_space
 from truestep.errors import OutOfSpace, UserError
-from truestep.rundir import EXPORT_MARK, NO_SPACE, fsync_folder, mark_export
+from truestep.rundir import EXPORT_MARK, NO_SPACE, fsync_folder, mark_export, read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -78,6 +78,15 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         model.generation_config = own
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def special_tokens_of(folder: Path) -> tuple[str, ...]:
+    """Return the special tokens that texts of an exported model may contain. Raises UserError if the mark is damaged."""
+    mark = folder / EXPORT_MARK
+    found = read_json(mark).get("special_tokens", []) if mark.is_file() else []
+    if not isinstance(found, list) or not all(isinstance(token, str) for token in found):
+        raise UserError(f"{mark}: special_tokens is not a list of texts; restore the file or export again")
+    return tuple(found)
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

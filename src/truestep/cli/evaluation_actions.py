@@ -176,6 +176,7 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
         if (name := settings.evaluate.engine) not in ENGINES:
             names = ", ".join(ENGINES)
             raise UserError(f'engine = "{name}": expected {names}, or the URL of an endpoint')
+        from truestep.checkpoint.export import special_tokens_of
         from truestep.data.chat import check_special_tokens, stop_token_ids
         from truestep.data.templates import choose_template
         from truestep.model.load import load_tokenizer, model_content, resolve
@@ -187,7 +188,7 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
             settings.chat.template != "model"
         ):  # without one, benchmarks are sent as plain text, and a note says so
             choose_template(tokenizer, settings.chat.template, settings.model.path)
-        exported = rundir.special_tokens_of(Path(resolve(settings.model)))
+        exported = special_tokens_of(Path(resolve(settings.model)))
         allowed = tuple(dict.fromkeys((*settings.chat.special_tokens, *exported)))
         if allowed:
             chat = settings.chat.model_copy(update={"special_tokens": allowed})
