@@ -407,6 +407,8 @@ def test_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert turns == [
             ("system", "Be brief."), ("user", "Task: 3+3?"), ("assistant", "six"), ("user", "Task: 1+1?")
         ]  # fmt: skip
+    (tmp_path / "mine.toml").write_text(OWN_PROMPTS.replace("six", "6"))
+    assert "made with a different model, data, settings" in call(*words, "--resume", code=2)
     (tmp_path / "mine.toml").write_text(OWN_PROMPTS.replace("Task", "Sum"))
     assert "made with a different model, data, settings" in call(*words, "--resume", code=2)
     [row] = call("--benchmark", "sums.jsonl", "--out", "bare")["scores"]

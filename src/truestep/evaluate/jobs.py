@@ -66,17 +66,11 @@ def evaluation_settings(raw: Mapping[str, Any], where: str) -> Settings:
     for key, value in raw.items():
         if key == "data" and isinstance(value, str):
             _put(table, "evaluate.folder", value)
-<<<<<<< HEAD
+        elif key == "chat" and isinstance(value, Mapping):
+            _put(table, "chat.special_tokens", value.get("special_tokens", []))
         elif key in _OF_TRAINING:
             continue  # benchmarks have their own problems and templates
         elif isinstance(value, Mapping) and key not in ("limits", "columns"):
-=======
-        elif key == "chat" and isinstance(value, Mapping):
-            _put(table, "chat.special_tokens", value.get("special_tokens", []))
-        elif key in ("data", "stages", "chat", "trackers", "declared"):
-            continue  # keys of a training recipe; benchmarks have their own problems and templates
-        elif isinstance(value, Mapping) and key != "limits":
->>>>>>> 4448cb6 (truestep eval keeps the special tokens that an export names)
             for inner, entry in value.items():
                 if key != "evaluate" or inner not in ("data", "pass_at", "before"):
                     _put(table, f"{key}.{inner}", entry)
@@ -197,7 +191,16 @@ def job_identity(settings: Settings, job: Job, model_content: str, scorers: str 
     """Return a hash of everything that a sample of this job depends on, with its scores. The number of samples is not
     included. ``scorers`` is a hash of the scorers' files."""
     t, s = job.template, job.sampling
-    asked = (t.system, t.choice_system, t.math, t.choice, t.suffix, str(t.chat), *t.stop)
+    asked = (
+        t.system,
+        t.choice_system,
+        t.math,
+        t.choice,
+        t.suffix,
+        str(t.chat),
+        *t.stop,
+        *(text for pair in t.worked for text in pair),
+    )
     sampling = (s.temperature, s.top_p, s.top_k, s.max_new_tokens, settings.seed, settings.evaluate.few_shot)
     own = (settings.compute.dtype, engine_kind(settings), job.benchmark.id, job.benchmark.scorer, job.source)
     scored: list[Any] = [*settings.evaluate.scorers, scorers] if settings.evaluate.scorers else []
