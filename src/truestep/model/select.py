@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from truestep.errors import UserError, did_you_mean
 from truestep.flops import ModelShape
-from truestep.model.load import override, read_config, resolve
+from truestep.model.load import read_config, resolve
+from truestep.model.rope import override
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.settings import ModelSettings
 

@@ -109,7 +109,7 @@ def meta_model(settings: Settings, config: Mapping[str, Any]) -> PreTrainedModel
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from truestep.model.load import override
+    from truestep.model.rope import override
 
     made = AutoConfig.for_model(**config)
     override(made, settings.model)

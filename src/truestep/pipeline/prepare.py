@@ -20,7 +20,8 @@ from truestep.data.problems import load_problems
 from truestep.data.templates import choose_template
 from truestep.device import world
 from truestep.errors import Faults, UserError, count, verb
-from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, override, read_config, resolve
+from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, read_config, resolve
+from truestep.model.rope import override
 from truestep.model.select import check_patterns
 from truestep.objective.corrections import REWEIGHTING
 from truestep.objective.methods import METHODS, Method, build, fits_older_samples
