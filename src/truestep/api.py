@@ -10,6 +10,7 @@ mend are ``truestep.errors.UserError`` with one sentence. Held by: tests/api/tes
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ class Run:
     def path(self) -> Path:
         """The run directory."""
         return Path(self.folder)
+
+    def __fspath__(self) -> str:
+        """A run can be used where a folder is asked for, for example as a model: that of its last finished stage."""
+        return os.fspath(self.folder)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -185,10 +190,10 @@ def train(
     from truestep.train.parallel import join
 
     if isinstance(recipe, Mapping):
-        base, settings = (
-            Path(),
-            parse(Settings, override(deepcopy(dict(recipe)), overrides), where="the recipe"),
-        )
+        base = Path()
+        settings = parse(Settings, override(_plain(recipe), overrides), where="the recipe")
+    elif not isinstance(recipe, str | os.PathLike):
+        raise UserError(f"truestep.train needs the path of a recipe or a table, got {type(recipe).__name__}")
     else:
         base, settings = Path(recipe).parent, load_settings(Path(recipe), overrides)
     how, ranks = How(change=change, resume=resume, strict=strict), join()
@@ -214,7 +219,7 @@ def evaluate(
     quiet: bool = False,
     **settings: Any,
 ) -> Run:
-    """Evaluate a model (folder, hub id or name on a server) on benchmarks: ids of pinned ones, or files and folders of
+    """Evaluate a model (folder, run, hub id or name on a server) on benchmarks: ids of pinned ones, or files and folders of
     your own. ``settings`` are further keys of an evaluation's recipe, such as limit, samples, prompts, few_shot, engine,
     temperature, max_new_tokens, columns, checker, data (a folder with the pinned benchmarks) and scorers (names,
     FILE.py:FUNCTION, or tables). ``overrides`` are KEY=VALUE, as of ``--set``.
@@ -231,7 +236,9 @@ def evaluate(
 
     named = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks)
     check_overrides([*settings, *overrides], "truestep.evaluate:")
-    table = override({"model": {"path": str(model)}, "benchmarks": named, **deepcopy(settings)}, overrides)
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(f"truestep.evaluate needs a model's folder, id or run, got {type(model).__name__}")
+    table = override(_plain({"model": {"path": model}, "benchmarks": named, **settings}), overrides)
     asked = evaluation_settings(table, "truestep.evaluate")
     folder = folder_of(asked, Path(out) if out else None)
     try:
@@ -239,6 +246,15 @@ def evaluate(
     except Interrupted as stop:
         raise _stopped(stop, folder) from None
     return Run(folder)
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy of a table in which paths (and runs) are texts, as in a file."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else deepcopy(value)
 
 
 def _stopped(stop: Interrupted, folder: Path) -> KeyboardInterrupt:
@@ -250,14 +266,14 @@ def _stopped(stop: Interrupted, folder: Path) -> KeyboardInterrupt:
 def compare(a: PathLike | Run, b: PathLike | Run, metric: str = "") -> dict[str, Any]:
     """Compare two evaluations of the same problems: run directories, or logs of lm-eval, lighteval and inspect. Return
     ``comparisons``, one row per task: difference b − a, low, high, p_value, detectable (80 % power), and the sides.
-    ``metric`` is "correct" (the default), the name of a scorer that both have, or the score of a log to use.
+    Of a training run, its last checkpoint is compared; ``RUN/evaluations/base`` is that of its base model. ``metric`` is
+    "correct" (the default), the name of a scorer that both have, or the score of a log to use.
 
     >>> compare("runs/before", "runs/after")["comparisons"][0]["difference"]
     """
     from truestep.evaluate.import_compare import compare_evaluations
 
-    first, second = (side.path if isinstance(side, Run) else Path(side) for side in (a, b))
-    return compare_evaluations(first, second, metric)
+    return compare_evaluations(Path(a), Path(b), metric)
 
 
 def grade(gold: str, completion: str, *, choices: Sequence[str] = ()) -> dict[str, Any]:
@@ -320,4 +336,8 @@ def audit(step: Callable[..., Any], *, arch: str = "plain", accumulation: int = 
     """
     from truestep.audit.environments.in_process import audit_function
 
+    if not callable(step):
+        raise UserError(
+            f"truestep.audit needs a function step(model, optimizer, microbatches), got {type(step).__name__}"
+        )
     return Audit(audit_function(step, arch=arch, accumulation=accumulation, seed=seed))

@@ -240,6 +240,36 @@ def test_verbs_are_shown_as_functions() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_paths_and_runs_are_taken_where_folders_are(
+    run: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    found = truestep.evaluate(
+        run, [Path("own.jsonl")], out="out", prompts=["brief"], max_new_tokens=4, quiet=True
+    )
+    assert found.scores[0]["data"] == "own"
+    with pytest.raises(UserError, match="exactly one of epochs"):  # the path of the model is a text by then
+        truestep.train(
+            {**RECIPE, "model": {"path": Path("x")}, "stages": [{**RECIPE["stages"][0], "steps": 0}]},
+            quiet=True,
+        )
+    for call in (
+        lambda: truestep.train(3),
+        lambda: truestep.evaluate(3, "own.jsonl"),
+        lambda: truestep.audit("x"),
+    ):
+        with pytest.raises(UserError, match="needs a"):
+            call()
+
+
+def test_training_runs_are_compared_by_their_last_checkpoints(run: api.Run) -> None:
+    (row,) = truestep.compare(run, run)["comparisons"]
+    assert (row["a"]["of"], row["b"]["of"]) == ("sft", "sft")
+    (row,) = truestep.compare(run.path / "evaluations/base", run)["comparisons"]
+    assert (row["a"]["of"], row["b"]["of"]) == ("base", "sft")
+
+
 def my_step(model: Any, optimizer: Any, microbatches: Any) -> None:
     import torch
 

@@ -120,7 +120,8 @@ def compare(
     metric: Annotated[str, option("--metric", _MEAN, "correct")] = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Compare two evaluations of the same problems. Print the paired difference B - A on every task that both
-    have, with its 95 % interval, its p-values and the smallest detectable difference."""
+    have, with its 95 % interval, its p-values and the smallest detectable difference. Of a training run, its last
+    checkpoint is compared; RUN/evaluations/base is that of its base model."""
     announce(f"truestep eval compare: reading {a} and {b}")
     from truestep.evaluate.import_compare import compare_evaluations
 
@@ -141,7 +142,9 @@ def _sentence(row: dict[str, Any]) -> str:
         return known or " [no interval]"
 
     def side(s: dict[str, Any]) -> str:
-        made_by = s["made_by"] if s["seed"] is None else f"{s['made_by']}, seed {s['seed']}"
+        made_by = ", ".join(
+            filter(None, [s["made_by"], s["of"], "" if s["seed"] is None else f"seed {s['seed']}"])
+        )
         lost = "" if is_share or not s["unscored"] else f", {count(s['unscored'], 'sample')} without it"
         return f"{scale * s['score']:{form}}{' %' * is_share}{ends(s)} ({made_by}{lost})"
 

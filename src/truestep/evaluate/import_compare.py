@@ -82,9 +82,10 @@ def _without_texts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare_evaluations(a: Path, b: Path, metric: str = "") -> dict[str, Any]:
     """Compare two evaluations. ``comparisons`` has b - a for each task that both have, paired by problem (by
-    id if the texts agree, otherwise by text). ``metric`` is "correct" (the default), a scorer of two evaluations of
-    truestep, or a score of a log. ``only_in_a`` and ``only_in_b`` list the other tasks. Raises UserError if no
-    task is in both, if a task has different problems, if the metric is unknown, or if an evaluation is unfinished."""
+    id if the texts agree, otherwise by text). Of a training run, the last checkpoint is compared. ``metric`` is
+    "correct" (the default), a scorer of two evaluations of truestep, or a score of a log. ``only_in_a`` and
+    ``only_in_b`` list the other tasks. Raises UserError if no task is in both, if a task has different problems, if the
+    metric is unknown, or if an evaluation is unfinished."""
     metric = "" if metric == CORRECT else metric
     left, right = _by_key(a, metric), _by_key(b, metric)
     pairs = [(key, key) for key in left if key in right]
@@ -111,14 +112,25 @@ Key = tuple[str, str]  # the task, and the template of a truestep run, or otherw
 
 def _by_key(path: Path, metric: str) -> dict[Key, Evaluation]:
     found: dict[Key, Evaluation] = {}
-    for evaluation in read_evaluations(path, metric):
-        ours = evaluation.made_by == "truestep"
-        key = (evaluation.task, Path(evaluation.source).parent.name if ours else evaluation.made_by)
+    last = _last_checkpoint(path)
+    for evaluation in read_evaluations(path / "evaluations" / last if last else path, metric):
+        by = evaluation.made_by
+        key = (
+            evaluation.task,
+            "" if last else Path(evaluation.source).parent.name if by == "truestep" else by,
+        )
         if key in found:
             also = f"{key[0]} of {key[1]} is also in {found[key].source}"
             raise UserError(f"{evaluation.source}: {also}; pass files, or folders that contain it only once")
         found[key] = evaluation
     return found
+
+
+def _last_checkpoint(path: Path) -> str:
+    """Return the checkpoint that a training run evaluated last, or "" for anything else."""
+    summary = read_json(path / "summary.json") if (path / "summary.json").is_file() else {}
+    scores = summary.get("scores") or [{}]
+    return str(scores[-1].get("checkpoint", ""))
 
 
 def _task(key: Key) -> str:
@@ -172,7 +184,8 @@ def _compared(task: str, x: Evaluation, y: Evaluation, metric: str) -> dict[str,
                 "unscored": mean["missing"],
             }
         kept = {k: score[k] for k in ("score", "low", "high", "n", "unscored")}
-        sides[name] = {"path": one.source, "made_by": one.made_by, "seed": _seed(one), **kept}
+        of = Path(one.source).parent.name if one.made_by == "truestep" else ""
+        sides[name] = {"path": one.source, "made_by": one.made_by, "of": of, "seed": _seed(one), **kept}
     return {"task": task, "metric": metric or CORRECT, **sides, "paired_by": paired_by, **found}
 
 
