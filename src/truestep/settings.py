@@ -260,7 +260,7 @@ class EvaluateSettings(Frozen):
     """What samples: "torch", "vllm", or the URL of an OpenAI-compatible endpoint. Used by truestep eval.
     Example: ``engine = "http://127.0.0.1:8000/v1"``"""
     prompts: tuple[str, ...] = ("benchmark",)
-    """Prompt templates of the benchmarks: paper, qwen, plain, completion, brief, odd. "benchmark": each
+    """Prompt templates of the benchmarks: paper, qwen, plain, question, completion, brief, odd, or FILE.toml. "benchmark": each
     benchmark's own. Example: ``prompts = ["paper", "qwen"]``"""
     few_shot: int = Field(0, ge=0, le=8)
     """Worked examples that a benchmark's prompt shows before the problem. Example: ``few_shot = 4``"""

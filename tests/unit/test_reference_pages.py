@@ -132,7 +132,9 @@ def test_the_command_explains_a_key(name: str, capsys: pytest.CaptureFixture[str
     assert said(capsys, name).splitlines() == [
         "stages.NAME.optimizer.lr: number > 0 and ≤ 1; must be set",
         f"  {GOOD.meaning}",
-        "  Example: [stages.optimizer] lr = 1e-5",
+        "  Example:",
+        "    [stages.optimizer]",
+        "    lr = 1e-5",
     ]
     assert [Key(**one) for one in json.loads(said(capsys, name, "--json"))] == [GOOD]
 

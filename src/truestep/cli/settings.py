@@ -56,5 +56,10 @@ def settings(key: Wanted = "", as_json: Json = False) -> None:
     for one in found:
         default = f"default: {one.default}" if one.default else "must be set"
         about = f"{one.path}{' (of a study)' if one in of_study else ''}: {one.type}; {default}"
-        example = f"{one.header} {one.example}".strip()
-        echo(f"{about}\n  {one.meaning}\n  Example: {example}" if key else about)
+        lines = [
+            about,
+            f"  {one.meaning}",
+            "  Example:",
+            *(f"    {line}" for line in (one.header, one.example) if line),
+        ]
+        echo("\n".join(lines) if key else about)
