@@ -161,7 +161,9 @@ def _require_run(folder: Path) -> None:
     near = sorted({p.parent.name for name in RUN_FILES for p in folder.parent.glob(f"*/{name}")})
     known = f"; {folder.parent} has the runs {', '.join(near[:10])}" if near else ""
     fault = "is not a run directory" if folder.exists() else "does not exist"
-    hint = did_you_mean(folder.name, near) or known or "; pass the folder that a run printed"
+    inner = any((folder / "run" / name).is_file() for name in RUN_FILES)  # the cell of a study
+    below = f"; its run is {folder / 'run'}" if inner else ""
+    hint = below or did_you_mean(folder.name, near) or known or "; pass the folder that a run printed"
     raise UserError(f"{folder} {fault}{hint}")
 
 

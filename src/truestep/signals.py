@@ -58,7 +58,7 @@ def release() -> None:
 
 @contextlib.contextmanager
 def deferred(place: Callable[[], str] = lambda: "", *, is_alone: bool = True) -> Iterator[None]:
-    """Make the first SIGINT or SIGTERM only request a stop, and answer it at once with what is being done
+    """Make the first SIGINT or SIGTERM only request a stop, and answer it at once with where the work is
     (``place``). The second one raises Interrupted wherever the process is, unless the state is held; if the process
     is not alone, it has its usual effect, because other ranks wait for this one. So has the third."""
 
@@ -66,7 +66,7 @@ def deferred(place: Callable[[], str] = lambda: "", *, is_alone: bool = True) ->
         if not _pending:
             _pending.append(signum)
             if where := place():
-                _answer(f"{signal.Signals(signum).name}: stopping in {where} and saving; again to stop now")
+                _answer(f"{signal.Signals(signum).name}: stopping {where} and saving; again to stop now")
         elif is_alone and len(_pending) == 1:
             _pending.append(signum)
             if not _is_held:

@@ -134,6 +134,7 @@ def test_errors_are_one_sentence(run: api.Run, tmp_path: Path) -> None:
     assert run.samples("base") == run.samples("test", "base") != run.samples("sft")
     for folder, said in (
         (run.path.with_name("runs"), 'runs does not exist; did you mean "run"'),
+        (run.path.parent, f"is not a run directory; its run is {run.path}"),
         (run.path / "stages", "stages is not a run directory; pass the folder"),
         (run.path.parent / "other", "other does not exist; .* has the runs run"),
     ):

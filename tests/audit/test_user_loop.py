@@ -124,6 +124,10 @@ def strange_rows(model, optimizer, microbatches):
 def divided_by_zero(model, optimizer, microbatches):
     1 / 0
 
+def with_loss(model, optimizer, microbatches):
+    for m in microbatches:
+        model(**m).loss.backward()
+
 def broken(model, optimizer, microbatches):
     raise RuntimeError("this loop has <b>no</b> end")
 """
@@ -201,6 +205,11 @@ def test_what_cannot_be_read_is_no_fault(audit_step, loops, name: str, reason: s
     finding = audit_step(loops[name], fail=False)
     assert finding.verdict == "NOT OBSERVABLE"
     assert reason in row_of(finding)["reason"]
+
+
+def test_the_loss_of_logits_is_explained(audit_step, loops) -> None:
+    reason = row_of(audit_step(loops["with_loss"], fail=False))["reason"]
+    assert "returns logits [B, T, V], without .loss; pass --arch llama" in reason
 
 
 @pytest.mark.parametrize(

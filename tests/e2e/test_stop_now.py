@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contract"))
 from tiny_runs import write_recipe
 
 from truestep import signals
+from truestep.cli.progress import ConsoleReporter
 from truestep.rundir import read_jsonl
 from truestep.signals import Interrupted
 
@@ -69,7 +70,7 @@ def test_the_first_is_answered_and_the_second_keeps_the_last_step(tmp_path: Path
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         answer = next(line for line in process.stderr if "again" in line)
-        assert answer == "SIGINT: stopping in sft (sft), 3/14 and saving; again to stop now\n"
+        assert answer == "SIGINT: stopping in sft, 3/14 and saving; again to stop now\n"
         assert process.poll() is None, "it hangs still"
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=60)
@@ -85,7 +86,7 @@ def test_the_first_is_answered_and_the_second_keeps_the_last_step(tmp_path: Path
 
 
 def test_a_second_signal_waits_for_a_state_that_can_be_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    with signals.deferred(lambda: "step 2"):
+    with signals.deferred(lambda: "in step 2"):
         signals.hold()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -104,6 +105,14 @@ def test_a_second_signal_waits_for_a_state_that_can_be_kept(capfd: pytest.Captur
             twice(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_the_place_before_any_work_has_a_name() -> None:
+    reporter = ConsoleReporter()
+    assert reporter.place("stage") == "before the first stage"
+    assert reporter.place() == "before the first evaluation"
+    reporter.begin("sft", 14, 2, head="loss")
+    assert reporter.place("stage") == "in sft, 3/14"
 
 
 def twice(signum: signal.Signals) -> None:

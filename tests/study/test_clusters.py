@@ -300,7 +300,7 @@ def test_a_signal_stops_the_ranks_of_a_cell(
     (os.killpg if signum == signal.SIGINT else os.kill)(study.pid, signum)
     assert study.wait(120) == 128 + signum
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    (log,) = (path for path in tmp_path.glob("out/cells/*/run.log") if "sft (sft)" in path.read_text())
+    (log,) = (path for path in tmp_path.glob("out/cells/*/run.log") if "stopping in sft," in path.read_text())
     assert "all finished work is saved" in log.read_text()
     made = cells.runner(tmp_path, start, "out", RANKS)
     assert run_cells(made)

@@ -143,6 +143,23 @@ def test_continued_sft_spends_what_rl_has_spent(tmp_path: Path) -> None:
     assert any(m.startswith("budget 0.40x") for m in arms["sft"]["marks"])
 
 
+def test_the_table_says_how_the_last_stage_chose_its_weights(tmp_path: Path) -> None:
+    r, said = runner(tmp_path, Children()), list[str]()
+    r.say = said.append
+    found = run_cells(r)
+    for cell in found.values():
+        cell["best"] = {"sft": {"step": 3, "loss": 0.5}}
+    for name in ("coin-s1", "coin-s2"):
+        found[name]["best"] = {"rl": {"step": 3, "score": 0.5}}
+    table = results(r.study, found, tuning={}, failures={})
+    named = {arm["name"]: arm["checkpoint"] for arm in table["arms"]}
+    assert named["sft"] == "lowest validation loss"
+    assert named["coin"] == "best on dev"
+    assert named["sft-rl"] == named["base"] == "last"  # their last stage has no select_best
+    (line,) = (line for line in said if line.startswith("sft-s1: done"))
+    assert line.endswith(f"): {r.out / 'cells' / found['sft-s1']['key'] / 'run'}")
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 9, 15])
 def test_an_interrupted_study_ends_as_if_it_had_not_been(tmp_path: Path, stop_after: int) -> None:
     first = Children()

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from truestep.cli.data import app
+from truestep.data.describe import not_used
 from truestep.errors import UserError, count, verb
 from truestep.settings import load_settings
 
@@ -252,6 +253,19 @@ def test_a_named_column_that_is_not_used_has_our_name(recipe: Path) -> None:
     assert "not used (only your own reward functions get them): number = answer (1 row)" in text
 
 
+def test_answers_that_no_checker_reads_are_said_to_be_unused() -> None:
+    columns = {"number": 2, "level": 1}
+    read = {"own": {"answer": ["number"], "problem": ["problem"]}}
+    described = {"columns": read, "unused_columns": columns, "num_dialogues": 0, "num_context_turns": 0}
+    others = "not used (only your own reward functions get them): level (1 row)"
+    assert not_used(described, needs={"problem", "solution"}) == [
+        "no stage uses the answers (number, 2 rows), because no stage's reward has the checker; your own reward "
+        "functions get them",
+        others,
+    ]
+    assert not_used(described) == [others.replace("level", "number = answer (2 rows), level")]
+
+
 def test_check_asks_of_a_row_what_the_stages_need(recipe: Path) -> None:
     for name, field in (("train", "solution"), ("test", "answer")):
         path = recipe.parent / f"{name}.jsonl"
@@ -272,6 +286,10 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     result = run("show", recipe, "--num", "1")
     assert result.exit_code == 0, result.exception
     assert "<|user|>1+1=?<|end|><|assistant|>⟦#### 2<|end|>⟧" in result.stdout
+    turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    (recipe.parent / "turns.jsonl").write_text(json.dumps({"messages": turns}))
+    dialogue = run("show", recipe, "--set", "data.train.source=turns.jsonl").stdout
+    assert "⟦b<|end|>⟧<|user|>c<|end|><|assistant|>⟦d<|end|>⟧" in dialogue
     assert result.stdout.count("tokens are trained on") == 1
     assert len(re.findall(r"\(\S+\): a prompt of \d+ tokens", result.stdout)) == 2
     examples = {e["data"]: e for e in document(run("show", recipe, "--num", "1", "--json"))["examples"]}

@@ -374,15 +374,19 @@ def _example(
             # Of several sequences of a dialogue, only the last one has the problem's prompt.
             end = next((i for i in reversed(range(len(ids))) if not trained[i]), -1) + 1
             roles[:end] = known if len(known) == end else [Role.TEMPLATE] * end
-        text, spans = Text(), []
+        spans = []
         grouped = groupby(zip(ids, roles, trained, strict=True), key=itemgetter(1, 2))
         for (role, is_trained), group in grouped:
             words = str(
                 tokenizer.decode([token for token, _, _ in group], clean_up_tokenization_spaces=False)
             )
-            text.append(
-                f"⟦{words}⟧" if is_trained else words, style="bold green" if is_trained else styles[role]
-            )
             spans.append({"role": role.name.lower(), "trained": is_trained, "text": words})
+        text = Text()
+        for is_trained, marked in groupby(spans, key=itemgetter("trained")):
+            if is_trained:
+                text.append(f"⟦{''.join(span['text'] for span in marked)}⟧", style="bold green")
+            else:
+                for span in marked:
+                    text.append(span["text"], style=styles[Role[span["role"].upper()]])
         document = {"id": problem.id, "num_tokens": len(ids), "num_trained": sum(trained), "spans": spans}
         yield text, document

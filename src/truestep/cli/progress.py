@@ -58,11 +58,13 @@ class ConsoleReporter:
         if not head and self.live is None:
             self.say(f"{what}: {done}/{total}")
 
-    def place(self) -> str:
-        """Return which unit of which work is being done."""
+    def place(self, first: str = "evaluation") -> str:
+        """Return where the work is, to follow the word "stopping". Before it begins, ``first`` names its first part."""
         if self.quiet:
             return ""
-        return f"{self.what}, {min(self.done + 1, self.total)}/{self.total}" if self.what else "the beginning"
+        if not self.what:
+            return f"before the first {first}"
+        return f"in {self.what}, {min(self.done + 1, self.total)}/{self.total}"
 
     def advance(self, done: int, note: str = "") -> None:
         self.done = done

@@ -191,7 +191,7 @@ def trained(
     with locked(folder) if is_first else contextlib.nullcontext():
         open_run_folder(prepared, folder, resume=how.continues, rank=ranks.rank)
         try:
-            with signals.deferred(reporter.place, is_alone=ranks.world_size == 1):
+            with signals.deferred(partial(reporter.place, "stage"), is_alone=ranks.world_size == 1):
                 summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter, is_strict=how.strict)
         except BaseException as error:
             reporter.close()

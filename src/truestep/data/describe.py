@@ -138,13 +138,22 @@ def use_of(settings: Settings, name: str) -> str:
     return "measured (validation loss)" if is_held else TRAINED_ON
 
 
-def not_used(described: Mapping[str, Any], use: str = TRAINED_ON) -> list[str]:
-    """Return sentences about the columns and turns that are not trained on or graded with, and about dialogues."""
+def not_used(described: Mapping[str, Any], use: str = TRAINED_ON, needs: Collection[str] = ()) -> list[str]:
+    """Return sentences about the columns and turns that are not trained on or graded with, and about dialogues.
+    ``needs`` has "problem" but not "answer" if samples are rewarded without the checker."""
     found = []
     read = {
         name: ours for of in described["columns"].values() for ours, names in of.items() for name in names
     }
-    if columns := described["unused_columns"]:
+    columns = dict(described["unused_columns"])
+    if "problem" in needs and "answer" not in needs:
+        answers = [name for name in columns if read.get(name) == "answer"]
+        found += [
+            f"no stage uses the answers ({name}, {count(columns.pop(name), 'row')}), because no stage's reward has the "
+            "checker; your own reward functions get them"
+            for name in answers
+        ]
+    if columns:
         named = {name: f" = {read[name]}" if read.get(name, name) != name else "" for name in columns}
         names = ", ".join(
             f"{name}{named[name]} ({count(num, 'row')})" for name, num in list(columns.items())[:10]

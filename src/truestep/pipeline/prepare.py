@@ -348,7 +348,7 @@ def _encode(prepared: Prepared, name: str, problems: list[Problem], wanted: set[
     remarks = [
         files_of(name, settings.data[name], prepared.base_dir)[2],
         *read_as(described),
-        *not_used(described, use_of(settings, name)),
+        *not_used(described, use_of(settings, name), wanted),
     ]
     prepared.notes += [f"data.{name}: {said}" for said in remarks if said]
     if wanted & {"answer", "problem"}:

@@ -226,7 +226,8 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
             session.reporter.say(f"{spec.name}: resuming at step {latest}/{spec.num_steps}")
         session.reporter.say(shown.stage_line(spec))
         kind, measured = spec.settings.kind, spec.settings.watched_data
-        session.reporter.begin(f"{spec.name} ({kind})", spec.num_steps, latest, shown.head(kind, measured))
+        what = spec.name if spec.name == kind else f"{spec.name} ({kind})"
+        session.reporter.begin(what, spec.num_steps, latest, shown.head(kind, measured))
         state = run_stage(spec)
     if state.step < spec.num_steps:
         watch, stall = spec.settings.early_stopping.watch, state.stall

@@ -34,7 +34,9 @@ def run_cells(runner: Runner) -> dict[str, dict[str, Any]]:
         name = cell_name(arm.name, seed)
         try:
             found[name] = cell(runner, arm.name, seed)
-            runner.say(f"{name}: done ({len(found)} of {len(wanted)})")
+            run = runner.out / "cells" / found[name]["key"] / "run"
+            where = f": {run}" if run.is_dir() else ""  # an earlier result may be only a file
+            runner.say(f"{name}: done ({len(found)} of {len(wanted)}){where}")
         except CellFailed as error:
             if not runner.stopped.is_set():
                 runner.failures[name] = str(error)

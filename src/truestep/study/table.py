@@ -87,9 +87,15 @@ def _arm(
         **{k: _mean(b[k] for b in evaluated) for k in ("truncated", "mean_tokens")},
         "differs": {k: [repr(a), repr(b)] for k, (a, b) in differences(study, arm).items()},
         "data": _data(own),
-        "checkpoint": "best on dev" if any(b for c in own.values() for b in c["best"].values()) else "last",
+        "checkpoint": _checkpoint(own),
     }  # fmt: skip
     return row | {"marks": _marks(study, row, own, reference, arm)}
+
+
+def _checkpoint(own: Mapping[int, Cell]) -> str:
+    """Return which weights of the last stage are evaluated, in the words of the table."""
+    best = {measure for cell in own.values() for measure in cell["best"].get(cell["checkpoint"], {})}
+    return "best on dev" if "score" in best else "lowest validation loss" if "loss" in best else "last"
 
 
 def _mean(values: Any) -> float | None:

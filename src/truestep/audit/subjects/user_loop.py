@@ -18,6 +18,11 @@ from typing import Any
 import harness
 import torch
 
+NO_OUTPUT = (
+    "the audit's model returns logits [B, T, V], without .{}; pass --arch llama for a transformers model, whose "
+    "output has .loss and .logits (docs/audit.md)"
+)
+
 
 def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
     """Return one batch of rows, padded on the right."""
@@ -39,7 +44,12 @@ def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
     before = recorder.snapshot()
     model.train()
     for window in spec.windows():
-        step(model, optimizer, [microbatch(spec, rows) for rows in window])
+        try:
+            step(model, optimizer, [microbatch(spec, rows) for rows in window])
+        except AttributeError as error:
+            if isinstance(error.obj, torch.Tensor) and error.name in ("loss", "logits"):
+                raise AttributeError(NO_OUTPUT.format(error.name)) from error
+            raise
     if not calls and not torch.equal(before, recorder.snapshot()):
         # The update of a different optimizer is not a gradient times this rate, so it cannot be read.
         why = "the step does not use the optimizer that it is given"
