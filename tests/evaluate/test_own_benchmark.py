@@ -285,7 +285,7 @@ def test_scorers_are_compared_by_their_means(tmp_path: Path) -> None:
     assert (found["a"]["score"], found["b"]["score"]) == pytest.approx((14 / 3, (4 + 7 + 9.5 + 1) / 4))
     told = CliRunner().invoke(_app(), ["eval", "compare", str(a), str(b), "--metric", "brevity"]).stdout
     assert told.startswith("sums, mean brevity: 4.67 [")
-    assert "(truestep, 3 samples without it) → 5.38 [" in told
+    assert "(truestep, a, 3 samples without it) → 5.38 [" in told
     for metric in ("", "correct"):
         assert compare(a, b, metric=metric)["comparisons"][0]["difference"] == 0.0
     [same] = compare(a, a, metric="brevity")["comparisons"]

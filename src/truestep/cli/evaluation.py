@@ -78,7 +78,7 @@ def evaluate(
     engine: Annotated[str, option("--engine", _ENGINE, "torch")] = "",
     overrides: Annotated[list[str] | None, option("--set", _SET, False)] = None,
     out: Annotated[Path | None, option("--out", "The run directory.", "runs/NAME-HASH")] = None,
-    tasks: Annotated[str, typer.Option("--tasks", hidden=True)] = "",
+    tasks: Annotated[str, typer.Option("--tasks", hidden=True, help="What lm-eval calls --benchmarks.")] = "",
     resume: Resume = False,
     dry_run: Annotated[bool, option("--dry-run", _DRY_RUN)] = False,
     as_json: Json = False,
