@@ -144,7 +144,8 @@ def test_a_stage_with_more_steps_is_one_that_had_them_from_the_start(recipe: Pat
     assert len(read_history(tmp_path / "changed").changes) == 1
 
 
-@pytest.mark.parametrize("had_ended", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("had_ended", [False, True])
 def test_a_stage_that_samples_ahead_gets_more_steps(
     had_ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

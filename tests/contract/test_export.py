@@ -233,6 +233,7 @@ def texts(folder: Path, model: Path) -> list[str]:
     return [row["completion"] for row in rundir.read_jsonl(path) if "completion" in row]
 
 
+@pytest.mark.slow
 def test_eval_keeps_the_special_tokens_that_the_export_names(tmp_path: Path) -> None:
     export = thinking_export(tmp_path)
     assert rundir.read_json(export / rundir.EXPORT_MARK)["special_tokens"] == ["<|user|>"]

@@ -13,6 +13,7 @@ import truestep
 PAGE = Path(__file__).resolve().parents[2] / "docs/how-to/own-data.md"
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (recipe,) = (
         b

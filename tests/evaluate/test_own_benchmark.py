@@ -218,6 +218,7 @@ def test_columns_are_named_as_for_data(tmp_path: Path) -> None:
     assert "--column x is not OURS=THEIRS" in call("--benchmark", str(free), "--column", "x", code=2)
 
 
+@pytest.mark.slow
 def test_a_dry_run_refuses_what_a_run_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "sums.jsonl", {"problem": "1+1?", "answer": "2"})
