@@ -5,8 +5,8 @@
 
 For each architecture a random model of transformers' own class is saved as a folder, and trained with one recipe:
 
-* *step*: log-probabilities and their gradient of packed rows with shared prompts, against transformers' own forward pass of
-  each sequence alone, in float64;
+* *step*: log-probabilities of packed rows with shared prompts, and their gradient, against a separate forward pass of
+  transformers for each sequence, in float64;
 * *run*: SFT and then RL in float32, by ``truestep run``; the gap is that of engine and trainer at sampled tokens;
 * *ranks*: the same run on two ranks, as replicas and as shards; the largest difference of a log-probability at the end;
 * *export*: the exported folder has the tensors of the first one, and transformers gives its logits to 0 difference from ours.
@@ -115,7 +115,8 @@ the same result. Weights from the hub were not used.
 * **packed**: the sequences of a micro-batch run as one row without padding, and samples of one prompt share its tokens. "no": they
   run one by one, which is slower.
 * **head**: the logits are computed in chunks, so that they never need memory for all tokens at once.
-* **gradient**: relative difference of the gradient from that of transformers' own forward pass of each sequence alone, in float64.
+* **gradient**: relative difference of the gradient from that of a separate forward pass of transformers for each sequence, in
+  float64.
 * **engine**: largest difference in nats between the engine's and the trainer's log-probability of a sampled token in RL.
 * **ranks**: largest difference in nats of a log-probability after SFT and RL between one process and two ranks, as replicas and
   as shards (by FSDP2).
@@ -198,11 +199,11 @@ def _step(own: Any, tokenizer: Any) -> dict[str, Any]:
         )
         for m in (own, plain)
     )
-    alone = sum(len(s.token_ids) - 1 for s in sequences)
+    separate = sum(len(s.token_ids) - 1 for s in sequences)
     return {
         "packs": policy.packs,
         "chunked_head": policy.plain_head,
-        "shares_prompts": policy.packs and tokens < alone,
+        "shares_prompts": policy.packs and tokens < separate,
         "notes": policy.notes,
         "logprob_difference": max(float((got[i] - e).detach().abs().max()) for i, e in enumerate(expected)),
         "gradient_difference": float((of_own - of_plain).norm() / of_plain.norm()),

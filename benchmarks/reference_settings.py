@@ -165,7 +165,7 @@ def check_example(kind: str, headers: Iterable[str], key: Key) -> None:
         raise Incomplete(f"{key.path}: {key.example} is not TOML: {error}") from None
     if list(given) != [key.name]:
         raise Incomplete(f"{key.path}: its example sets {', '.join(given)}")
-    reason = "there is no table for it"
+    reason = "no table has this key"
     for header in headers:
         for raw in surroundings(kind):
             if (at := place(raw, header)) is None:

@@ -3,6 +3,7 @@ step is still the one of transformers' own forward passes."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import architectures
 
-from truestep.rundir import read_json
+from truestep.rundir import read_json, read_jsonl
 
 STEP, GAP, RANKS = 1e-12, 1e-4, 2e-3
 ONE_BY_ONE = {"Gemma 2", "gpt-oss (MoE)"}
@@ -63,3 +64,26 @@ def test_the_packed_step_is_that_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", list(architectures.ARCHITECTURES))
 def test_each_architecture_runs(name: str) -> None:
     hold(name, architectures.of_architecture(name))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sharded_model_that_is_not_packed_is_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks have micro-batches with different numbers of rows; without equally many passes, they wait for ever."""
+    recipe = architectures.RECIPE.replace("[data.test]", '[data.held]\nsource = "held.jsonl"\n[data.test]')
+    watched = 'kind = "sft"\nvalidation = { data = "held", every_steps = 4 }\n'
+    recipe = recipe.replace('kind = "sft"\n', watched).replace("microbatch = 96", "microbatch = 40")
+    monkeypatch.setattr(architectures, "RECIPE", recipe)
+    architectures.write_inputs("Gemma 2", tmp_path)
+    rows = [{"problem": "1" * (1 + 5 * i % 23), "solution": "2" * (1 + i % 5)} for i in range(13)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = {}
+    for parallel in ("", "ddp", "fsdp2"):
+        assert architectures.run(tmp_path, f"out{parallel}", parallel) == ""
+        metrics = read_jsonl(tmp_path / f"out{parallel}/stages/01-sft/metrics.jsonl")
+        losses[parallel] = [row["sft/validation/loss"] for row in metrics if "sft/validation/loss" in row]
+    assert len(losses[""]) == 2
+    assert losses["ddp"] == pytest.approx(losses[""], rel=1e-4)
+    assert losses["fsdp2"] == pytest.approx(losses[""], rel=1e-4)

@@ -117,18 +117,15 @@ def test_the_backward_pass_of_frozen_layers(frozen: list[str], layers: int) -> N
     assert demonstration == (6 if not frozen else pytest.approx(2 + 4 * shape.backward_share))
 
 
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        (
-            "qwen3_moe",
-            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
-        ),
-        ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
-        ("olmoe", {"num_experts": 4, "num_experts_per_tok": 1}),
-        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
-    ],
-)
+EXPERTS: list[tuple[str, dict[str, int]]] = [
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}),
+    ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 1}),
+    ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+]
+
+
+@pytest.mark.parametrize(("kind", "more"), EXPERTS)
 def test_of_experts_only_those_that_a_token_uses(kind: str, more: dict[str, int]) -> None:
     model = model_of(kind, **more)
     shape = model_shape(model)
@@ -146,3 +143,31 @@ def test_of_experts_only_those_that_a_token_uses(kind: str, more: dict[str, int]
     paper = Ledger(demonstration_tokens=1).paper_flops(shape)
     assert paper == 6 * (shape.num_parameters - shape.num_unused_parameters)
     assert Ledger(rollout_tokens=1).paper_flops(shape) == paper / 3
+
+
+@pytest.mark.parametrize(("kind", "more"), EXPERTS[:3])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["*.experts.*"],
+        ["*self_attn*"],
+        ["model.embed_tokens.*", "model.layers.[01].*"],
+        # Below the experts of the first layer nothing is trained, and their second product still has an input with one.
+        [
+            "model.embed_tokens.*",
+            "model.layers.0.self_attn.*",
+            "model.layers.0.mlp.gate.*",
+            "model.layers.0.*norm*",
+        ],
+    ],
+)
+def test_frozen_experts(kind: str, more: dict[str, int], frozen: list[str]) -> None:
+    model = model_of(kind, **more)
+    freeze(model, frozen)
+    model.set_experts_implementation("eager")
+    shape = without_frozen(model, model_shape(model))
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    matrices = replace(shape, num_matmul_parameters=shape.num_matmul_parameters - vectors, attention_width=0)
+    assert Ledger(trained_pass_tokens=TOKENS).full_flops(matrices) == pytest.approx(
+        products(model)[0], rel=1e-12
+    )

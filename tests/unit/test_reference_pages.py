@@ -12,18 +12,17 @@ import pytest
 import typer
 from pydantic import Field
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import reference  # noqa: E402
-import reference_rows  # noqa: E402
-import reference_settings  # noqa: E402
+import reference
+import reference_rows
+import reference_settings
 
-from truestep.cli.main import _app  # noqa: E402
-from truestep.cli.settings import all_tables, find  # noqa: E402
-from truestep.errors import UserError, _keys  # noqa: E402
-from truestep.explained import Key, in_words  # noqa: E402
-from truestep.settings import Settings  # noqa: E402
+from truestep.cli.main import _app
+from truestep.cli.settings import all_tables, find
+from truestep.errors import UserError, _keys
+from truestep.explained import Key, in_words
+from truestep.settings import Settings
 
 KEYS = [key for tables in all_tables().values() for table in tables for key in table.every_key]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from truestep.cli.run import Json, Set
+from truestep.errors import UserError
 
 app = typer.Typer(
     help="Check data row by row, show which tokens are trained on, or convert data.", no_args_is_help=True
@@ -30,6 +32,14 @@ Columns = Annotated[list[str] | None, typer.Option("--column", metavar="OURS=THE
 To = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="trl, verl, openai or truestep.")]
 Data = Annotated[str | None, typer.Option("--data", metavar="NAME", help=_DATA)]
 Out = Annotated[Path, typer.Option("--out", help=_OUT, show_default=False)]
+
+
+def columns_of(items: Sequence[str]) -> dict[str, str]:
+    """Return the values of --column as a table. Raises UserError for an item that is not OURS=THEIRS."""
+    for item in items:
+        if not all(part.strip() for part in item.partition("=")):
+            raise UserError(f"--column {item} is not OURS=THEIRS; pass, for example, --column answer=label")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in (item.partition("=") for item in items)}
 
 
 @app.command()

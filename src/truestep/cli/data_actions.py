@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from truestep.cli.data import columns_of
 from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import HEARTBEAT_SECONDS, announce
 from truestep.data.convert import SUFFIXES, TARGETS, converted, write_rows
@@ -161,11 +162,7 @@ def _of_file(source: str, overrides: Sequence[str], columns: Sequence[str]) -> t
     """Return the name and the settings of a data set that is a file, a pattern or a folder."""
     if overrides:
         raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
-    for item in columns:
-        if not all(item.partition("=")):
-            raise UserError(f"--column {item} is not OURS=THEIRS; pass, for example, --column answer=label")
-    named = dict(item.split("=", 1) for item in columns)
-    data = parse(DataSettings, {"source": source, "columns": named}, where="--column")
+    data = parse(DataSettings, {"source": source, "columns": columns_of(columns)}, where="--column")
     return Path(source).name.partition(".")[0] or Path(source).stem, data
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from truestep.cli.data import columns_of
 from truestep.cli.output import echo
 from truestep.cli.progress import announce
 from truestep.cli.run import Json, Resume
@@ -91,7 +92,7 @@ def evaluate(
 
     given: dict[str, Any] = {
         "benchmarks": [*words_of(benchmarks), *(benchmark or ())], "folder": data, "limit": limit,
-        "benchmark_columns": evaluation_actions.columns_of(column or ()),
+        "benchmark_columns": columns_of(column or ()),
         "scorers": [{"function": name} for name in scorer or ()], "samples_per_problem": samples,
         "prompts": words_of(prompts), "few_shot": few_shot, "engine": engine,
     }  # fmt: skip

@@ -126,14 +126,6 @@ def scorers_of(settings: Settings, base_dir: Path, folder: Path, grade: Grade = 
     return RewardScorer(entries, grade=grade, base=base_dir, folder=folder / "scorers")
 
 
-def columns_of(items: Sequence[str]) -> dict[str, str]:
-    """Return the values of --column as a table. Raises UserError for an item that is not OURS=THEIRS."""
-    for item in items:
-        if not all(part.strip() for part in item.partition("=")):
-            raise UserError(f"--column {item} is not OURS=THEIRS; pass, for example, --column answer=label")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in (item.partition("=") for item in items)}
-
-
 def _check_folder(settings: Settings, folder: Path, *, resume: bool) -> None:
     """Raise UserError if the folder contains a different run or other files. Nothing is written."""
     if not rundir.holds_run(folder, resume=resume):
@@ -242,17 +234,9 @@ ENGINES: dict[str, Callable[[Settings, int], AbstractContextManager[Engine]]] = 
 
 def figures(settings: Settings) -> tuple[int, int, int]:
     """Return the number of parameters, bytes per parameter and bytes per cached token. Loads no weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from truestep.model.select import empty_model
 
-    from truestep.model.load import load_model, read_config, resolve
-
-    if (source := resolve(settings.model)) == "tiny":
-        cpu = torch.device("cpu")
-        model: Any = load_model(settings.model, dtype=torch.float32, device=cpu, seed=settings.seed).model
-    else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(read_config(source), trust_remote_code=False)
+    model = empty_model(settings.model)
     config, width = model.config, 4 if settings.compute.dtype == "float32" else 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -72,9 +72,9 @@ def compare_values(a: Iterable[Row], b: Iterable[Row], name: str) -> dict[str, A
     }  # fmt: skip
     if len(values) > 1 and np.ptp(values) > 0:
         mean, error, df = found["difference"], standard_error(values), len(values) - 1
-        width = t_quantile(0.975, df) * error
-        found |= {"low": mean - width, "high": mean + width, "p_value": 2 * t_cdf(-abs(mean) / error, df)}
-        found |= {"detectable": width + t_quantile(0.8, df) * error}
+        low, high, detectable = _around(mean, error, df)
+        p_value = 2 * t_cdf(-abs(mean) / error, df)
+        found |= {"low": low, "high": high, "p_value": p_value, "detectable": detectable}
     return found
 
 
@@ -102,11 +102,15 @@ def paired_t(values: np.ndarray, unit: float) -> tuple[float, float, float, floa
         centre = mean * n / (n + 2)
         second_moment = (n * mean**2 + unit**2) / (n + 2)
         error = math.sqrt((second_moment - centre**2) / (n + 2))
-    quantile = t_quantile(0.975, n - 1)
-    low, high = centre - quantile * error, centre + quantile * error
+    low, high, detectable = _around(centre, error, n - 1)
     p_value = None if degenerate else 2 * t_cdf(-abs(mean) / error, n - 1)
-    detectable = (quantile + t_quantile(0.8, n - 1)) * error
     return mean, max(-1.0, min(low, mean)), min(1.0, max(high, mean)), p_value, detectable
+
+
+def _around(centre: float, error: float, df: int) -> tuple[float, float, float]:
+    """Return the ends of the 95 % interval, and the difference that is detected with 80 % power."""
+    quantile = t_quantile(0.975, df)
+    return centre - quantile * error, centre + quantile * error, (quantile + t_quantile(0.8, df)) * error
 
 
 def sign_flip_p(whole: list[int]) -> float:

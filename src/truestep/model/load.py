@@ -233,25 +233,18 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
 
 def _num_unused(model: PreTrainedModel) -> int:
-    """Return the number of the experts' parameters that a token does not use. They are tensors [experts, …]."""
-    used = getattr(model.config, "num_experts_per_tok", None)
-    experts = [
-        m for m in model.modules() if type(m).__name__.endswith("Experts") and hasattr(m, "num_experts")
-    ]
-    return sum(
-        p.numel() // m.num_experts * max(0, m.num_experts - used)
-        for m in experts
-        for p in m.parameters()
-        if used and p.shape[0] == m.num_experts
+    """Return the number of the experts' parameters that a token does not use."""
+    parameters = ((m, p) for m in model.modules() for p in m.parameters(recurse=False))
+    return sum(p.numel() - num_used(m, p, model.config) for m, p in parameters)
+
+
+def num_used(module: torch.nn.Module, parameter: torch.Tensor, config: Any) -> int:
+    """Return how many numbers of a module's parameter a token uses. Experts are tensors [experts, …]."""
+    used, count = (
+        int(getattr(o, n, 0) or 0) for o, n in ((config, "num_experts_per_tok"), (module, "num_experts"))
     )
-
-
-def meta_shape(config: Any) -> ModelShape:
-    """Return the shape of a configuration's model, without memory for its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return model_shape(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    is_of_experts = type(module).__name__.endswith("Experts") and used and count == parameter.shape[0]
+    return parameter.numel() // count * min(used, count) if is_of_experts else parameter.numel()
 
 
 @lru_cache
@@ -264,7 +257,9 @@ def _require_hub(source: str) -> None:
         return
     hub = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=CONNECT_SECONDS).close()
+        socket.create_connection(
+            (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)), timeout=CONNECT_SECONDS
+        ).close()
     except OSError as error:
         fault = f"no such folder, and the hub {redact(constants.ENDPOINT)} cannot be reached"
         why = error.strerror or str(error)

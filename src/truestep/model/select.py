@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from truestep.errors import UserError, did_you_mean
 from truestep.flops import ModelShape
-from truestep.model.load import read_config, resolve
+from truestep.model.load import num_used, read_config, resolve
 from truestep.model.rope import override
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.settings import ModelSettings
@@ -72,9 +72,10 @@ def without_frozen(model: PreTrainedModel, shape: ModelShape) -> ModelShape:
         given = next((t for t in (*args, *named.values()) if isinstance(t, Tensor)), None)
         flows = given is not None and given.requires_grad
         for matrix in (p for p in module.parameters(recurse=False) if p.dim() > 1):
-            counts["matrices"] += matrix.numel()
-            counts["weights"] += matrix.numel() * matrix.requires_grad
-            counts["inputs"] += matrix.numel() * flows
+            size = num_used(module, matrix, model.config)
+            counts["matrices"] += size
+            counts["weights"] += size * matrix.requires_grad
+            counts["inputs"] += size * flows
             flows = flows or matrix.requires_grad  # the input of an expert's second product
 
     def see_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:

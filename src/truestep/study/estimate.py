@@ -112,9 +112,10 @@ def _evaluation_work(study: Study, prepared: Prepared, lengths: Lengths) -> Ledg
 
 def _shape(model: ModelSettings) -> ModelShape:
     if model.path != "tiny":
-        from truestep.model.load import meta_shape, read_config, resolve
+        from truestep.model.load import model_shape
+        from truestep.model.select import empty_model
 
-        return meta_shape(read_config(resolve(model)))
+        return model_shape(empty_model(model))
     tiny = model.tiny
     return shape_of({
         "model_type": "llama", "hidden_size": tiny.hidden_size, "intermediate_size": tiny.intermediate_size,

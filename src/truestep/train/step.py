@@ -216,10 +216,16 @@ def levelled(batches: Sequence[TokenBatch], ranks: Ranks, policy: Policy) -> lis
     parameter = next(policy.parameters())
     wide = torch.promote_types(parameter.dtype, torch.float32)
     made = [*batches, *[dummy_batch(wide, parameter.device)] * (most - len(batches))]
-    if policy.packs or not is_sharded(policy):
+    if not counts_passes(policy):
         return made
     passes = ranks.max([float(len(batch.segments)) for batch in made])
     return [replace(batch, num_passes=int(count)) for batch, count in zip(made, passes, strict=True)]
+
+
+def counts_passes(policy: Policy) -> bool:
+    """Return whether all ranks must run the model equally often in a micro-batch: its layers are sharded, and it runs each
+    sequence separately."""
+    return is_sharded(policy) and not policy.packs
 
 
 def require_finite(tensors: Mapping[str, Tensor], batch: TokenBatch, where: str) -> None:

@@ -14,7 +14,7 @@ from truestep.train.packing import dummy_batch, last_needed, pack
 from truestep.train.parallel import Ranks, reshard
 from truestep.train.policy import Policy
 from truestep.train.sequences import whole_demonstration
-from truestep.train.step import require_finite
+from truestep.train.step import counts_passes, require_finite
 
 if TYPE_CHECKING:
     from truestep.settings import EarlyStoppingSettings
@@ -53,9 +53,9 @@ class ValidationLoss:
         try:
             for first in range(0, len(parts), ranks.world_size):
                 ranks.stop_point()
-                # Sharded layers are gathered by all ranks, equally often.
-                passes = max(map(len, parts[first : first + ranks.world_size]))
-                if (index := first + ranks.rank) >= len(parts):
+                together = parts[first : first + ranks.world_size]
+                passes = max(map(len, together)) if counts_passes(self.policy) else 0
+                if (index := first + ranks.rank) >= len(parts):  # sharded layers are gathered by all ranks
                     self.policy(replace(dummy_batch(**made), num_passes=passes), 1.0)
                     continue
                 size = sum(last_needed(sequence) for sequence in parts[index])

@@ -58,9 +58,9 @@ def _family(name: str, terms: Sequence[Term], legacy: tuple[int, int], source: s
 
 
 def luffy(*, gamma: float = 0.1, legacy_scale: int = 0, legacy_microbatches: int = 8) -> Method:
-    """LUFFY: n−1 samples and the demonstration form one group; there is no std and no clip [C]. The
-    demonstration's importance ratio, with behavior probability 1, is shaped by p/(p+γ). A demonstration that
-    the checker rejects has a negative advantage."""
+    """LUFFY: n−1 samples and the demonstration form one group; rewards are not divided by their std, and ratios are
+    not clipped [C]. The demonstration's importance ratio, with behavior probability 1, is shaped by p/(p+γ). A
+    demonstration that the checker rejects has a negative advantage."""
     terms = (OWN_PART, _part("demonstration", EXPERT, coefficients.shaped_demonstration(gamma)))
     legacy = (legacy_scale, legacy_microbatches)
     return _family("luffy", terms, legacy, "arXiv:2504.14945", plan=plan.with_demonstration)

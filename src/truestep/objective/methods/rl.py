@@ -57,7 +57,7 @@ def dapo(
 
 
 def ppo(*, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0) -> Method:
-    """PPO's clipped surrogate with a token mean, and with the second clip for A < 0 that is verl's default
+    """PPO's clipped surrogate with a token mean and a second clip for A < 0, as in verl's defaults
     [C]. There is no critic; the group's mean is the baseline."""
     term = clipped_term(clip_low, clip_high, Normaliser.TOKENS, dual_clip)
     return Method(name="ppo", terms=(term,), source="arXiv:1707.06347, eq. 7; arXiv:1912.09729")
