@@ -60,6 +60,12 @@ def count(num: int, noun: str, of: int | None = None) -> str:
     return f"{num if of is None else f'{num} of {of}'} {noun}{'' if total == 1 else 's'}"
 
 
+def quoted(text: str, most: int = 60) -> str:
+    """Return a text in quotation marks, on one line and cut to ``most`` characters."""
+    line = " ".join(text.split())
+    return f'"{line}"' if len(line) <= most else f'"{line[: most - 3]}..."'
+
+
 def verb(num: int, plural: str) -> str:
     """Return the verb of ``num`` things, such as "is" or "are"."""
     return _SINGULAR[plural] if num == 1 else plural

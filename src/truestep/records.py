@@ -61,6 +61,16 @@ class Problem:
         _require(bool(self.id), "a problem needs an id")
         _require(bool(self.messages) != bool(self.text), f"problem {self.id} needs messages or a text")
 
+    @property
+    def question(self) -> str:
+        """The texts of the prompt's turns."""
+        return "\n\n".join(turn.content for turn in self.messages)
+
+    @property
+    def system(self) -> str:
+        """The text of the prompt's system turn, or "" if it has none."""
+        return self.messages[0].content if self.messages and self.messages[0].role == "system" else ""
+
 
 class Role(enum.IntEnum):
     """The author of a token. Only ASSISTANT tokens of a demonstration are trained on."""

@@ -274,11 +274,13 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: s
             raise UserError(f"{path} is not what was written (SHA-256 differs); {remedy}")
 
 
-def mark_export(folder: Path, special_tokens: Sequence[str] = ()) -> None:
-    """Write an export's mark: the hashes of its files, and the special tokens that its texts may contain."""
+def mark_export(folder: Path, special_tokens: Sequence[str] = (), system: str = "") -> None:
+    """Write an export's mark: the hashes of its files, the special tokens that its texts may contain, and the system
+    prompt that it was trained with."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
-    allowed = {"special_tokens": list(special_tokens)} if special_tokens else {}
-    write_json(folder / EXPORT_MARK, {"format": 2, **allowed, "files": record_files(folder, files)})
+    used: dict[str, Any] = {"special_tokens": list(special_tokens)} if special_tokens else {}
+    used |= {"system": system} if system else {}
+    write_json(folder / EXPORT_MARK, {"format": 2, **used, "files": record_files(folder, files)})
 
 
 def train_again(stage: Path) -> str:

@@ -234,6 +234,23 @@ def texts(folder: Path, model: Path) -> list[str]:
 
 
 @pytest.mark.slow
+def test_a_lost_system_prompt_is_said_by_the_next_run_and_by_eval(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe")
+    short = ("stages.sft.steps=1", "stages.rl.steps=1", "evaluate.data=[]", "chat.system=be brief")
+    go(prepared(recipe, *short), tmp_path / "run")
+    for stage in ("01-sft", "02-rl"):
+        export = tmp_path / "run/stages" / stage / "export"
+        said = 'was trained with the system prompt "be brief"'
+        assert any(said in note for note in prepared(recipe, f"model.path={export}").notes)
+        (tmp_path / "own.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+        words = ["eval", "model", str(export), "--benchmarks", str(tmp_path / "own.jsonl"), "--dry-run"]
+        assert said in " ".join(CliRunner().invoke(_app(), words).output.split())
+        row = '{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "1"}], "answer": "2"}'
+        (tmp_path / "own.jsonl").write_text(row + "\n")
+        assert said not in " ".join(CliRunner().invoke(_app(), words).output.split())
+
+
+@pytest.mark.slow
 def test_eval_keeps_the_special_tokens_that_the_export_names(tmp_path: Path) -> None:
     export = thinking_export(tmp_path)
     assert rundir.read_json(export / rundir.EXPORT_MARK)["special_tokens"] == ["<|user|>"]

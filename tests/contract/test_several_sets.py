@@ -13,6 +13,9 @@ from truestep import rundir
 from truestep.errors import UserError
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.sizes import batch_table
+from truestep.pipeline.systems import notes_of_systems, system_of
+from truestep.records import Message, Problem
+from truestep.settings import load_settings
 from truestep.signals import Interrupted
 
 MIX = 'data=[{ name = "train", weight = 2 }, { name = "other" }]'
@@ -157,3 +160,32 @@ def test_a_system_prompt_that_only_training_has_is_said(recipe: Path, tmp_path: 
     assert sum(said in note for note in prepared(path, *roomy).notes) == 1
     for change in ("chat.system=be brief", "evaluate.data=[]"):
         assert not any("system prompt" in note for note in prepared(path, *roomy, change).notes)
+
+
+def test_a_system_prompt_of_the_base_model_that_no_row_has_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    rundir.mark_export(tmp_path, system="be\nbrief")
+    recipe = write_recipe(tmp_path / "recipe")
+    based, bare = load_settings(recipe, [f"model.path={tmp_path}"]), {"test": with_systems("", "")}
+    (note,) = notes_of_systems(based, {"train": with_systems("")}, bare)
+    assert 'with the system prompt "be brief", but no row of data.train and data.test has one' in note
+    (note,) = notes_of_systems(based, {"train": with_systems("a", "")}, bare)
+    assert note.startswith("1 of 2 rows of data.train has a system prompt")
+    assert not notes_of_systems(load_settings(recipe, []), {"train": with_systems("")}, bare)
+    with_own = load_settings(recipe, [f"model.path={tmp_path}", "chat.system=be brief"])
+    assert not notes_of_systems(with_own, {"train": with_systems("")}, bare)
+    assert not notes_of_systems(based, {"train": with_systems("a")}, {"test": with_systems("b")})
+
+
+def with_systems(*systems: str) -> list[Problem]:
+    user = Message(role="user", content="1+1")
+    turns = [((Message(role="system", content=s), user) if s else (user,)) for s in systems]
+    return [Problem(id=str(i), answer="2", messages=given) for i, given in enumerate(turns)]
+
+
+def test_the_system_prompt_of_a_set_is_that_of_most_rows() -> None:
+    assert system_of(with_systems("a", "", "a", "b"), "") == "a"
+    assert system_of(with_systems("a", "", ""), "") == ""
+    assert system_of(with_systems("a", "", ""), "c") == "c"
+    assert system_of(with_systems("a", ""), "") == "a"  # half of them
+    assert system_of([], "c") == ""

@@ -46,6 +46,25 @@ def call(*words: str, code: int = 0) -> Any:
     return json.loads(result.stdout)
 
 
+def test_all_turns_of_a_problem_are_sent(tmp_path: Path) -> None:
+    """A row's system turn replaces the template's; examples come after it, and only the last turn is wrapped."""
+    (tmp_path / "mine.toml").write_text(OWN_PROMPTS)
+    (exam,) = chosen(["mine.toml"], tmp_path)
+    turns = [("system", "Be kind."), ("user", "1+1?"), ("assistant", "2"), ("user", "And 2+2?")]
+    row = {"messages": [{"role": r, "content": c} for r, c in turns], "answer": "4"}
+    found = {}
+    for name, rows in {"all": row, "last": {**row, "messages": row["messages"][-1:]}}.items():
+        path = jsonl(tmp_path / f"{name}.jsonl", rows)
+        ((benchmark, (found[name],)),) = load_own(f"x={path}", tmp_path, "auto")
+        found[name, "content"] = benchmark.content
+    sent = [(m.role, m.content) for m in messages_of(exam, found["all"], "math", 1)]
+    shots = [("user", "Task: 3+3?"), ("assistant", "six")]
+    assert sent == [turns[0], *shots, *turns[1:3], ("user", "Task: And 2+2?")]
+    assert found["all", "content"] != found["last", "content"]
+    sent = [(m.role, m.content) for m in messages_of(exam, found["last"], "math", 0)]
+    assert sent == [("system", "Be brief."), ("user", "Task: And 2+2?")]
+
+
 def test_what_is_a_path() -> None:
     assert not any(is_own(b.id) for b in TABLE)
     assert not is_own("aime2024")

@@ -266,6 +266,28 @@ def test_answers_that_no_checker_reads_are_said_to_be_unused() -> None:
     assert not_used(described) == [others.replace("level", "number = answer (2 rows), level")]
 
 
+OWN_REWARD = """
+[[stages.rewards]]
+function = "mine.py:reward"
+"""
+
+
+def test_answers_are_neither_graded_nor_counted_as_used_if_no_reward_has_the_checker(recipe: Path) -> None:
+    (recipe.parent / "mine.py").write_text("def reward(samples):\n    return [0.0 for _ in samples]\n")
+    (recipe.parent / "rl.jsonl").write_text('{"problem": "2+2=?", "answer": "\\\\frac{1}{"}\n')
+    (recipe.parent / "test.jsonl").write_text('{"problem": "1+1=?", "answer": 2}\n')
+    text = recipe.read_text().replace('source = "procedural:addition"\nlimit = 4', 'source = "rl.jsonl"')
+    recipe.write_text(text)
+    checked = run("check", recipe)
+    assert checked.exit_code == 1
+    assert "no stage uses the answers" not in checked.stdout
+    recipe.write_text(text.replace("[evaluate]", OWN_REWARD + "[evaluate]"))
+    checked = run("check", recipe)
+    assert checked.exit_code == 0
+    assert "rl: no stage uses the answers (answer, 1 row), because no stage's reward has" in checked.stdout
+    assert "gold" not in document(run("check", recipe, "--json"))["data"]["rl"]
+
+
 def test_check_asks_of_a_row_what_the_stages_need(recipe: Path) -> None:
     for name, field in (("train", "solution"), ("test", "answer")):
         path = recipe.parent / f"{name}.jsonl"

@@ -32,11 +32,12 @@ def export_hf(
     *,
     card: str,
     special_tokens: Sequence[str] = (),
+    system: str = "",
 ) -> None:
     """Write model, tokenizer, generation config and README.md. The folder appears whole or not at all.
 
-    An older export, which contains EXPORT_MARK, is replaced. Raises UserError if the existing folder is not an
-    export, and OutOfSpace if the disk is full."""
+    ``system`` is the system prompt that the model was trained with. An older export, which contains EXPORT_MARK, is
+    replaced. Raises UserError if the existing folder is not an export, and OutOfSpace if the disk is full."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def export_hf(
     temporary.mkdir()
     try:
         _write(temporary, model, tokenizer, card)
-        mark_export(temporary, special_tokens)
+        mark_export(temporary, special_tokens, system)
         for path in (*temporary.rglob("*"), temporary):
             fsync_folder(path)  # this call also syncs a file
         replace_folder(temporary, folder)
@@ -87,6 +88,15 @@ def special_tokens_of(folder: Path) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(token, str) for token in found):
         raise UserError(f"{mark}: special_tokens is not a list of texts; restore the file or export again")
     return tuple(found)
+
+
+def exported_system(folder: Path) -> str:
+    """Return the system prompt that an exported model was trained with, or "". Raises UserError if the mark is damaged."""
+    mark = folder / EXPORT_MARK
+    found = read_json(mark).get("system", "") if mark.is_file() else ""
+    if not isinstance(found, str):
+        raise UserError(f"{mark}: system is not a text; restore the file or export again")
+    return found
 
 
 def stopping_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -19,7 +19,7 @@ from truestep.cli.data import columns_of
 from truestep.cli.output import PlainConsole, echo
 from truestep.cli.progress import HEARTBEAT_SECONDS, announce
 from truestep.data.convert import SUFFIXES, TARGETS, converted, write_rows
-from truestep.data.describe import TRAINED_ON, Description, describe, not_used, read_as, use_of
+from truestep.data.describe import TRAINED_ON, Description, describe, needs_of, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_lines, overlap_report
 from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
@@ -49,7 +49,7 @@ class _SetCheck:
         self, name: str, data: DataSettings, *, seed: int, base_dir: Path, needs: Collection[str],
         grader: Grader | None, use: str = TRAINED_ON,
     ) -> None:  # fmt: skip
-        self.name, self.grader, self.use = name, grader, use
+        self.name, self.grader, self.use, self.needs = name, grader, use, needs
         self.source = stream_problems(name, data, seed=seed, base_dir=base_dir, needs=needs)
         self.files, self.left, self.said_of_files = files_of(name, data, base_dir)
         self.description = Description(needs)
@@ -124,7 +124,11 @@ def check(
         if source.endswith(".toml"):
             _require_no_columns(source, columns)
             settings = load_settings(source, overrides)
-            checks = {name: _set_check(settings, name, Path(source).parent, grader) for name in settings.data}
+            base_dir = Path(source).parent
+            needs = needs_of(settings)
+            checks = {
+                name: _set_check(settings, name, base_dir, grader, needs[name]) for name in settings.data
+            }
             watched = [name for s in settings.stages for name in s.watched_data.values()]
             used = [*settings.evaluate.data, *watched]
             judged = {name: list(checks[name].problems()) for name in dict.fromkeys(used)}
@@ -228,9 +232,12 @@ def convert(
     )
 
 
-def _set_check(settings: Settings, name: str, base_dir: Path, grader: Grader | None) -> _SetCheck:
-    needs, data = _needs(settings, name), settings.data[name]
-    use = use_of(settings, name)
+def _set_check(
+    settings: Settings, name: str, base_dir: Path, grader: Grader | None, needs: Collection[str]
+) -> _SetCheck:
+    data, use = settings.data[name], use_of(settings, name)
+    if "problem" in needs and "answer" not in needs:
+        grader = None  # no stage's reward has the checker
     return _SetCheck(name, data, seed=settings.seed, base_dir=base_dir, needs=needs, grader=grader, use=use)
 
 
@@ -251,21 +258,20 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
     choose_template(tokenizer, settings.chat.template, settings.model.path)
     console = PlainConsole(soft_wrap=True)
     documents = []
-    demonstrated = _demonstrated(settings, Path(recipe).parent)
-    held = {s.validation.data for s in settings.stages} - demonstrated
-    for name, problems in _load_sets(settings, Path(recipe).parent).items():
-        described = describe(problems, _needs(settings, name))
-        use = use_of(settings, name)
-        for said in () if as_json else (*read_as(described), *not_used(described, use)):
+    needs = needs_of(settings, _guided(settings, Path(recipe).parent))
+    for name, problems in _load_sets(settings, Path(recipe).parent, needs).items():
+        described = describe(problems, needs[name])
+        use, has_solutions = use_of(settings, name), "solution" in needs[name]
+        for said in () if as_json else (*read_as(described), *not_used(described, use, needs[name])):
             console.print(f"{name}: {said}", markup=False)
         for problem in problems[:num]:
-            problem = problem if name in demonstrated | held else replace(problem, solution="", dialogue=())
+            problem = problem if has_solutions else replace(problem, solution="", dialogue=())
             for spans, document in _example(tokenizer, problem, settings, context):
                 documents.append({"data": name, "layout": problem.layout, **document})
                 if not as_json:
                     chosen, total = document["num_trained"], document["num_tokens"]
                     counts = f"{counted(chosen, 'token', total)} {verb(chosen, 'are')} {use}"
-                    if name not in demonstrated | held:
+                    if not has_solutions:
                         counts = f"a prompt of {counted(total, 'token')}"
                     answer = f"; answer {problem.answer}" if problem.answer else ""
                     console.print(Text(f"{name} {problem.id} ({problem.row}): {counts}{answer}", "bold"))
@@ -274,31 +280,21 @@ def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> N
         echo(json.dumps({"examples": documents}))
 
 
-def _demonstrated(settings: Settings, base_dir: Path) -> set[str]:
-    """Return the data sets whose solutions a stage trains on: those of SFT and of methods with demonstrations."""
-    from truestep.pipeline.prepare import method_of
-
+def _load_sets(
+    settings: Settings, base_dir: Path, needs: Mapping[str, Collection[str]]
+) -> dict[str, list[Problem]]:
     return {
-        name
-        for s in settings.stages
-        if s.kind == "sft" or (s.kind == "rl" and method_of(s, base_dir).needs_demonstrations)
-        for name in s.data_names
-    }
-
-
-def _load_sets(settings: Settings, base_dir: Path) -> dict[str, list[Problem]]:
-    return {
-        name: load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=_needs(settings, name))
+        name: load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=needs[name])
         for name, data in settings.data.items()
     }
 
 
-def _needs(settings: Settings, name: str) -> set[str]:
-    """Return what every row of a data set needs: a solution for SFT and validation, otherwise an answer."""
-    needs = {"solution" if s.kind == "sft" else "answer" for s in settings.stages if name in s.data_names}
-    judged = {*settings.evaluate.data, *(s.dev.data for s in settings.stages)}
-    held = {s.validation.data for s in settings.stages}
-    return needs | ({"answer"} if name in judged else set()) | ({"solution"} if name in held else set())
+def _guided(settings: Settings, base_dir: Path) -> list[str]:
+    """Return the data sets whose solutions a stage that samples trains on."""
+    from truestep.pipeline.prepare import method_of
+
+    sampled = [s for s in settings.stages if s.kind == "rl" and method_of(s, base_dir).needs_demonstrations]
+    return [name for stage in sampled for name in stage.data_names]
 
 
 def _print_check(
@@ -325,7 +321,11 @@ def _print_check(
     for name, d in described.items():
         for fault in d["bad_rows"]["first"]:
             console.print(f"{name}: bad row: {fault}", markup=False)
-        for said in (checks[name].said_of_files, *read_as(d), *not_used(d, checks[name].use)):
+        for said in (
+            checks[name].said_of_files,
+            *read_as(d),
+            *not_used(d, checks[name].use, checks[name].needs),
+        ):
             if said:
                 console.print(f"{name}: {said}", markup=False)
         if d.get("gold", {}).get("num_text_only"):

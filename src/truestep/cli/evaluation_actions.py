@@ -168,7 +168,7 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
         if (name := settings.evaluate.engine) not in ENGINES:
             names = ", ".join(ENGINES)
             raise UserError(f'engine = "{name}": expected {names}, or the URL of an endpoint')
-        from truestep.checkpoint.export import special_tokens_of
+        from truestep.checkpoint.export import exported_system, special_tokens_of
         from truestep.data.chat import check_special_tokens, stop_token_ids
         from truestep.data.templates import choose_template
         from truestep.model.load import load_tokenizer, model_content, resolve
@@ -180,8 +180,8 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
             settings.chat.template != "model"
         ):  # without one, benchmarks are sent as plain text, and a note says so
             choose_template(tokenizer, settings.chat.template, settings.model.path)
-        exported = special_tokens_of(Path(resolve(settings.model)))
-        allowed = tuple(dict.fromkeys((*settings.chat.special_tokens, *exported)))
+        folder = Path(resolve(settings.model))
+        allowed = tuple(dict.fromkeys((*settings.chat.special_tokens, *special_tokens_of(folder))))
         if allowed:
             chat = settings.chat.model_copy(update={"special_tokens": allowed})
             check_special_tokens(tokenizer, chat, stop_token_ids(tokenizer, eos))
@@ -190,6 +190,7 @@ def opened(settings: Settings) -> Iterator[tuple[ModelAdapter, str]]:
             tokenizer=tokenizer, context_length=context, model_eos=eos,
             open_engine=cache(lambda: stack.enter_context(open_engine(settings, context))),
             pinned_limit=settings.evaluate.sampling.max_new_tokens == "benchmark", special_tokens=allowed,
+            trained_system=exported_system(folder),
         )  # fmt: skip
         yield adapter, model_content(settings.model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +136,26 @@ def use_of(settings: Settings, name: str) -> str:
     """Return what is done with the solutions of a data set."""
     is_held = name in [stage.validation.data for stage in settings.stages]
     return "measured (validation loss)" if is_held else TRAINED_ON
+
+
+def needs_of(settings: Settings, guided: Iterable[str] = ()) -> dict[str, set[str]]:
+    """Return the columns that every row of each used data set needs. A stage without a checker does not need answers.
+    ``guided`` has the data sets whose solutions a stage that samples trains on."""
+    needs: defaultdict[str, set[str]] = defaultdict(set)
+    for stage in settings.stages:
+        checked = stage.kind != "rl" or "checker" in [e.function for e in stage.reward_entries]
+        column = "solution" if stage.kind == "sft" else "answer"
+        for name in stage.data_names:
+            needs[name].add(column if checked else "problem")
+        if stage.dev.data:
+            needs[stage.dev.data].add("answer")
+        if stage.validation.data:
+            needs[stage.validation.data].add("solution")
+    for name in settings.evaluate.data:
+        needs[name].add("answer")
+    for name in guided:
+        needs[name].add("solution")
+    return needs
 
 
 def not_used(described: Mapping[str, Any], use: str = TRAINED_ON, needs: Collection[str] = ()) -> list[str]:

@@ -178,7 +178,7 @@ def _loaded(
 
 
 def _hash(problems: Sequence[Problem]) -> str:
-    text = "".join(f"{p.id}\x1f{p.messages[-1].content}\x1f{p.answer}\x1c" for p in problems)
+    text = "".join(f"{p.id}\x1f{p.question}\x1f{p.answer}\x1c" for p in problems)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

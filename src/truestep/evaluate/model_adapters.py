@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from truestep.data.chat import completion_text, encode_prompt, has_chat_template, stop_token_ids
-from truestep.errors import UserError
+from truestep.errors import UserError, quoted
 from truestep.evaluate.jobs import Job
 from truestep.evaluate.prompts import Template, cut, messages_of, plain_text
 from truestep.evaluate.run import Answer, EvaluationPlan, Key, TextPrompt, engine_answers, request_of
@@ -55,6 +55,7 @@ class TokenAdapter:
     open_engine: Callable[[], Engine]  # called for every job; it opens an engine once and keeps it
     pinned_limit: bool  # the length limit is from a benchmark, and may be reduced to fit the model's context
     special_tokens: tuple[str, ...] = ()  # those that texts may contain
+    trained_system: str = ""  # the system prompt that the model was trained with, if its export names one
 
     def ready(self, job: Job, few_shot: int) -> ReadyJob:
         template, kind = job.template, job.benchmark.kind
@@ -74,6 +75,12 @@ class TokenAdapter:
             notes.append(f"{job.title}: max_new_tokens is {room}, not {limit}, because {reason}")
         if template.chat and not has_chat_template(self.tokenizer):
             notes.append(f"{job.title}: the tokenizer has no chat template, so turns are sent as plain text")
+        system = template.choice_system if kind == "choice" else template.system
+        if self.trained_system and not system and not any(p.system for p in job.problems):
+            asked = f"the model was trained with the system prompt {quoted(self.trained_system)}"
+            notes.append(
+                f"{job.title}: {asked}, which the template does not have; pass --prompts FILE with it"
+            )
         ids = [list(p.token_ids) for p in prompts]
         tail = str(self.tokenizer.decode(ids[0][-12:])).rstrip()
         return ReadyJob(

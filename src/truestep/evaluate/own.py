@@ -104,7 +104,7 @@ def _load(path: Path, name: str, checker: str, columns: Mapping[str, str]) -> tu
     else:
         with _hinted(rows, columns):
             problems = load_problems(name, settings, seed=0, base_dir=Path())
-        items = [Item(id=p.id, question=p.messages[-1].content, answer=p.answer) for p in problems]
+        items = [Item(id=p.id, question=p.question, answer=p.answer) for p in problems]
         own = _benchmark(name, items, "math", ",".join(sorted({p.checker for p in problems})))
     return own, problems
 

@@ -119,19 +119,23 @@ def _template(row: dict[str, Any], where: str) -> Template:
 
 
 def messages_of(template: Template, problem: Problem, kind: str, few_shot: int) -> tuple[Message, ...]:
-    """Return the turns of a prompt: the system turn, ``few_shot`` worked examples, and the problem."""
+    """Return the turns of a prompt: the system turn, ``few_shot`` worked examples, and the problem's turns. The
+    template wraps the last turn. A problem's system turn replaces the template's."""
     body, system = template.math, template.system
     shots = WORKED["brief" if template.brief else "math"]
     if kind == "choice":
         body, system, shots = template.choice, template.choice_system, WORKED["choice"]
+    *earlier, last = problem.messages
     turns = [Message(role="system", content=system)] if system else []
+    if earlier and earlier[0].role == "system":
+        turns = [earlier.pop(0)]
     shots = list(template.worked) or shots
     if len(shots) < few_shot:
         raise UserError(f"few_shot = {few_shot}: the template {template.id} has {len(shots)} worked examples")
     for question, answer in shots[:few_shot]:
         thought = f"{template.suffix}{answer}\n</think>\n{answer}" if "<think>" in template.suffix else answer
         turns += [_user(body, question), Message(role="assistant", content=thought)]
-    return (*turns, _user(body, problem.messages[-1].content))
+    return (*turns, *earlier, _user(body, last.content) if last.role == "user" else last)
 
 
 def _user(body: str, question: str) -> Message:

@@ -238,7 +238,7 @@ def _row(plan: EvaluationPlan, problem: Problem, sample: TextSample, judge: Judg
         row["extracted"] = bool(extracted)
     else:
         row |= {
-            "prompt": problem.messages[-1].content, "completion": sample.text, "extracted": extracted,
+            "prompt": problem.question, "completion": sample.text, "extracted": extracted,
             "gold": problem.answer, "reason": judged.reason if judged else f"engine: {sample.error}",
         }  # fmt: skip
     if plan.reward is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from truestep.data.chat import check_special_tokens, encode_prompt, stop_token_ids
 from truestep.data.demonstrations import Encoded, encode_demonstrations
-from truestep.data.describe import describe, not_used, read_as, use_of
+from truestep.data.describe import describe, needs_of, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
 from truestep.data.problems import load_problems
@@ -30,6 +29,7 @@ from truestep.pipeline.golds import check_golds
 from truestep.pipeline.history import History, as_named
 from truestep.pipeline.prompts import prompts_of_stage
 from truestep.pipeline.sizes import check_lengths, check_tested
+from truestep.pipeline.systems import notes_of_systems
 from truestep.pipeline.track import require_trackers
 from truestep.records import Demonstration, Problem, Prompt
 from truestep.rewards.scorer import RewardScorer
@@ -101,7 +101,7 @@ def prepare(
     prepared.methods = methods
     pairs = zip(settings.stages, prepared.named.stages, strict=True)
     prepared.code = {s.name: _as_named(code[s.name], s, n) for s, n in pairs if s.name in code}
-    needs = needs_of(settings, methods)
+    needs = needs_of(settings, _guided(settings, methods))
     for name, of_set in problems.items():
         with faults.caught():
             _encode(prepared, name, of_set, needs[name])
@@ -121,7 +121,7 @@ def prepare(
     found = prepared.problems
     trained = {name: found[name] for s in settings.stages for name in s.data_names if name in found}
     tested = {name: found[name] for name in settings.evaluate.data if name in found}
-    prepared.notes += _of_systems(settings, trained, tested)
+    prepared.notes += notes_of_systems(settings, trained, tested)
     watched = [name for stage in settings.stages for name in stage.watched_data.values()]
     tested |= {name: found[name] for name in watched if name in found}
     prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
@@ -164,7 +164,7 @@ def read_problems(
 ) -> dict[str, list[Problem]]:
     """Read every data set that is used, with the columns that are needed. A set with a fault is left out."""
     guided, found = _guided(settings, methods), {}
-    for name, wanted in needs_of(settings, methods).items():
+    for name, wanted in needs_of(settings, _guided(settings, methods)).items():
         with faults.caught():
             try:
                 data, seed = settings.data[name], settings.seed
@@ -220,26 +220,6 @@ def _as_named(code: dict[str, str], stage: StageSettings, named: StageSettings) 
     return {method.get(name, name): sha256 for name, sha256 in code.items()}
 
 
-def needs_of(settings: Settings, methods: Mapping[str, Method]) -> dict[str, set[str]]:
-    """Return the needed columns of every data set that is used; other data sets are not loaded. A stage
-    without a checker does not need answers."""
-    needs: defaultdict[str, set[str]] = defaultdict(set)
-    for stage in settings.stages:
-        checked = not isinstance(stage, RlSettings) or "checker" in [e.function for e in stage.reward_entries]
-        column = "solution" if stage.kind == "sft" else "answer"
-        for name in stage.data_names:
-            needs[name].add(column if checked else "problem")
-        if stage.dev.data:
-            needs[stage.dev.data].add("answer")
-        if stage.validation.data:
-            needs[stage.validation.data].add("solution")
-    for name in settings.evaluate.data:
-        needs[name].add("answer")
-    for name in _guided(settings, methods):
-        needs[name].add("solution")
-    return needs
-
-
 def usable_methods(settings: Settings, base_dir: Path, faults: Faults) -> dict[str, Method]:
     """Return the methods of the stages, by name, without those of stages that they do not fit."""
     found = {}
@@ -278,25 +258,6 @@ def _usable_method(stage: StageSettings, base_dir: Path) -> Method:
             f'{num} equal updates of method = "{row.name}"; set a multiple of {num}'
         )
     return row
-
-
-def _of_systems(
-    settings: Settings, trained: Mapping[str, Sequence[Problem]], tested: Mapping[str, Sequence[Problem]]
-) -> list[str]:
-    """Return a sentence if rows of a training set have a system prompt and those of the tests have none."""
-
-    def with_system(problems: Sequence[Problem]) -> int:
-        return sum(p.messages[0].role == "system" for p in problems if p.messages)
-
-    bare = [f"data.{name}" for name, problems in tested.items() if not with_system(problems)]
-    if settings.chat.system or not bare:
-        return []
-    return [
-        f"{count(num, 'row', len(problems))} of data.{name} {verb(num, 'have')} a system prompt, but no row of "
-        f"{' and '.join(bare)} has one, so the model is tested without it; set chat.system, or add a system turn to the test rows"
-        for name, problems in trained.items()
-        if (num := with_system(problems))
-    ]
 
 
 def method_of(stage: StageSettings, base_dir: Path) -> Method:

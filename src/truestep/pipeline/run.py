@@ -31,6 +31,7 @@ from truestep.pipeline.models import Session, base_identity, earlier_identities,
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.sizes import num_steps
 from truestep.pipeline.stages import make_stage, strict_reason
+from truestep.pipeline.systems import system_of
 from truestep.pipeline.track import Trackers, open_trackers
 from truestep.progress import Reporter
 from truestep.settings import RlSettings, Settings, SftSettings, load_settings, table_of
@@ -286,12 +287,11 @@ def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, An
         model = open_model(session, settings.model.path).model
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    tokenizer, card, tokens = (
-        session.prepared.tokenizer,
-        _card(session, index, done),
-        settings.chat.special_tokens,
-    )
-    export_hf(spec.folder / "export", model, tokenizer, card=card, special_tokens=tokens)
+    problems = (p for name in spec.settings.data_names for p in session.prepared.problems[name])
+    export_hf(
+        spec.folder / "export", model, session.prepared.tokenizer, card=_card(session, index, done),
+        special_tokens=settings.chat.special_tokens, system=system_of(problems, settings.chat.system),
+    )  # fmt: skip
 
 
 def _card(session: Session, index: int, done: Mapping[str, Any]) -> str:
