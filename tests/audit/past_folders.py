@@ -8,9 +8,28 @@ from types import SimpleNamespace
 from typing import Any
 
 from truestep.audit.postmortem import answers
-from truestep.audit.present.words import answer_row
+from truestep.audit.postmortem.measured import MEASURED
+from truestep.audit.present.past import answer_row
 
-OFFLOAD, MEANS, SUMS, OWN, OPENRLHF = range(5)
+
+def place(package: str, *kinds: str, key: str = "") -> int:
+    """The index of a measured fault."""
+    (found,) = [
+        i
+        for i, m in enumerate(MEASURED)
+        if m.package == package
+        and set(kinds) == set(m.kinds)
+        and (not key or key in {n.key for n in m.needs})
+    ]
+    return found
+
+
+OFFLOAD = place("deepspeed", "kept_first_and_last")
+BOUNDARY = place("deepspeed", "kept_last")
+MEANS = place("transformers", "micro_mean")
+SUMS = place("transformers", "micro_mean", "accumulation_missing")
+OWN = place("transformers", "rank_mean")
+OPENRLHF = place("openrlhf", "micro_mean", "not_finite_after_empty")
 Z2 = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 

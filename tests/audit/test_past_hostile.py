@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from past_folders import STATE, deepspeed, look_back, offload, write
 
-from truestep.audit.postmortem.answers import MEASURED
+from truestep.audit.postmortem.measured import MEASURED
 from truestep.errors import UserError
 
 
@@ -126,7 +126,7 @@ def test_hostile_names_show_as_text(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match="does not exist"):
         look_back(tmp_path / "gone")
 
 

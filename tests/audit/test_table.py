@@ -12,6 +12,7 @@ from rich.console import Console
 
 from truestep.audit.measure.findings import Finding, Verdict, cause
 from truestep.audit.postmortem.answers import Answer
+from truestep.audit.postmortem.measured import MEASURED
 from truestep.audit.present.table import BLOCKS, answers_table, bar, bars, findings_table
 from truestep.audit.present.words import Row, row_of
 
@@ -143,13 +144,11 @@ def test_hostile_names_move_no_cursor_and_are_no_markup() -> None:
 
 def test_answers_about_a_past_run() -> None:
     answers = [
-        Answer(
-            finding="a fault", answer=word, reasons=(cause("", "said", text="because \x1b[1m"),), source=""
-        )
-        for word in ("affected", "not affected", "unknown")
+        Answer(measured=MEASURED[0], answer=word, reasons=(cause("", "said", text="because \x1b[1m"),))
+        for word in ("affected", "affected if", "not affected", "unknown")
     ]
     text = shown(answers_table(answers))
-    assert text.count("a fault") == text.count("because ⟨U+001B⟩[1m") == 3
+    assert text.count(MEASURED[0].subject) == text.count("because ⟨U+001B⟩[1m") == 4
     assert max(cell_len(line) for line in text.splitlines()) <= 80
 
 

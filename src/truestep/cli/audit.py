@@ -43,7 +43,10 @@ Bisect = Annotated[
 ]
 Past = Annotated[
     Path | None,
-    Option(help="Check the files of a finished run for known faults; no code is run and no GPU is needed."),
+    Option(
+        help="Check a lock file, or the folder of a finished run, for measured faults; no code is run and no GPU "
+        "is needed."
+    ),
 ]
 Remedy = Annotated[bool, Option("--remedy", help="Search for options and releases that avoid the fault.")]
 DryRun = Annotated[bool, Option("--dry-run", help="List the configurations, but build and run nothing.")]

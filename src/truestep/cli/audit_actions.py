@@ -243,19 +243,20 @@ def models(python: Path | None, *, timeout: float, as_json: bool) -> None:
     raise typer.Exit(1 if words.wrong_models(document) else 0)
 
 
-def past(folder: Path, *, as_json: bool) -> None:
+def past(path: Path, *, as_json: bool) -> None:
     from truestep.audit.postmortem.answers import look_back
 
-    answers = look_back(folder)
+    answers = look_back(path)
     if as_json:
-        rows = [words.answer_row(a) for a in answers]
-        echo(json.dumps({"schema": 1, "folder": str(folder), "answers": rows}))
+        from truestep.audit.present.past import answer_row
+
+        echo(json.dumps({"schema": 2, "path": str(path), "answers": [answer_row(a) for a in answers]}))
     else:
         from truestep.audit.present.table import answers_table
 
         _print(lambda width: answers_table(answers, width=width))
     found = {a.answer for a in answers}
-    raise typer.Exit(1 if "affected" in found else 4 if "unknown" in found else 0)
+    raise typer.Exit(1 if "affected" in found else 4 if found - {"not affected"} else 0)
 
 
 def bisect(

@@ -1,4 +1,4 @@
-"""Reads versions and settings from the files of a past run (text, JSON, TOML and plain YAML).
+"""Reads versions and settings from a lock file or the files of a past run (text, JSON, TOML and plain YAML).
 
 Pickles are not opened and links are not followed; a file that is too large or broken is named, not read.
 """
@@ -6,39 +6,30 @@ Pickles are not opened and links are not followed; a file that is too large or b
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from truestep.audit.postmortem.measured import load
+from truestep.audit.postmortem.pins import LOCKS, Broken, Pins, command_lines, of_lock, of_text, parse_json
 from truestep.errors import UserError
 from truestep.redaction import redact
 
-PACKAGES = ("deepspeed", "transformers", "openrlhf", "verl")
-LOCKS = ("uv.lock", "poetry.lock", "pdm.lock", "pylock.toml")
-SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".cmd", ".txt")
+PACKAGES = frozenset(m.package for m in load())
+SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".cmd", ".txt", ".dockerfile")
+IMAGES = ("Dockerfile", "Containerfile")
 SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "venv"}
 MOST_FILES, MOST_BYTES = 100_000, 256 << 20
-WHOLE_ENVIRONMENT = 10  # at least this many packages
 LIMITS = {".json": 1 << 20, ".yaml": 1 << 18, ".yml": 1 << 18, "lock": 8 << 20}  # bytes; else 1 MiB
 # A JSON or YAML file without any of these words is not relevant here, and is not parsed.
 WORDS = (
     "zero_optimization", "gradient_accumulation_steps", "per_device_train_batch_size", "average_tokens_across_devices",
     "train_micro_batch_size_per_gpu", "train_batch_size", "distributed_type", "deepspeed",
 )  # fmt: skip
-_PIN = re.compile(
-    r"""^[\s\-"']*([A-Za-z0-9][\w.\-]*)(?:\[[^\]]*\])?\s*={1,3}\s*([\w.!+\-]{1,60})(?:=[\w.]+)?["']?\s*(?:[;\\#,].*)?$"""
-)
-_RANGE = re.compile(r"""^[\s\-"']*([A-Za-z0-9][\w.\-]*)(?:\[[^\]]*\])?\s*(@|[<>~!=]=?.*)""")
-
-
-class Broken(ValueError):
-    """A file that cannot be read, or a value that is not allowed there; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +54,28 @@ class Evidence:
         return found[0] if len(found) == 1 else None
 
 
-def gather(folder: Path) -> Evidence:
-    """Read a run's folder. Raises UserError if it is not a directory."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a directory; pass the directory with the files of a past run")
+def gather(path: Path) -> Evidence:
+    """Read one file, or all files of a run's folder. Raises UserError if there is no such path."""
     evidence = Evidence()
-    files = list(_files(folder, evidence))
+    if path.is_file():
+        folder, files = path.parent, [(path, path.stat().st_size)]
+    elif path.is_dir():
+        folder, files = path, list(_files(path, evidence))
+    else:
+        raise UserError(
+            f"{path} does not exist; pass a lock file, or the directory with the files of a past run"
+        )
     states = set()
-    for path, size in sorted(files, key=lambda file: file[0].name == "config.json"):  # config.json last
-        name = str(path.relative_to(folder))
+    for file, size in sorted(files, key=lambda entry: entry[0].name == "config.json"):  # config.json last
+        name = str(file.relative_to(folder))
         try:
-            if path.name == "trainer_state.json":
-                _state(path, name, evidence)
-                states.add(path.parent)
-            elif path.name != "config.json":
-                _read(path, size, name, evidence)
-            elif path.parent in states:  # written by the run; elsewhere, by the model's author
-                _model(path, name, evidence)
+            if file.name == "trainer_state.json":
+                _state(file, name, evidence)
+                states.add(file.parent)
+            elif file.name != "config.json":
+                _read(file, size, name, evidence)
+            elif file.parent in states:  # written by the run; elsewhere, by the model's author
+                _model(file, name, evidence)
         except (Broken, OSError) as error:
             evidence.problems.append(f"{name}: {getattr(error, 'strerror', error)}")
     _choose_deepspeed(evidence)
@@ -99,7 +95,7 @@ def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
                 status = path.lstat()
             except OSError:
                 continue
-            known = path.suffix.lower() in (*LIMITS, *SCRIPTS) or name in LOCKS
+            known = path.suffix.lower() in (*LIMITS, *SCRIPTS) or name in LOCKS or name.startswith(IMAGES)
             if not known or not stat.S_ISREG(status.st_mode):
                 continue
             total += status.st_size if status.st_size <= _limit(path) else 0
@@ -109,22 +105,26 @@ def _files(folder: Path, evidence: Evidence) -> Iterator[tuple[Path, int]]:
             yield path, status.st_size
 
 
+def _is_lock(path: Path) -> bool:
+    return path.name in LOCKS or path.suffix == ".lock"
+
+
 def _limit(path: Path) -> int:
-    return LIMITS["lock"] if path.name in LOCKS else LIMITS.get(path.suffix.lower(), 1 << 20)
+    return LIMITS["lock"] if _is_lock(path) else LIMITS.get(path.suffix.lower(), 1 << 20)
 
 
 def _read(path: Path, size: int, name: str, evidence: Evidence) -> None:
     if size > _limit(path):
         # Say nothing about a large tokenizer or data set, unless it begins like a configuration.
-        if path.name in LOCKS or any(word in _head(path) for word in WORDS):
+        if _is_lock(path) or any(word in _head(path) for word in WORDS):
             raise Broken(f"larger than {_limit(path) >> 10} KiB, not read")
         return
     text = path.read_bytes().decode("utf-8", "replace")
     parse = {".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}.get(path.suffix.lower())
-    if path.name in LOCKS:
-        _lock(text, name, evidence)
+    if _is_lock(path):
+        _pinned(of_lock(text), name, evidence)
     elif parse is None or (parse is parse_yaml and "dependencies:" in text):
-        _pins(text, name, evidence)
+        _pinned(of_text(text), name, evidence)
         if parse is None:
             _commands(text, name, evidence)
     elif any(word in text for word in WORDS):
@@ -143,16 +143,6 @@ def _state(path: Path, name: str, evidence: Evidence) -> None:
     evidence.add("trainer", "transformers Trainer", name)
 
 
-def parse_json(text: str) -> Any:
-    """Parse JSON. Raises Broken."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Broken(f"not valid JSON: {error}") from None
-    except RecursionError:
-        raise Broken("not read: nested too deeply") from None
-
-
 def parse_yaml(text: str) -> Any:
     """Parse plain YAML, if pyyaml is installed. Raises Broken."""
     try:
@@ -167,43 +157,18 @@ def parse_yaml(text: str) -> Any:
         raise Broken(f"not valid YAML: {type(error).__name__}") from None
 
 
-def _package(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def _version(package: str, version: Any, file: str, evidence: Evidence) -> None:
     if package in PACKAGES and isinstance(version, str):
         evidence.versions.setdefault(package, {}).setdefault(version, file)
 
 
-def _pins(text: str, name: str, evidence: Evidence) -> None:
-    """Read the lines of requirements, of pip freeze or of a conda environment."""
-    pinned, loose = set(), 0
-    for line in text.splitlines():
-        if len(line) > 500 or line.lstrip().startswith("#"):
-            continue
-        if found := _PIN.match(line):
-            pinned.add(_package(found[1]))
-            _version(_package(found[1]), found[2], name, evidence)
-        elif found := _RANGE.match(line):
-            package = _package(found[1])
-            loose += found[2] != "@"
-            if package in PACKAGES:
-                evidence.ranges.setdefault(package, f"{name}: {line.strip()[:80]}")
-    if "torch" in pinned and len(pinned) >= WHOLE_ENVIRONMENT and not loose:
-        evidence.complete[name] = len(pinned)
-
-
-def _lock(text: str, name: str, evidence: Evidence) -> None:
-    try:
-        document = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Broken(f"not valid TOML: {redact(str(error))[:200]}") from None
-    for key in ("package", "packages"):
-        entries = document.get(key)
-        for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, Mapping):
-                _version(_package(str(entry.get("name"))), entry.get("version"), name, evidence)
+def _pinned(pins: Pins, name: str, evidence: Evidence) -> None:
+    for package, version in pins.versions:
+        _version(package, version, name, evidence)
+    for package in PACKAGES & pins.ranges.keys():
+        evidence.ranges.setdefault(package, f"{name}: {pins.ranges[package]}")
+    if pins.whole:
+        evidence.complete[name] = pins.whole
 
 
 def _model(path: Path, name: str, evidence: Evidence) -> None:
@@ -255,6 +220,8 @@ def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
         evidence.add("trainer", "transformers Trainer", name)
     evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
     evidence.add("average_tokens", truth(found.get("average_tokens_across_devices")), name)
+    evidence.add("packing", truth(found.get("packing")), name)
+    evidence.add("assistant_only", truth(found.get("assistant_only_loss")), name)
     _embedded(found.get("deepspeed"), name, evidence)
 
 
@@ -322,7 +289,7 @@ def _work_out_accumulation(evidence: Evidence) -> None:
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:
     """Read every line that starts a training run; a backslash continues a line."""
-    for line in _command_lines(text) if "--" in text else ():
+    for line in command_lines(text) if "--" in text else ():
         flags = _flags(line)
         per_node = first(flags, "nproc_per_node", "num_gpus", "num_processes")
         nodes = first(flags, "nnodes", "num_nodes")
@@ -356,12 +323,7 @@ def _flags(line: str) -> dict[str, str]:
 
 def flags_of(text: str) -> dict[str, str]:
     """Return the flags of all lines of a script."""
-    return {key: value for line in _command_lines(text) for key, value in _flags(line).items()}
-
-
-def _command_lines(text: str) -> list[str]:
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    return re.sub(r"\\[ \t]*\n", " ", "\n".join(lines)).splitlines()
+    return {key: value for line in command_lines(text) for key, value in _flags(line).items()}
 
 
 def first(flags: Mapping[str, Any], *names: str) -> Any:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from truestep.audit.measure.findings import Verdict
 from truestep.audit.postmortem.answers import Answer
-from truestep.audit.present import words
+from truestep.audit.present import past, words
 from truestep.audit.present.words import Row, line, number, small
 
 COLOURS = {Verdict.RIGHT: "green", Verdict.FAULT: "bold red"}
@@ -139,7 +139,7 @@ def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[
     return lines
 
 
-ANSWER_COLOURS = {"affected": "bold red", "not affected": "green", "unknown": "yellow"}
+ANSWER_COLOURS = {"affected": "bold red", "affected if": "red", "not affected": "green", "unknown": "yellow"}
 
 
 def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
@@ -148,8 +148,8 @@ def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
     table.add_column("Answer", width=12)
     table.add_column("Measured finding, and reasons for the answer")
     for answer in answers:
-        row = words.answer_row(answer)
+        row = past.answer_row(answer)
         reasons = [Text(f"· {reason}", "dim", overflow="fold") for reason in row["reasons"]]
         verdict = Text(answer.answer, ANSWER_COLOURS[answer.answer])
-        table.add_row(verdict, Group(Text(answer.finding, "bold"), *reasons))
+        table.add_row(verdict, Group(Text(row["finding"], "bold"), *reasons))
     return table

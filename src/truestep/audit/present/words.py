@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 from truestep.audit.measure.findings import Cause, Differences, Finding, Verdict
-from truestep.audit.postmortem.answers import Answer
 from truestep.faults import FAULTS
 from truestep.pages import visible
 from truestep.rundir import redact
@@ -200,13 +199,12 @@ SENTENCES: dict[str, Form] = {
 }  # fmt: skip
 
 
-def sentence(cause: Cause) -> str:
+def sentence(cause: Cause, forms: Mapping[str, Form] = SENTENCES) -> str:
     """Return a cause as text, with the name of its case. Several possible readings are joined by "or"."""
-    forms, values = [SENTENCES.get(kind) or REASONS[kind] for kind in cause.kinds], cause.values
-    readings = [form.format(**values) if isinstance(form, str) else form(values) for form in forms]
+    found, values = [forms[kind] for kind in cause.kinds], cause.values
+    readings = [form.format(**values) if isinstance(form, str) else form(values) for form in found]
     case = f"{values['case']}: " if values.get("case") else ""
-    file = f" ({values['file']})" if "version" in values and "file" in values else ""
-    return case + " or ".join(readings) + file
+    return case + " or ".join(readings)
 
 
 def differences_in_words(found: Differences) -> str:
@@ -319,61 +317,3 @@ def models_in_words(document: Row) -> str:
         lines.append(f"{question}: " + ", ".join(f"{answer} {n}" for answer, n in counted.most_common()))
     lines += [f"NOT RUN {row['class']}: {row['not_run']}" for row in document["models"] if "not_run" in row]
     return "\n".join(lines)
-
-
-SETTINGS = {
-    "zero_stage": "ZeRO stage", "offload": "offload_optimizer", "accumulation": "gradient accumulation",
-    "processes": "processes", "average_tokens": "average_tokens_across_devices", "architecture": "model class",
-}  # fmt: skip
-NOTES = {
-    "only_stage_2": "; only stage 2 was found faulty when measured",
-    "cpu_and_none": "; only cpu and none were measured",
-    "only_gpt2": "; only GPT-2 was measured",
-    "drops_nothing": ": nothing is dropped",
-    "two_drop_nothing": ": with 2, there are only the first and the last micro-batch, and nothing is dropped",
-    "several_not_measured": ": correct on one process; more processes without accumulation were not measured",
-}
-_WORD = {True: "faulty", False: "correct"}
-
-
-def _found(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{value} ({file})" for value, file in values["found"].items())
-
-
-def _together(values: Mapping[str, Any], told: str) -> str:
-    return told if values["agree"] else f"the files contradict each other: {told}"
-
-
-_NAME = "{package} {version}"
-REASONS: dict[str, Form] = {
-    "more_unread": "and {files} more files could not be read",
-    "no_release": _NAME + " is not a release, so it was not measured",
-    "measured": lambda v: f"{v['package']} {v['version']} was measured: {_WORD[v['faulty']]}",
-    "older_is_faulty": _NAME + " is inferred to be faulty: it is older than {oldest}, which was found faulty "
-    "when measured",
-    "older": _NAME + " is older than {oldest}, the oldest release that was measured",
-    "newer": lambda v: f"{v['package']} {v['version']} is newer than {v['newest']} ({_WORD[v['faulty']]}), the newest "
-    "release that was measured",
-    "between_alike": lambda v: f"{v['package']} {v['version']} is inferred to be {_WORD[v['faulty']]}: it is "
-    f"between {v['low']} and {v['high']}, which were both found {_WORD[v['faulty']]} when measured",
-    "between_different": lambda v: f"{v['package']} {v['version']} was not measured; it is between {v['low']} "
-    f"({_WORD[v['faulty']]}) and {v['high']} ({_WORD[not v['faulty']]})",
-    "not_in_environment": "{package} is not among the {packages} packages in {file}",
-    "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
-    "releases": lambda v: _together(v, "; ".join(map(sentence, v["reasons"]))),
-    "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + NOTES.get(v.get("note", ""), ""),
-    "not_said": lambda v: f"{SETTINGS[v['setting']]} is not given in any file",
-    "boundary_not_shown": "no file shows whether the loop calls set_gradient_accumulation_boundary itself",
-    "depends_on_processes": "gradient accumulation is {batch} / ({micro} × processes) ({file}), so it is "
-    "3 or more if there are at most {most} processes",
-    "trainer_not_shown": "no file shows whether the {trainer} was used",
-    "trained_by": lambda v: f"trained by {_found(v)}",
-    "averages_by_default": "average_tokens_across_devices is not set in any file; transformers 5.23.0 "
-    "averages by default",
-}  # fmt: skip
-
-
-def answer_row(answer: Answer) -> Row:
-    """Return an answer with its reasons as text. File names and versions come from untrusted files."""
-    reasons = [line(sentence(reason), 500) for reason in answer.reasons]
-    return {"finding": answer.finding, "answer": answer.answer, "reasons": reasons, "source": answer.source}
