@@ -15,6 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from stack_data import kinds_of
+
+from truestep.audit.postmortem.measured import FAULTY, UPSTREAM
 from truestep.audit.present.words import configuration_in_words
 from truestep.rundir import read_json, write_atomic, write_json
 
@@ -40,12 +45,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "trl-1.16.0": ("trl==1.16.0",),
     "trl-1.16.0+deepspeed-0.18.9": ("trl==1.16.0+deepspeed==0.18.9",),
 }
-# (a part of the subject's name, code of the fault, where the fault was reported or repaired)
-UPSTREAM = (
-    ("deepspeed", "kept", "https://github.com/deepspeedai/DeepSpeed/pull/7967"),
-    ("transformers", "micro_mean", "https://github.com/huggingface/transformers/issues/34191"),
-    ("transformers", "micro_mean_without_1_over_k", "https://github.com/huggingface/transformers/pull/35207"),
-)
 
 
 def run(name: str, words: tuple[str, ...]) -> None:
@@ -60,7 +59,8 @@ def run(name: str, words: tuple[str, ...]) -> None:
     )
 
 
-def page(documents: dict[str, dict[str, Any]]) -> str:
+def page() -> str:
+    documents: dict[str, dict[str, Any]] = {p.stem: read_json(p) for p in sorted(FOLDER.glob("*.json"))}
     lines = [
         "# Findings",
         "",
@@ -76,15 +76,19 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
     ]
     for _, document in sorted(documents.items()):
         for f in document["findings"]:
-            own = f["subject"].lower().split(" + ")[-1]
             versions = ", ".join(f"{k} {v}" for k, v in f["versions"].items() if k != "torch")
             shown = "; ".join(" ".join(f"{round(w, 4):.3g}" for w in rank) for rank in f["weights"])
             error = "" if f["relative_error"] is None else f"{f['relative_error']:.1e}"
             could = {True: "shows it", False: "looks right", None: ""}[f["logged_loss_could_show_it"]]
             what = f["fault"] or f["reason"]
-            links = [url for name, code, url in UPSTREAM if code in f["codes"] and name in own]
-            if f["verdict"] == "FAULT" and links:
-                what += f" ([upstream]({links[0]}))"
+            kinds = kinds_of(f, f["fault"]) if f["verdict"] in FAULTY else []
+            links = [
+                UPSTREAM[name, kind][0]
+                for kind in kinds
+                for name in f["versions"]
+                if (name, kind) in UPSTREAM
+            ]
+            what += "".join(f" ([upstream]({link}))" for link in links)
             if f.get("remedy"):
                 what += f". Remedy: {f['remedy']}"
             cells = [f["subject"], versions, configuration_in_words(f["configuration"]), f["verdict"], what]
@@ -112,8 +116,7 @@ def main() -> None:
     for name, words in TARGETS.items():
         if given.only in name and not given.table_only and not (FOLDER / f"{name}.json").exists():
             run(name, words)
-    documents = {p.stem: read_json(p) for p in sorted(FOLDER.glob("*.json"))}
-    write_atomic(PAGE, page(documents))
+    write_atomic(PAGE, page())
     print(PAGE)
 
 

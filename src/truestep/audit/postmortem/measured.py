@@ -65,6 +65,17 @@ TRAINERS: Mapping[str, str] = {
     "verl agg_loss (function level)": "",
     "torchtune SFT recipe": "",
 }
+# (package, kind of the fault) → where it was reported or repaired
+UPSTREAM: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("deepspeed", "kept_first_and_last"): ("https://github.com/deepspeedai/DeepSpeed/pull/7967",),
+    ("deepspeed", "kept_last"): ("https://github.com/deepspeedai/DeepSpeed/pull/7981",),
+    ("transformers", "micro_mean"): ("https://github.com/huggingface/transformers/issues/34191",),
+    ("transformers", "accumulation_missing"): ("https://github.com/huggingface/transformers/pull/35207",),
+    ("transformers", "rank_mean"): ("https://github.com/huggingface/transformers/pull/39395",),
+    ("openrlhf", "micro_mean"): ("https://github.com/OpenRLHF/OpenRLHF/pull/1249",),
+    ("verl", "micro_mean"): ("https://github.com/verl-project/verl/issues/5625",),
+    ("torchtune", "step_sizes"): ("https://github.com/meta-pytorch/torchtune/pull/2745",),
+}
 # What follows from the meaning of a fault: with one process, the mean of a rank is the mean of all tokens; the
 # first and the last of two micro-batches are both; only an epoch's end shows windows that do not fit into it.
 MEANS_PROCESSES, MEANS_LEAST = "rank_mean", {"kept_first_and_last": 3}
@@ -86,6 +97,7 @@ class Measurement:
     weights: Sequence[Sequence[float]] = ()
     loss_shows_it: bool | None = None
     remedy: str = ""  # in words
+    reproducer: str = ""  # a file that was run and shows the fault
     changes: Configuration = field(default_factory=dict)  # of the remedy
     release: str = ""  # of the remedy
     reason: str = ""
@@ -137,6 +149,15 @@ class Measured:
     @cached_property
     def right(self) -> tuple[str, ...]:
         return tuple(sorted(set(self.right_releases), key=numbers))
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        return tuple(url for kind in self.kinds for url in UPSTREAM.get((self.package, kind), ()))
+
+    @property
+    def newer(self) -> tuple[str, ...]:
+        """Return the right releases that are newer than all faulty ones."""
+        return tuple(v for v in self.right if numbers(v) > numbers(self.faulty[-1]))
 
     @property
     def hidden(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from truestep.audit.measure.findings import Cause
 from truestep.audit.postmortem.answers import Answer
-from truestep.audit.postmortem.measured import BOUNDARY, CLASSES, KEYS, Measured, Measurement, Need
+from truestep.audit.postmortem.measured import BOUNDARY, CLASSES, KEYS, Measured, Measurement, Need, numbers
 from truestep.audit.present.words import SENTENCES, Form, Row, line, number, sentence
 
 SETTINGS = {
@@ -102,10 +102,17 @@ def reason_in_words(reason: Cause) -> str:
     return sentence(reason, REASONS) + file
 
 
+def kinds_in_words(kinds: Iterable[str]) -> str:
+    """Return the sentences of causes; a sentence that needs numbers is replaced by the name of its kind."""
+    forms = {kind: SENTENCES.get(kind) for kind in kinds}
+    plain = {kind: form for kind, form in forms.items() if isinstance(form, str) and "{" not in form}
+    return ", and ".join(plain.get(kind) or kind.replace("_", " ") for kind in forms)
+
+
 def fault_in_words(measured: Measured) -> str:
-    """Return what goes wrong, as in docs/findings.md."""
-    by_parts = {part: None for m in measured.shown if m.kinds == measured.kinds for part in [m.fault]}
-    return next(iter(by_parts), "") or ", and ".join(kind.replace("_", " ") for kind in measured.kinds)
+    """Return what goes wrong, as in docs/findings.md if a result shows only this fault."""
+    same = (m.fault for m in measured.shown if m.kinds == measured.kinds)
+    return next(same, "") or kinds_in_words(measured.kinds)
 
 
 def need_in_words(need: Need) -> str:
@@ -129,6 +136,30 @@ def conditions_in_words(measured: Measured) -> list[str]:
 def title(measured: Measured) -> str:
     """Return the fault with its conditions in one line."""
     return f"{measured.subject}: {fault_in_words(measured)} ({', '.join(conditions_in_words(measured))})"
+
+
+def releases_in_words(measured: Measured) -> str:
+    """Return the faulty releases as ranges between which no release was right, such as "0.15.2 to 0.18.9"."""
+    points = sorted([(numbers(v), v, v in measured.faulty) for v in (*measured.faulty, *measured.right)])
+    runs: list[list[str]] = []
+    for (_, version, faulty), before in zip(points, [(None, "", False), *points], strict=False):
+        if faulty and before[2]:
+            runs[-1].append(version)
+        elif faulty:
+            runs.append([version])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def fixes(measured: Measured) -> list[str]:
+    """Return the changes after which the same step was measured and was right."""
+    told = [f"{measured.package} {', '.join(measured.newer)}"] * bool(measured.newer)
+    options = {m.remedy: m.version for m in measured.shown if m.changes}
+    told += [f"{remedy} (measured with {measured.package} {version})" for remedy, version in options.items()]
+    return told + [
+        f"{SETTINGS[KEYS[need.key].setting]} {values_in_words(need.key, need.right)}"
+        for need in measured.needs
+        if not told and need.right and need.key == measured.needs[0].key
+    ]
 
 
 def weights_in_words(measurement: Measurement) -> str:
@@ -160,5 +191,7 @@ def answer_row(answer: Answer) -> Row:
         "faulty": list(measured.faulty),
         "right": list(measured.right),
         "conditions": conditions_in_words(measured),
+        "fixes": fixes(measured),
+        "links": list(measured.links),
         "evidence": list(dict.fromkeys(m.file for m in (*measured.shown, *measured.bisected))),
     }

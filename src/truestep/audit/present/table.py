@@ -149,7 +149,11 @@ def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
     table.add_column("Measured finding, and reasons for the answer")
     for answer in answers:
         row = past.answer_row(answer)
-        reasons = [Text(f"· {reason}", "dim", overflow="fold") for reason in row["reasons"]]
+        told = [
+            *row["reasons"],
+            *(f"fix: {fix}" for fix in row["fixes"] if answer.answer.startswith("affected")),
+        ]
+        reasons = [Text(f"· {text}", "dim", overflow="fold") for text in told]
         verdict = Text(answer.answer, ANSWER_COLOURS[answer.answer])
         table.add_row(verdict, Group(Text(row["finding"], "bold"), *reasons))
     return table
