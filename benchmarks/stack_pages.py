@@ -61,8 +61,8 @@ def file_of(package: str) -> str:
 
 
 def weights(measurement: Measurement) -> str:
-    """Return the weights with a semicolon between ranks, as in docs/findings.md."""
-    return "; ".join(" ".join(f"{w:.3g}" for w in rank) for rank in measurement.weights)
+    """Return the weights, with a line for each rank."""
+    return ";<br>".join(" ".join(f"{w:.3g}" for w in rank) for rank in measurement.weights)
 
 
 def symptom(measured: Measured) -> str:
@@ -103,13 +103,11 @@ def fault(measured: Measured, everything: Sequence[Measurement]) -> list[str]:
     only = [m for m in measured.shown if m.kinds == measured.kinds]  # without faults of dependencies
     parts = [f"## {heading(measured)}", told, bullets(hit), *steps(only or measured.shown)]
     commands = {
-        "truestep audit --past requirements.txt": "a lock file, or the folder of a finished run",
+        "truestep audit --past FILE": "reads a lock file, or the folder of a finished run; no code is run",
         "truestep audit --python VENV/bin/python": "runs the steps of your installed releases",
         next(m.command for m in reversed(measured.shown)): f"runs the steps of {package} {newest}",
     }
-    width = max(map(len, commands))
-    shown = "\n".join(f"{command:<{width}}  # {what}" for command, what in commands.items())
-    parts += ["See it in your stack:", f"```\n{shown}\n```"]
+    parts += ["See it in your stack:", bullets(f"`{command}` {what}" for command, what in commands.items())]
     changes = fixes(measured)
     parts += [
         f"Fix (measured right): {'; or '.join(changes)}."
@@ -217,26 +215,30 @@ def of_package(package: str, everything: Sequence[Measurement], found: Sequence[
 
 
 def index(packages: Sequence[str], found: Sequence[Measured]) -> str:
-    rows = []
+    lines = []
     for package in packages:
         own = [f for f in found if f.package == package]
         link = f"[{name_of(package)}]({file_of(package)})"
-        rows += [(link, releases_in_words(f), heading(f)) for f in own]
+        lines += [f"{link} {releases_in_words(f)}: {heading(f)}" for f in own]
         used = dict.fromkeys(name_of(f.package) for f in found for m in f.through if m.package == package)
-        rows += (
-            [(link, "–", f"only through {', '.join(used)}" if used else "no fault found")] if not own else []
-        )
+        if not own:
+            lines.append(f"{link}: " + (f"only through {', '.join(used)}" if used else "no fault was found"))
     return page(
         "Is my stack hit?",
         "`python benchmarks/stack.py` makes these pages from results/audit/. For each framework, they say which releases, "
         "with which settings, take a wrong optimizer step: it was measured by running the real step "
         "([audit.md](../audit.md)).",
-        "```\ntruestep audit --past requirements.txt   # also pip freeze, uv.lock, poetry.lock, conda list, Dockerfile …\n"
-        "truestep audit --past runs/old           # the folder of a finished run, with its settings\n```",
-        "The command compares your versions and settings with these measurements; no code is run. It answers every fault "
-        'with "affected", "affected if" (the settings that it names are not in your files), "not affected" or "unknown" '
-        "(the release was not measured, or files contradict each other), with the reasons.",
-        table(("framework", "releases hit", "symptom"), rows),
+        bullets(lines),
+        "Check your own stack; no code is run:",
+        bullets(
+            [
+                "`truestep audit --past FILE` reads pip freeze, requirements, uv.lock, poetry.lock, pylock.toml, "
+                "Pipfile.lock, conda list, environment.yml or a Dockerfile",
+                "`truestep audit --past DIR` also reads the settings of a finished run",
+            ]
+        ),
+        'The answer for every fault is "affected", "affected if" (with settings that your files do not give), '
+        '"not affected" or "unknown" (the release was not measured, or files contradict each other), with the reasons.',
     )
 
 

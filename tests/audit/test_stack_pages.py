@@ -41,7 +41,7 @@ def test_every_fault_is_on_its_page_and_in_the_index(made: dict[Path, str]) -> N
         assert {stack_pages.weights(m) for m in fault.shown if m.kinds == fault.kinds} <= set(
             re.findall(r"\| ([^|]+) \|\n", part)
         )
-        assert f"| {releases_in_words(fault)} | {stack_pages.heading(fault)} |" in index
+        assert f") {releases_in_words(fault)}: {stack_pages.heading(fault)}\n" in index
 
 
 def test_every_audited_package_has_a_page_with_its_files(made: dict[Path, str]) -> None:
