@@ -26,6 +26,8 @@ from truestep.rundir import read_json, write_atomic, write_json
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, PAGE = ROOT / "results/audit", ROOT / "docs/findings.md"
 TARGETS: dict[str, tuple[str, ...]] = {
+    # Its loop needs transformers, which accelerate does not bring, so the installed release is audited.
+    "accelerate-1.15.0": ("--only", "accelerate"),
     "deepspeed-0.15.1": ("deepspeed==0.15.1",),
     "deepspeed-0.15.2": ("deepspeed==0.15.2",),
     "deepspeed-0.18.9": ("deepspeed==0.18.9",),
@@ -37,6 +39,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "transformers-5.23.0+deepspeed-0.18.9": ("transformers==5.23.0+deepspeed==0.18.9",),
     "llamafactory-0.9.5": ("llamafactory==0.9.5",),
     "openrlhf-0.10.2": ("openrlhf==0.10.2",),
+    "openrlhf-0.10.4": ("openrlhf==0.10.4",),
     "openrlhf-0.11.2": ("openrlhf==0.11.2",),
     "openrlhf-0.11.2+deepspeed-0.18.9": ("openrlhf==0.11.2+deepspeed==0.18.9",),
     "torchtune-0.6.1": ("torchtune==0.6.1",),

@@ -199,7 +199,7 @@ def of_package(package: str, everything: Sequence[Measurement], found: Sequence[
         for command, commit, file in sources
     ]
     return page(
-        f"Is my {name} hit?",
+        f"{name}: is my stack hit?",
         f"`python benchmarks/stack.py` makes this page from results/audit/ (audited: {subjects}). The weights say how "
         "much the tokens of each micro-batch counted in one optimizer step; 1 is correct. A semicolon separates ranks. "
         "[audit.md](../audit.md) says how they are measured, and [findings.md](../findings.md) lists all results. A "

@@ -285,6 +285,8 @@ def test_tokens_of_each_process(tmp_path: Path, option: bool | None, processes: 
         ("0.10.2", "sft", "affected"),
         ("0.9.1", "sft", "unknown"),
         ("0.10.3", "sft", "unknown"),
+        ("0.10.4", "sft", "not affected"),
+        ("0.11.0", "sft", "not affected"),
         ("0.11.2", "sft", "not affected"),
         ("0.10.2", "dpo", "not affected"),
     ],

@@ -150,6 +150,24 @@ def test_answers_about_a_past_run() -> None:
     text = shown(answers_table(answers))
     assert text.count(MEASURED[0].subject) == text.count("because ⟨U+001B⟩[1m") == 4
     assert max(cell_len(line) for line in text.splitlines()) <= 80
+    assert [
+        text.index(f"\n {word}  ") for word in ("affected", "affected if", "unknown", "not affected")
+    ] == sorted(text.index(f"\n {word}  ") for word in ("affected", "affected if", "unknown", "not affected"))
+    assert text.count("fix: ") >= 2
+
+
+def test_packages_that_no_file_names_are_one_row() -> None:
+    answers = [
+        Answer(measured=m, answer="unknown", reasons=(cause("", "not_pinned", package=m.package, asked=""),))
+        for m in MEASURED
+    ]
+    text = " ".join(shown(answers_table(answers)).split())
+    for package in {m.package for m in MEASURED}:
+        assert text.count(f" {package}") == 1
+    asked = cause("", "not_pinned", package=MEASURED[0].package, asked="r.txt: x>=1")
+    assert MEASURED[0].subject in shown(
+        answers_table([Answer(measured=MEASURED[0], answer="unknown", reasons=(asked,))])
+    )
 
 
 def test_nothing_audited() -> None:

@@ -61,16 +61,17 @@ def answer(measured: Measured, evidence: Evidence) -> Answer:
     released = _release_check(measured, evidence)
     checks = [released, *_conditions(measured, evidence)]
     by = {met: [c.reason for c in checks if c.met is met] for met in (True, False, None)}
+    undecided = [c.reason for c in checks if c.met is None and not c.open]
     verdict: Verdict
     if by[False]:
         verdict, told = "not affected", by[False]
     elif not by[None]:
         verdict, told = "affected", by[True]
+    elif not undecided and not evidence.problems:
+        verdict, told = "affected if", [*by[None], *by[True]]
     else:
-        only_open = all(c.open for c in checks if c.met is None)
-        verdict = "affected if" if only_open and not evidence.problems else "unknown"
         unread = [cause("", "said", text=text) for text in evidence.problems[:MOST_PROBLEMS]]
-        told = [*by[None], *unread, *by[True]]
+        verdict, told = "unknown", [*(undecided or by[None]), *unread, *by[True]]
         if (more := len(evidence.problems) - MOST_PROBLEMS) > 0:
             told.append(cause("", "more_unread", files=more))
     return Answer(measured=measured, answer=verdict, reasons=tuple(told))

@@ -34,7 +34,8 @@ def values_in_words(key: str, values: Iterable[Any]) -> str:
 
 
 def _setting_is(key: str, values: Iterable[Any]) -> str:
-    return f"{SETTINGS[KEYS[key].setting]} is {values_in_words(key, values)}"
+    counted = f"there are {values_in_words(key, values)} processes" if key == "processes" else ""
+    return counted or f"{SETTINGS[KEYS[key].setting]} is {values_in_words(key, values)}"
 
 
 def _found(values: Mapping[str, Any]) -> str:
@@ -177,6 +178,11 @@ def source(measured: Measured) -> str:
         f"correct: {', '.join(measured.right) or 'none found'}"
     ]
     return f"recovered weights of the real step on a CPU: {measured.package} {'; '.join(told)}"
+
+
+def is_absent(answer: Answer) -> bool:
+    """Check whether no file names the package of the fault."""
+    return any("not_pinned" in r.kinds and not r.values["asked"] for r in answer.reasons)
 
 
 def answer_row(answer: Answer) -> Row:

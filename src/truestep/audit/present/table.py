@@ -139,21 +139,25 @@ def _groups(weights: Sequence[Sequence[Any]], per_line: int) -> list[list[tuple[
     return lines
 
 
-ANSWER_COLOURS = {"affected": "bold red", "affected if": "red", "not affected": "green", "unknown": "yellow"}
+ANSWER_COLOURS = {"affected": "bold red", "affected if": "red", "unknown": "yellow", "not affected": "green"}
 
 
 def answers_table(answers: Sequence[Answer], width: int = 80) -> RenderableType:
-    """Return a table that says for each measured finding whether a past run was affected, and why."""
+    """Return a table that says for each measured fault whether it affects a run or a stack, and why. The worst
+    answers come first; packages that no file names are in the last row."""
     table = Table(box=box.HORIZONTALS, show_lines=True, width=width, padding=(0, 2, 0, 0))
     table.add_column("Answer", width=12)
-    table.add_column("Measured finding, and reasons for the answer")
-    for answer in answers:
-        row = past.answer_row(answer)
-        told = [
-            *row["reasons"],
-            *(f"fix: {fix}" for fix in row["fixes"] if answer.answer.startswith("affected")),
-        ]
-        reasons = [Text(f"· {text}", "dim", overflow="fold") for text in told]
-        verdict = Text(answer.answer, ANSWER_COLOURS[answer.answer])
-        table.add_row(verdict, Group(Text(row["finding"], "bold"), *reasons))
+    table.add_column("Measured fault, and reasons for the answer")
+    order = list(ANSWER_COLOURS)
+    for answer in sorted(answers, key=lambda a: order.index(a.answer)):
+        if not past.is_absent(answer):
+            row = past.answer_row(answer)
+            fixes = row["fixes"] if answer.answer.startswith("affected") else ()
+            told = [*row["reasons"], *(f"fix: {fix}" for fix in fixes)]
+            reasons = [Text(f"· {text}", "dim", overflow="fold") for text in told]
+            verdict = Text(answer.answer, ANSWER_COLOURS[answer.answer])
+            table.add_row(verdict, Group(Text(row["finding"], "bold"), *reasons))
+    if absent := dict.fromkeys(a.measured.package for a in answers if past.is_absent(a)):
+        text = f"no file pins the version of {', '.join(absent)}"
+        table.add_row(Text("unknown", ANSWER_COLOURS["unknown"]), Text(text, "dim"))
     return table
