@@ -61,6 +61,7 @@ def test_releases_of_deepspeed(tmp_path: Path, version: str, expected: str, reas
         (Z2, 1, "not affected", "gradient accumulation 1 (ds.json); the fault needs 3 or more"),
         ({**Z2, "stage": 1}, 4, "not affected", "ZeRO stage 1 (ds.json)"),
         ({**Z2, "stage": 3}, 4, "not affected", "ZeRO stage 3 (ds.json)"),
+        ({**Z2, "stage": 0}, 4, "not affected", "ZeRO stage 0 (ds.json); only 2 was found faulty"),
         ({"stage": 2}, 4, "not affected", "offload_optimizer none (ds.json)"),
         ({"stage": 2, "offload_optimizer": {"device": "none"}}, 4, "not affected", "offload_optimizer none"),
         ({"stage": 2, "cpu_offload": True}, 4, "affected", "offload_optimizer cpu"),
@@ -178,6 +179,8 @@ def test_an_accumulation_that_depends_on_the_processes_says_so(tmp_path: Path) -
     assert found.answer == "affected if"
     (reason,) = [reason for reason in found.reasons if "128 / (2 × processes) (run.sh)" in reason]
     assert "if there are at most 21 processes" in reason
+    of_two = look_back(write(tmp_path, freeze__txt="deepspeed==0.18.9\nopenrlhf==0.10.2\n"))[OPENRLHF]
+    assert any("if there are at most 32 processes" in reason for reason in of_two.reasons)
     assert offload(write(tmp_path, run__sh=command + "\n")).answer == "not affected"
 
 

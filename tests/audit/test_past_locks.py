@@ -13,6 +13,7 @@ FILES = {
     "requirements.txt": "torch==2.6.0\ndeepspeed[hf]==0.18.9 ; python_version < '4' \\\n    --hash=sha256:aa\n",
     "requirements.in": "deepspeed == 0.18.9\n",
     "uv.lock": 'version = 1\n[[package]]\nname = "deepspeed"\nversion = "0.18.9"\nsource = { registry = "x" }\n',
+    "gpu.lock": '[[package]]\nname = "deepspeed"\nversion = "0.18.9"\n',
     "poetry.lock": '[[package]]\nname = "deepspeed"\nversion = "0.18.9"\noptional = false\n',
     "pdm.lock": '[[package]]\nname = "DeepSpeed"\nversion = "0.18.9"\n',
     "pylock.toml": 'lock-version = "1.0"\n[[packages]]\nname = "deepspeed"\nversion = "0.18.9"\n',
@@ -34,7 +35,7 @@ FILES = {
 def test_a_pinned_version_is_read(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text(FILES[name])
-    for given in [path] if name.endswith(".in") else [path, tmp_path]:
+    for given in [path] if name in ("requirements.in", "gpu.lock") else [path, tmp_path]:
         found = offload(given)
         assert found.answer == "affected if", found.reasons
         assert any(f"deepspeed 0.18.9 was measured: faulty ({name})" in reason for reason in found.reasons)

@@ -72,6 +72,19 @@ def test_releases_are_shown_as_ranges() -> None:
     (offload,) = [m for m in measured.MEASURED if m.kinds == ("kept_first_and_last",)]
     low, high = offload.faulty[0], offload.faulty[-1]
     assert releases_in_words(offload) == f"{low} to {high}"
+    steps = [
+        measured.Measurement(
+            subject="DeepSpeed",
+            versions={"deepspeed": version},
+            configuration={},
+            verdict="FAULT" if faulty else "RIGHT",
+            kinds=("kept_last",) * faulty,
+        )
+        for version, faulty in (("1.0", True), ("1.1", False), ("1.2", True), ("1.10", True), ("1.11", False))
+    ]
+    (again,) = measured.faults(steps)
+    assert releases_in_words(again) == "1.0, 1.2 to 1.10"
+    assert fixes(again) == ["deepspeed 1.11"]
 
 
 @pytest.fixture

@@ -255,8 +255,7 @@ def _measured(
 ) -> Measured:
     kinds, package = faulty[0].kinds, faulty[0].of.package
     fits = [p for p in points if all(p.configuration.get(n.key) in n.faulty for n in needs)]
-    same = [p.configuration for p in faulty]
-    bisected = [p for p in fits if p.kinds == kinds and p.of.by_bisection and p.configuration in same]
+    bisected = [p for p in fits if p.kinds == kinds and p.of.by_bisection]
     wrong = {p.release for p in (*faulty, *bisected)}
     through = [
         m for m in seen if m.package != package and kinds <= foreign(m, seen).get(package, frozenset())
