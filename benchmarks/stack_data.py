@@ -51,12 +51,14 @@ def kinds_of(row: dict[str, Any], text: str) -> list[str]:
         by_form = (kind for kind, form in FORMS.items() if form.fullmatch(part))
         by_beginning = (kind for begin, kind in BEGINNINGS if part.startswith(begin))
         kind = next(by_form, "") or next(by_beginning, "")
-        if not kind:
+        if not kind and text != row["fault"] and part in row["fault"]:
+            found += kinds_of(row, row["fault"])
+        elif not kind:
             raise Incomplete(
                 f"{row['subject']}: {part!r} is not a sentence of present/words.py; add its kind to BEGINNINGS"
             )
         found.append(kind)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def measurements() -> Iterator[dict[str, Any]]:
@@ -71,7 +73,8 @@ def _of_document(path: Path) -> Iterator[dict[str, Any]]:
     document = read_json(path)
     for row in document["findings"]:
         wrong = row["verdict"] in measured.FAULTY
-        unknown = [key for key in row["configuration"] if key not in measured.KEYS and key != measured.HIDES]
+        known = {*measured.KEYS, *measured.ROUNDING, measured.HIDES}
+        unknown = [key for key in row["configuration"] if key not in known]
         if unknown:
             raise Incomplete(
                 f"{path.name}: add how a run's files show {unknown[0]!r} to KEYS in postmortem/measured.py"

@@ -13,6 +13,7 @@ from truestep.audit.present.past import (
     fault_in_words,
     fixes,
     need_in_words,
+    plain_sentence,
     releases_in_words,
 )
 from truestep.audit.present.words import configuration_in_words, line
@@ -34,6 +35,8 @@ SYMPTOMS = {
     "more",
     "not_finite_after_empty": "the loss or the parameters become NaN after a micro-batch without trained tokens",
     "step_sizes": "gradient accumulation continues across the end of an epoch",
+    "window_over_end": "gradient accumulation continues across the end of an epoch",
+    "ends_early": "the last rows are never trained on",
     "rows_lost": "the last rows are never trained on",
 }
 LOSS = {
@@ -66,15 +69,14 @@ def weights(measurement: Measurement) -> str:
 
 
 def symptom(measured: Measured) -> str:
-    told = [SYMPTOMS[kind] for kind in measured.kinds if kind in SYMPTOMS]
-    text = "; ".join(told) or fault_in_words(measured)
-    return text[0].upper() + text[1:]
+    told = [SYMPTOMS.get(kind) or plain_sentence(kind) for kind in measured.kinds]
+    return "; ".join(dict.fromkeys(told)) if all(told) else fault_in_words(measured)
 
 
 def heading(measured: Measured) -> str:
     """Return the symptom, and the settings with which it occurs."""
     settings = [need_in_words(need) for need in measured.needs]
-    return symptom(measured) + (f" ({', '.join(settings)})" if settings else "")
+    return f"{measured.subject}: {symptom(measured)}" + (f" ({', '.join(settings)})" if settings else "")
 
 
 def steps(found: Iterable[Measurement], releases: Sequence[str] = ()) -> list[str]:
@@ -149,7 +151,7 @@ def reached(package: str, everything: Sequence[Measurement], found: Sequence[Mea
             link = f"[{name_of(other.package)}]({file_of(other.package)})"
             alone = all(set(m.kinds) <= foreign(m, everything)[other.package] for m in mine)
             parts += [
-                f"## Through {name_of(other.package)}: {heading(other)}",
+                f"## Through {heading(other)}",
                 f"The fault is in {link}, whose page says which releases are hit and what the fix is.",
                 *steps(mine, [other.package]),
             ]
@@ -189,7 +191,7 @@ def of_package(package: str, everything: Sequence[Measurement], found: Sequence[
     through = reached(package, everything, found)
     subjects = ", ".join(dict.fromkeys(m.subject for m in mine))
     audited = ", ".join(sorted({m.version for m in mine}, key=numbers))
-    hits = bullets([f"{package} {releases_in_words(f)}: {heading(f)}" for f in own])
+    hits = bullets([f"{package} {releases_in_words(f)}, {heading(f)}" for f in own])
     summary = hits or f"No fault of {name} was found in the audited releases ({audited})." + (
         " Faults of packages that it uses were found, see below." if through else ""
     )
@@ -219,7 +221,7 @@ def index(packages: Sequence[str], found: Sequence[Measured]) -> str:
     for package in packages:
         own = [f for f in found if f.package == package]
         link = f"[{name_of(package)}]({file_of(package)})"
-        lines += [f"{link} {releases_in_words(f)}: {heading(f)}" for f in own]
+        lines += [f"{link} {releases_in_words(f)}, {heading(f)}" for f in own]
         used = dict.fromkeys(name_of(f.package) for f in found for m in f.through if m.package == package)
         if not own:
             lines.append(f"{link}: " + (f"only through {', '.join(used)}" if used else "no fault was found"))

@@ -114,6 +114,32 @@ def test_what_was_not_seen_shows_nothing(verdict: str) -> None:
     assert (found.faulty, found.right) == (("1.0",), ("1.2",))
 
 
+def test_the_rounding_of_the_audited_step_is_no_condition() -> None:
+    (found,) = faults([step("1.0", "kept_last", stage=2, autocast="bfloat16"), step("1.1", stage=2)])
+    assert (needs(found), found.right) == ({}, ("1.1",))
+
+
+def test_an_option_that_only_some_configurations_set_is_a_condition() -> None:
+    (found,) = faults(
+        [step("1.0", "micro_mean", loss_type="bnpo"), step("1.0"), step("1.0", loss_type="grpo")]
+    )
+    assert needs(found) == {"loss_type": ({"bnpo"}, {"default", "grpo"})}
+
+
+def test_a_configuration_may_lack_a_key() -> None:
+    (found,) = faults([step("1.0", "kept_last", stage=2, offload=True), step("1.0", stage=2)])
+    assert needs(found) == {"offload": ({True}, {"default"})}
+    (found,) = faults([step("1.0", "kept_last", stage=2), step("1.0", stage=1, offload=False)])
+    assert needs(found) == {}
+
+
+def test_only_faults_at_the_end_of_an_epoch_have_its_condition() -> None:
+    (found,) = faults([step("1.0", "step_sizes", "rows_lost")])
+    assert found.hidden == "window_not_shown"
+    (found,) = faults([step("1.0", "micro_mean", "rows_lost")])
+    assert found.hidden == ""
+
+
 def test_adamw_decides_nothing() -> None:
     assert faults([step("1.0", "micro_mean", optimizer="adamw")]) == ()
 

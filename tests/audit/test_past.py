@@ -22,9 +22,9 @@ from past_folders import (
     write,
 )
 
-from truestep.audit.postmortem.answers import judge_release, release
-from truestep.audit.postmortem.measured import MEASURED
-from truestep.audit.postmortem.run_files import truth, whole
+from truestep.audit.postmortem.answers import answer, judge_release, release
+from truestep.audit.postmortem.measured import MEASURED, Measurement, faults
+from truestep.audit.postmortem.run_files import Evidence, gather, truth, whole
 
 # ---------------------------------------------------------------------------------------- DeepSpeed's offload
 
@@ -258,6 +258,60 @@ def test_the_config_of_a_model_that_was_only_loaded_says_nothing(tmp_path: Path)
     found = look_back(tmp_path)[MEANS]
     assert found.answer == "unknown"
     assert "no file pins the version of transformers" in " ".join(found.reasons)
+
+
+def test_the_kind_of_a_trainer_is_read_from_its_arguments(tmp_path: Path) -> None:
+    def trainers(**files: Any) -> set[str]:
+        (tmp_path / "args.json").unlink(missing_ok=True)
+        return set(gather(write(tmp_path, **files)).settings.get("trainer", {}))
+
+    assert trainers(args__json={**ARGUMENTS, "num_generations": 8}) == {
+        "transformers Trainer",
+        "TRL GRPOTrainer",
+    }
+    assert trainers(args__json={**ARGUMENTS, "dataset_text_field": "x"}) == {
+        "transformers Trainer",
+        "TRL SFTTrainer",
+    }
+    assert trainers(args__json=ARGUMENTS) == {"transformers Trainer"}
+    assert trainers(run__sh="python3 -m verl.trainer.main_ppo data.train_batch_size=8\n") == {"verl main_ppo"}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (["transformers Trainer", "TRL SFTTrainer"], "affected"),
+        (["transformers Trainer"], "affected if"),  # TRL's trainers write the same files
+        (["transformers Trainer", "TRL GRPOTrainer"], "not affected"),
+        ([], "affected if"),
+    ],
+)
+def test_a_fault_of_a_trainer_that_others_resemble(found: list[str], expected: str) -> None:
+    step = Measurement(
+        subject="TRL SFTTrainer",
+        versions={"trl": "0.9.0"},
+        configuration={"loss_type": "x"},
+        verdict="FAULT",
+        kinds=("micro_mean",),
+    )
+    (fault,) = faults([step])
+    evidence = Evidence(versions={"trl": {"0.9.0": "f"}}, settings={"loss_type": {"x": "f"}})
+    for name in found:
+        evidence.add("trainer", name, "f")
+    assert answer(fault, evidence).answer == expected
+
+
+def test_arguments_are_read_as_values(tmp_path: Path) -> None:
+    options = {
+        "loss_type": "bnpo",
+        "beta": "0.04",
+        "mask_truncated_completions": "true",
+        "scale_rewards": None,
+    }
+    found = gather(write(tmp_path, args__json={**ARGUMENTS, **options})).settings
+    assert {key: list(found.get(key, {})) for key in options} == {
+        "loss_type": ["bnpo"], "beta": [0.04], "mask_truncated_completions": [True], "scale_rewards": [],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

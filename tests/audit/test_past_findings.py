@@ -11,6 +11,7 @@ import pytest
 from past_folders import freeze, look_back
 
 from truestep.audit.postmortem.measured import CLASSES, KEYS, MEASURED, TRAINERS, Measured, load, numbers
+from truestep.audit.postmortem.run_files import MARKS, TRAINER
 
 PARAMETERS = pytest.mark.parametrize(
     "place", range(len(MEASURED)), ids=[f"{m.package}-{'+'.join(m.kinds)}" for m in MEASURED]
@@ -31,11 +32,7 @@ def shown_as(key: str, value: Any) -> dict[str, dict[str, Any]]:
             "acc.json": {"distributed_type": "MULTI_GPU", "num_processes": many, "compute_environment": "x"}
         },
         "arch": {"out/config.json": arch},
-        "average_tokens_across_devices": {"args.json": {"average_tokens_across_devices": value}},
-        "packing": {"args.json": {"packing": value}},
-        "assistant_only": {"args.json": {"assistant_only_loss": value}},
-        "manual": {},
-    }[key]
+    }.get(key) or ({"args.json": {KEYS[key].argument: value}} if KEYS[key].argument else {})
 
 
 def write_run(folder: Path, measured: Measured, *, differing: str = "", to: Any = None) -> None:
@@ -52,7 +49,11 @@ def write_run(folder: Path, measured: Measured, *, differing: str = "", to: Any 
         for name, entries in shown_as(need.key, value).items():
             add(name, entries)
     trainer = TRAINERS[measured.subject]
-    if trainer == "transformers Trainer":
+    for mark in (mark for mark, name in MARKS.items() if name == trainer):
+        add("args.json", {mark: "x"})
+    if trainer.startswith("verl"):
+        (folder / "run.sh").write_text(f"python3 -m verl.trainer.{trainer.split()[1]} data.x=1\n")
+    if trainer == TRAINER:
         add("out/trainer_state.json", {"global_step": 1})
     steps = 1 if differing == "accumulation" else 4
     add("ds.json" if "ds.json" in files else "args.json", {"gradient_accumulation_steps": steps})

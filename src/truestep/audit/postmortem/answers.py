@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from truestep.audit.measure.findings import Cause, Causes, cause
 from truestep.audit.postmortem.measured import KEYS, MEASURED, NOTHING, TRAINERS, Measured, Need
-from truestep.audit.postmortem.run_files import Evidence, gather
+from truestep.audit.postmortem.run_files import MARKS, TRAINER, Evidence, gather
 
 MOST_PROBLEMS = 5  # the most unread files that an answer names
 Verdict = Literal["affected", "affected if", "not affected", "unknown"]
@@ -142,7 +142,8 @@ def _conditions(measured: Measured, evidence: Evidence) -> Iterator[Check]:
 
 def _trained_by(trainer: str, evidence: Evidence) -> Check:
     found = evidence.settings.get("trainer", {})
-    if not found:
+    kind_of_it = found.keys() == {TRAINER} and trainer in MARKS.values()  # its files do not say which
+    if not found or kind_of_it:
         return not_given("trainer_not_shown", trainer=trainer)
     return check(trainer in found, "trained_by", found=found)
 
@@ -151,7 +152,7 @@ def _needed(need: Need, measured: Measured, evidence: Evidence) -> Check:
     """Check a setting against the values that were faulty and right."""
     key = KEYS[need.key]
     if not key.setting:
-        return not_given(key.hidden)
+        return not_given(key.hidden, key=need.key, wanted=need.faulty)
     found = evidence.settings.get(key.setting, {})
     if not found:
         return _default(need, measured, evidence) or not_given("not_said", key=need.key, wanted=need.faulty)

@@ -16,8 +16,9 @@ from typing import Any
 
 FILE = Path(__file__).with_name("measured.json")
 FAULTY, UNSEEN = ("FAULT", "DOCUMENTED CHOICE"), ("NOT RUN", "NOT OBSERVABLE")
-NOTHING = object()  # a key without a default, or without a value that turns it off
-Configuration = Mapping[str, Any]
+NOTHING = object()  # a key that every configuration has, or that no value turns off
+DEFAULT = "default"
+Configuration = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,17 @@ class Key:
     """How the files of a run show a key of a configuration.
 
     ``setting`` names the setting in ``run_files.Evidence`` ("" if no file shows it, which ``hidden`` then says),
-    and ``read`` turns its value into the configuration's. ``default`` is the value of configurations without
-    the key; with the value ``off``, nothing that the key configures is used.
+    and ``read`` turns its value into the configuration's. ``argument`` is its name in TrainingArguments.
+    ``default`` is the value of configurations without the key; with the value ``off``, nothing that the key
+    configures is used.
     """
 
     setting: str
     read: Callable[[Any], Any] = lambda value: value
-    default: Any = NOTHING
+    default: Any = DEFAULT
     off: Any = NOTHING
-    hidden: str = ""
+    hidden: str = "option_not_shown"
+    argument: str = ""
 
 
 CLASSES = {
@@ -43,26 +46,36 @@ CLASSES = {
 BOUNDARY = "manual"
 # key of a configuration → how files show it; a key that is not here is an error in benchmarks/stack.py
 KEYS: Mapping[str, Key] = {
-    "stage": Key("zero_stage", off=0),
-    "zero_stage": Key("zero_stage", off=0),
-    "offload": Key("offload", {"cpu": True, "none": False}.get),
+    "stage": Key("zero_stage", default=NOTHING, off=0),
+    "zero_stage": Key("zero_stage", default=NOTHING, off=0),
+    "offload": Key("offload", {"cpu": True, "none": False}.get, default=NOTHING),
     BOUNDARY: Key("", default=False, hidden="boundary_not_shown"),
-    "processes": Key("processes", lambda count: min(count, 2)),  # 2 stands for several
-    "arch": Key("architecture", CLASSES.get),
-    "average_tokens_across_devices": Key("average_tokens", default=True),
-    "packing": Key("packing", default=False),
-    "assistant_only": Key("assistant_only", default=False),
-}
+    "processes": Key("processes", lambda count: min(count, 2), default=NOTHING),  # 2 stands for several
+    "arch": Key("architecture", CLASSES.get, default=NOTHING),
+    "average_tokens_across_devices": Key("average_tokens", default=True, argument="average_tokens_across_devices"),
+    "packing": Key("packing", default=False, argument="packing"),
+    "assistant_only": Key("assistant_only", default=False, argument="assistant_only_loss"),
+    **{name: Key(name, argument=name) for name in (
+        "loss_type", "beta", "scale_rewards", "mask_truncated_completions", "importance_sampling_level",
+        "epsilon_high", "entropy_coef",
+    )},
+    **{name: Key("") for name in ("adapter", "dataset", "parallel", "remove_padding", "shape", "wrap")},
+}  # fmt: skip
+ROUNDING = ("autocast", "dtype")  # of the audited step; the weights are judged by its measured noise
 HIDES = "optimizer"  # AdamW's updates hide most weights; the same configuration was audited with SGD
-# subject → the name of its trainer in the files of a run ("" if its package and settings are enough)
+# subject → the name of its trainer in ``run_files`` ("" if its package and settings are enough)
 TRAINERS: Mapping[str, str] = {
     "DeepSpeed": "",
     "transformers Trainer": "transformers Trainer",
-    "TRL SFTTrainer": "transformers Trainer",
-    "LLaMA-Factory": "transformers Trainer",
+    "TRL SFTTrainer": "TRL SFTTrainer",
+    "TRL GRPOTrainer": "TRL GRPOTrainer",
+    "LLaMA-Factory": "LLaMA-Factory",
+    "PEFT in a torch loop": "",
     "accelerate": "",
     "OpenRLHF SFTTrainer": "OpenRLHF sft",
-    "verl agg_loss (function level)": "",
+    "verl agg_loss (function level)": "verl main_ppo",
+    "verl SFTTrainer": "verl sft_trainer",
+    "verl FSDPSFTTrainer": "verl fsdp_sft_trainer",
     "torchtune SFT recipe": "",
 }
 # (package, kind of the fault) → where it was reported or repaired
@@ -79,7 +92,7 @@ UPSTREAM: Mapping[tuple[str, str], tuple[str, ...]] = {
 # What follows from the meaning of a fault: with one process, the mean of a rank is the mean of all tokens; the
 # first and the last of two micro-batches are both; only an epoch's end shows windows that do not fit into it.
 MEANS_PROCESSES, MEANS_LEAST = "rank_mean", {"kept_first_and_last": 3}
-HIDDEN = {"step_sizes": "window_not_shown", "rows_lost": "window_not_shown"}
+HIDDEN = dict.fromkeys(("step_sizes", "rows_lost", "window_over_end", "ends_early"), "window_not_shown")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +175,7 @@ class Measured:
     @property
     def hidden(self) -> str:
         """Return the kind of the condition that no file shows, if the fault itself has one."""
-        return next((HIDDEN[kind] for kind in self.kinds if kind in HIDDEN), "")
+        return HIDDEN.get(self.kinds[0], "") if {*self.kinds} <= HIDDEN.keys() else ""
 
     @cached_property
     def single(self) -> Mapping[int, tuple[str, ...]]:
@@ -275,10 +288,10 @@ def _measured(
 def _points(subject: str, seen: Sequence[Measurement]) -> Iterator[_Point]:
     """Yield the audited steps of a subject, and those that were run to find a remedy, which were right."""
     mine = [m for m in seen if m.subject == subject and HIDES not in m.configuration]
-    keys = {key for m in mine for key in m.configuration}
+    keys = {key for m in mine for key in m.configuration if key not in ROUNDING}
     for m in mine:
-        defaults = {key: KEYS[key].default for key in keys if KEYS[key].default is not NOTHING}
-        configuration = {**defaults, **m.configuration}
+        defaults = {key: DEFAULT if KEYS[key].default is NOTHING else KEYS[key].default for key in keys}
+        configuration = defaults | {key: value for key, value in m.configuration.items() if key in keys}
         away = frozenset(kind for kinds in foreign(m, seen).values() for kind in kinds)
         yield _Point(release=m.version, configuration=configuration, kinds=m.words_of_kinds - away, of=m)
         if m.changes or m.release:
@@ -290,7 +303,7 @@ def _points(subject: str, seen: Sequence[Measurement]) -> Iterator[_Point]:
 
 def _only_difference(a: _Point, b: _Point) -> list[str]:
     """Return the key if two steps of one release differ in a single one, else []."""
-    different = [k for k in a.configuration if a.configuration[k] != b.configuration.get(k)]
+    different = [k for k in a.configuration if a.configuration[k] != b.configuration[k]]
     return different if a.release == b.release and len(different) == 1 else []
 
 

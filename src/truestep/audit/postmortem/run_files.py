@@ -5,6 +5,7 @@ Pickles are not opened and links are not followed; a file that is too large or b
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -14,12 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truestep.audit.postmortem.measured import load
+from truestep.audit.postmortem.measured import KEYS, load
 from truestep.audit.postmortem.pins import LOCKS, Broken, Pins, command_lines, of_lock, of_text, parse_json
 from truestep.errors import UserError
 from truestep.redaction import redact
 
 PACKAGES = frozenset(m.package for m in load())
+TRAINER = "transformers Trainer"
+# argument that only one kind of trainer has → that trainer, which is also a transformers Trainer
+MARKS = {
+    "num_generations": "TRL GRPOTrainer",
+    "dataset_text_field": "TRL SFTTrainer",
+    "finetuning_type": "LLaMA-Factory",
+}
 SCRIPTS = (".sh", ".bash", ".slurm", ".sbatch", ".cmd", ".txt", ".dockerfile")
 IMAGES = ("Dockerfile", "Containerfile")
 SKIPPED = {".git", "__pycache__", "node_modules", "site-packages", ".venv", "venv"}
@@ -140,7 +148,7 @@ def _state(path: Path, name: str, evidence: Evidence) -> None:
     """Record that the Trainer was used, because only the Trainer writes this file."""
     if '"global_step"' not in _head(path):
         raise Broken("not a trainer state: global_step is missing at its beginning")
-    evidence.add("trainer", "transformers Trainer", name)
+    evidence.add("trainer", TRAINER, name)
 
 
 def parse_yaml(text: str) -> Any:
@@ -193,6 +201,16 @@ def truth(value: Any) -> bool | None:
     return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(_word(value))
 
 
+def _plain(value: Any) -> bool | float | str | None:
+    """Return an argument's value; None if it is none of a truth value, a number or a word."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+        known = truth(value)
+        return value if known is None else known
+    return value if isinstance(value, bool | int | float) else None
+
+
 def _word(value: Any) -> str:
     """Return a name in lower case. True and False become yes and no, since YAML reads a bare NO as false."""
     if isinstance(value, bool):
@@ -217,11 +235,14 @@ def _mapping(found: Any, name: str, evidence: Evidence) -> None:
 def _arguments(found: Mapping[str, Any], name: str, evidence: Evidence) -> None:
     """Read TrainingArguments, or a file whose settings are passed on to them."""
     if "per_device_train_batch_size" in found:
-        evidence.add("trainer", "transformers Trainer", name)
+        evidence.add("trainer", TRAINER, name)
+    for mark in MARKS.keys() & found.keys():
+        evidence.add("trainer", TRAINER, name)
+        evidence.add("trainer", MARKS[mark], name)
     evidence.add("accumulation", whole(found.get("gradient_accumulation_steps")), name)
-    evidence.add("average_tokens", truth(found.get("average_tokens_across_devices")), name)
-    evidence.add("packing", truth(found.get("packing")), name)
-    evidence.add("assistant_only", truth(found.get("assistant_only_loss")), name)
+    for key in KEYS.values():
+        if key.argument and key.argument in found:
+            evidence.add(key.setting, _plain(found[key.argument]), name)
     _embedded(found.get("deepspeed"), name, evidence)
 
 
@@ -289,7 +310,9 @@ def _work_out_accumulation(evidence: Evidence) -> None:
 
 def _commands(text: str, name: str, evidence: Evidence) -> None:
     """Read every line that starts a training run; a backslash continues a line."""
-    for line in command_lines(text) if "--" in text else ():
+    for line in command_lines(text) if "--" in text or "verl.trainer" in text else ():
+        if found := re.search(r"\bverl\.trainer\.(\w+)", line):
+            evidence.add("trainer", f"verl {found[1]}", name)
         flags = _flags(line)
         per_node = first(flags, "nproc_per_node", "num_gpus", "num_processes")
         nodes = first(flags, "nnodes", "num_nodes")

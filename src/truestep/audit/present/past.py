@@ -7,13 +7,22 @@ from typing import Any
 
 from truestep.audit.measure.findings import Cause
 from truestep.audit.postmortem.answers import Answer
-from truestep.audit.postmortem.measured import BOUNDARY, CLASSES, KEYS, Measured, Measurement, Need, numbers
+from truestep.audit.postmortem.measured import (
+    BOUNDARY,
+    CLASSES,
+    DEFAULT,
+    KEYS,
+    Measured,
+    Measurement,
+    Need,
+    numbers,
+)
 from truestep.audit.present.words import SENTENCES, Form, Row, line, number, sentence
 
 SETTINGS = {
     "zero_stage": "ZeRO stage", "offload": "offload_optimizer", "accumulation": "gradient accumulation",
     "processes": "processes", "average_tokens": "average_tokens_across_devices", "architecture": "model class",
-    "packing": "packing", "assistant_only": "assistant_only_loss",
+    "assistant_only": "assistant_only_loss",
 }  # fmt: skip
 _WORD = {True: "faulty", False: "correct"}
 _CLASS = {arch: name for name, arch in CLASSES.items()}
@@ -25,7 +34,7 @@ _VALUES: Mapping[tuple[str, Any], str] = {
 
 def value_in_words(key: str, value: Any) -> str:
     """Return the value of a configuration's key as files show it."""
-    known = {True: "true", False: "false"} if isinstance(value, bool) else {}
+    known = {True: "true", False: "false"} if isinstance(value, bool) else {DEFAULT: "the default"}
     return _VALUES.get((key, value)) or known.get(value) or str(value)
 
 
@@ -33,9 +42,13 @@ def values_in_words(key: str, values: Iterable[Any]) -> str:
     return " or ".join(sorted(value_in_words(key, value) for value in values))
 
 
+def name_of(key: str) -> str:
+    return SETTINGS.get(KEYS[key].setting, key.replace("_", " "))
+
+
 def _setting_is(key: str, values: Iterable[Any]) -> str:
     counted = f"there are {values_in_words(key, values)} processes" if key == "processes" else ""
-    return counted or f"{SETTINGS[KEYS[key].setting]} is {values_in_words(key, values)}"
+    return counted or f"{name_of(key)} is {values_in_words(key, values)}"
 
 
 def _found(values: Mapping[str, Any]) -> str:
@@ -79,16 +92,18 @@ REASONS: dict[str, Form] = {
     "not_in_environment": "{package} is not among the {packages} packages in {file}",
     "not_pinned": lambda v: f"no file pins the version of {v['package']}" + (f" ({v['asked']})" if v["asked"] else ""),
     "releases": lambda v: _together(v, "; ".join(map(reason_in_words, v["reasons"]))),
-    "setting": lambda v: _together(v, f"{SETTINGS[v['setting']]} {_found(v)}") + _note(v),
+    "setting": lambda v: _together(v, f"{SETTINGS.get(v['setting'], v['setting'])} {_found(v)}") + _note(v),
     "not_said": lambda v: f"if {_setting_is(v['key'], v['wanted'])} (not given in any file)",
     "steps_not_said": "if gradient accumulation is {least} or more (not given in any file)",
+    "option_not_shown": lambda v: f"if {v['key'].replace('_', ' ')} is {values_in_words(v['key'], v['wanted'])} (no file "
+    "shows it)",
     "boundary_not_shown": "if the loop calls set_gradient_accumulation_boundary itself (no file shows it)",
     "window_not_shown": "if the micro-batches of an epoch are not a multiple of those of a step (no file shows it)",
     "depends_on_processes": "if there are at most {most} processes: gradient accumulation is {batch} / ({micro} × "
     "processes) ({file}), and the fault needs {least} or more micro-batches per step",
     "trainer_not_shown": "if it was trained by {trainer} (not shown in any file)",
     "trained_by": lambda v: f"trained by {_found(v)}",
-    "default_used": lambda v: f"{SETTINGS[KEYS[v['key']].setting]} is not set in any file; the default of "
+    "default_used": lambda v: f"{name_of(v['key'])} is not set in any file; the default of "
     f"{v['package']} {v['version']} was measured",
 }  # fmt: skip
 
@@ -103,11 +118,14 @@ def reason_in_words(reason: Cause) -> str:
     return sentence(reason, REASONS) + file
 
 
+def plain_sentence(kind: str) -> str:
+    """Return the sentence of a kind of cause, or "" if it needs numbers."""
+    form = SENTENCES.get(kind)
+    return form if isinstance(form, str) and "{" not in form else ""
+
+
 def kinds_in_words(kinds: Iterable[str]) -> str:
-    """Return the sentences of causes; a sentence that needs numbers is replaced by the name of its kind."""
-    forms = {kind: SENTENCES.get(kind) for kind in kinds}
-    plain = {kind: form for kind, form in forms.items() if isinstance(form, str) and "{" not in form}
-    return ", and ".join(plain.get(kind) or kind.replace("_", " ") for kind in forms)
+    return ", and ".join(plain_sentence(kind) or kind.replace("_", " ") for kind in kinds)
 
 
 def fault_in_words(measured: Measured) -> str:
@@ -121,7 +139,7 @@ def need_in_words(need: Need) -> str:
         return "a loop that sets the accumulation boundary itself"
     if need.key == "processes":
         return "1 process" if need.faulty == {1} else "2 or more processes"
-    return f"{SETTINGS[KEYS[need.key].setting]} {values_in_words(need.key, need.faulty)}"
+    return f"{name_of(need.key)} {values_in_words(need.key, need.faulty)}"
 
 
 def conditions_in_words(measured: Measured) -> list[str]:
@@ -157,7 +175,7 @@ def fixes(measured: Measured) -> list[str]:
     options = {m.remedy: m.version for m in measured.shown if m.changes}
     told += [f"{remedy} (measured with {measured.package} {version})" for remedy, version in options.items()]
     return told + [
-        f"{SETTINGS[KEYS[need.key].setting]} {values_in_words(need.key, need.right)}"
+        f"{name_of(need.key)} {values_in_words(need.key, need.right)}"
         for need in measured.needs
         if not told and need.right and need.key == measured.needs[0].key
     ]
