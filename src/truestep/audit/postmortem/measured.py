@@ -288,7 +288,7 @@ def _measured(
 def _points(subject: str, seen: Sequence[Measurement]) -> Iterator[_Point]:
     """Yield the audited steps of a subject, and those that were run to find a remedy, which were right."""
     mine = [m for m in seen if m.subject == subject and HIDES not in m.configuration]
-    keys = {key for m in mine for key in m.configuration if key not in ROUNDING}
+    keys = dict.fromkeys(key for m in mine for key in m.configuration if key not in ROUNDING)
     for m in mine:
         defaults = {key: DEFAULT if KEYS[key].default is NOTHING else KEYS[key].default for key in keys}
         configuration = defaults | {key: value for key, value in m.configuration.items() if key in keys}
