@@ -176,12 +176,12 @@ def right_steps(mine: Sequence[Measurement]) -> list[str]:
 
 
 def not_seen(mine: Sequence[Measurement]) -> list[str]:
-    rows = [
-        (m.version, configuration_in_words(m.configuration), line(m.reason, 160))
+    told = [
+        f"{m.version}, {configuration_in_words(m.configuration)}: {line(m.reason, 160)}"
         for m in mine
         if m.verdict in UNSEEN
     ]
-    return ["## Not measured", table(("release", "audited step", "reason"), rows)] if rows else []
+    return ["## Not measured", bullets(told)] if told else []
 
 
 def of_package(package: str, everything: Sequence[Measurement], found: Sequence[Measured]) -> str:
