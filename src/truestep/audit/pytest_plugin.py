@@ -26,11 +26,11 @@ def audit_step() -> Callable[..., Finding]:
         from truestep.audit.environments.in_process import audit_function, subject_module
         from truestep.audit.present.words import as_text, row_of
 
-        try:
+        with subject_module("harness").Attempt() as attempt:
             finding = audit_function(step, **options)
-        except subject_module("harness").FAILURES as error:
+        if (error := attempt.error) is not None:
             if fail:
-                raise
+                raise error
             why = cause("", "said", text=f"{type(error).__name__}: {error}")
             finding = Finding(subject=getattr(step, "__qualname__", "step"), reasons=(why,))
         if fail and finding.verdict not in (Verdict.RIGHT, Verdict.DEFAULT):

@@ -19,9 +19,9 @@ import torch
 from truestep.audit.environments.launch import LEARNING_RATE
 from truestep.audit.measure import cases, recorder
 from truestep.audit.measure.findings import Finding, Verdict
-from truestep.audit.measure.observations import ObservationError, load
-from truestep.audit.measure.verdict import judge
-from truestep.audit.subjects import CASES, FOLDER
+from truestep.audit.measure.observations import Observation, ObservationError, load
+from truestep.audit.measure.verdict import check_objective, judge
+from truestep.audit.subjects import FOLDER, OWN
 
 _LOADED: dict[str, ModuleType] = {"recorder": recorder}
 
@@ -52,27 +52,41 @@ def audit_function(
     step: Callable[..., Any],
     *,
     arch: str = "plain",
-    names: Sequence[str] = CASES,
+    names: Sequence[str] = OWN,
     accumulation: int = 4,
     seed: int = 0,
+    objective: str = "token_mean",
 ) -> Finding:
     """Judge ``step(model, optimizer, microbatches)`` on one process. subjects/user_loop.py has its contract.
 
-    The caller's random numbers continue as if nothing had been audited.
+    ``objective`` is what the step should compute (``verdict.OBJECTIVES``). The caller's random numbers continue
+    as if nothing had been audited. If no case can be run, the error of the step is raised.
     """
+    check_objective(objective)
     harness, user_loop = subject_module("harness"), subject_module("user_loop")
     subject, configuration = getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}
-    runs = {}
+    runs: dict[str, Observation] = {}
+    errors: list[BaseException] = []
+    loop = None
     with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="truestep-audit-") as folder:
         for name in names:
             case = cases.build(name, world_size=1, accumulation=accumulation, seed=seed)
             place = Path(folder) / name
             place.mkdir()
             raw = {"options": {"arch": arch}, "learning_rate": LEARNING_RATE["sgd"]}
-            user_loop.run_with(step, harness.Spec(place, case.to_json(), raw))
+            spec = harness.Spec(place, case.to_json(), raw)
+            loop = loop or user_loop.Loop(step, spec)
+            with harness.Attempt() as attempt:
+                loop.run(spec)
+            if attempt.error is not None:
+                errors.append(attempt.error)
+                runs[name] = Observation(asked=case, not_run=harness.why_not(attempt.error))
+                continue
             try:
                 runs[name] = load(place, case, learning_rate=LEARNING_RATE["sgd"])
             except ObservationError as error:
                 reasons, verdict = (error.cause,), Verdict.NOT_OBSERVABLE
                 return Finding(subject=subject, configuration=configuration, verdict=verdict, reasons=reasons)
-    return judge(subject, configuration, runs)
+    if errors and len(errors) == len(runs):
+        raise errors[0]
+    return judge(subject, configuration, runs, objective=objective)

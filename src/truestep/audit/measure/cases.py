@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,11 @@ class Row:
     def num_trained(self) -> int:
         return sum(self.trained[1:])
 
+    @property
+    def num_first(self) -> int:
+        """Return 1 if the first token is marked as trained, although nothing predicts it."""
+        return self.trained[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -51,6 +56,7 @@ class Case:
     decay: bool = False  # the learning rate falls linearly to zero, once per step
     momentum: float = 0.0
     resume_after: int = 0  # steps after which everything is saved, rebuilt and loaded
+    padding: int = 0  # columns that every micro-batch has beyond its longest row
 
     def rate(self, step: float) -> float:
         """Return the share of the learning rate that a step (counted from 0) should have."""
@@ -89,26 +95,40 @@ CASES: dict[str, dict[str, Any]] = {
     "masked": {},  # in every step, a row without trained tokens and a row with only one
     "window": {"epochs": 2, "steps": 4},  # the number of rows is not a multiple of the accumulation window
     "chat": {},  # several answers per row, each after a prompt that is not trained
+    "whole": {"steps": 2},  # every token is trained: counts before and after the shift of the labels differ
+    # The same rows as in another case, split, ordered or padded in another way: a correct update is the same.
+    "reordered": {"steps": 2},  # backwards within each step, in micro-batches of two rows
+    "padded": {"steps": 2, "padding": 7},
+    "masked_unsplit": {"steps": 2},
+    "repeated": {"steps": 1},  # exactly: a step that differs from itself is random
     **RELATIONS,
 }
+# Case → the case that has the same rows.
+SAME_ROWS = dict.fromkeys(("unsplit", "reordered", "padded", "repeated"), "ragged") | {"masked_unsplit": "masked"}
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:
     """Return the case with this name. Raises ValueError, which lists the known names, for any other name."""
     if name not in CASES:
         raise ValueError(f"unknown case {name!r}; use {', '.join(CASES)}")
-    if accumulation < 3 and name not in ("ragged", "unsplit", *RELATIONS):
+    if accumulation < 3 and name in ("masked", "masked_unsplit", "window", "chat"):
         raise ValueError(f"accumulation = {accumulation}: the case {name} needs 3 or more")
     asked = {"steps": 3, **CASES[name]}
     if name in ("scheduled", "resumed"):
         accumulation = min(accumulation, 3)  # else one tick per micro-batch ends the decay after one step
+    step = world_size * accumulation
     num = world_size * (2 * accumulation - 2 if name == "window" else accumulation * asked["steps"])
     counts = [TRAINED[i % len(TRAINED)] + len(TRAINED) * 2 * (i // len(TRAINED)) for i in range(num)]
-    if name == "masked":
-        for first in range(0, num, world_size * accumulation):
+    if name in ("masked", "masked_unsplit"):
+        for first in range(0, num, step):
             counts[first : first + 2] = 0, 1
     if name == "chat":
         counts = [max(3, count) for count in counts]
     rows = make_rows(counts, seed=seed, turns=3 if name == "chat" else 1)
-    size = accumulation if name == "unsplit" else 1
+    size = accumulation if name in ("unsplit", "masked_unsplit") else 1
+    if name == "whole":
+        rows = tuple(replace(row, trained=(1,) * len(row.ids)) for row in rows)
+    if name == "reordered":
+        rows = tuple(row for at in range(0, num, step) for row in reversed(rows[at : at + step]))
+        size = 1 if accumulation % 2 else 2
     return Case(name=name, rows=rows, accumulation=accumulation // size, rows_per_microbatch=size, **asked)

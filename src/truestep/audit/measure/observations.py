@@ -42,6 +42,8 @@ class MicroBatch:
     row_gradients: tuple[np.ndarray, ...]  # P each: gradient of −Σ log p over the row's trained tokens
     loss_sum: float  # Σ −log p over its trained tokens, float64
     size: int  # P
+    row_lengths: tuple[int, ...] = ()  # tokens of each row
+    num_first: int = 0  # rows whose first token is marked as trained, although nothing predicts it
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -57,6 +59,25 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token of a step that the model predicts, and its gradient."""
+
+    row: int
+    place: int  # in the row
+    trained: bool
+    log_p: float
+    gradient: np.ndarray  # P: of −log p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A step's gradient in smaller parts, which tell other objectives: written if the rows do not explain it."""
+
+    tokens: tuple[Token, ...] = ()
+    terms: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # (term, row) → P, summed over tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One optimizer step, its parameters before and after, and exact gradient sums of its micro-batches."""
 
@@ -69,6 +90,10 @@ class Step:
     logged_loss: float | None = None
     max_grad_norm: float = 0.0  # as configured
     carried: np.ndarray | float = 0.0  # P: what the configured momentum adds to the gradient
+    used: np.ndarray | None = None  # P: the gradient that the optimizer was seen to use, if it was seen
+    read_back: bool = True  # whether the gradient was read from the change of the rounded parameters
+    narrow: str = ""  # the dtype that something was cast to, if narrower than the parameters
+    parts: Parts = Parts()
 
     @property
     def clip_scale(self) -> float:
@@ -79,6 +104,8 @@ class Step:
     @cached_property
     def direction(self) -> np.ndarray:
         """(before − after) / lr: the gradient that plain SGD would have used for this step."""
+        if self.used is not None:
+            return self.used
         return (self.before - self.after) / self.learning_rate
 
     @property
@@ -114,6 +141,8 @@ class Observation:
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
     location: str = ""  # FILE:LINE where the audited code runs the model
     autocast: str = ""  # the dtype that the model was run in, if different from its parameters'
+    dtype: str = ""  # of the parameters, as seen
+    num_calls: int | None = None  # of the optimizer, if they were counted
     not_run: str = ""  # why only this case could not be run
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -176,6 +205,7 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
             rate = _at(logged["learning_rate"], index) or rate
         micro = [m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)]
         extras = {k: [_read(folder, p["extras"][k]) for p in parts] for k in parts[0]["extras"]}
+        used = parts[0].get("used")
         step = Step(
             before=_read(folder, parts[0]["before"]),
             after=afters[0],
@@ -186,8 +216,13 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
             control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
             extras={k: np.sum(values, axis=0) for k, values in extras.items()},
             logged_loss=_at(logged["loss"], index),
+            used=_read(folder, used["gradient"]) if used else None,
+            read_back=not (used and used["exact"]),
+            narrow=ranks[0]["autocast"] if used else "",
+            parts=_parts(folder, parts),
         )
         vectors = (step.after, step.control, *step.extras.values(), *(m.gradient for m in micro))
+        vectors += (step.direction, *step.parts.terms.values(), *(t.gradient for t in step.parts.tokens))
         if step.before.ndim != 1 or any(v.shape != step.before.shape for v in vectors):
             raise ValueError("the parameters and gradients of a step have different shapes")
         steps.append(step)
@@ -198,7 +233,8 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
         forwards_without_step=max(r["forwards_without_step"] for r in ranks),
         unmatched=sum(r["unmatched_lines"] for r in ranks),
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
-        **{key: ranks[0][key] for key in ("versions", "location", "autocast", "seconds")},
+        num_calls=ranks[0]["about"].get("calls"),
+        **{key: ranks[0][key] for key in ("versions", "location", "autocast", "dtype", "seconds")},
     )
 
 
@@ -229,4 +265,19 @@ def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> 
             row_gradients=tuple(gradients[row] for row in rows),
             loss_sum=sum(losses[row] for row in rows),
             size=next(iter(gradients.values())).shape[0],
+            row_lengths=tuple(len(case.rows[row].ids) for row in rows),
+            num_first=sum(case.rows[row].num_first for row in rows),
         )
+
+
+def _parts(folder: Path, ranks: list[dict[str, Any]]) -> Parts:
+    """Read the parts of a step's gradient from all ranks that have written them."""
+    tokens: list[Token] = []
+    terms: dict[tuple[str, int], np.ndarray] = {}
+    for part in (p["parts"] for p in ranks if p.get("parts")):
+        names = ("row", "place", "trained", "log_p")
+        for about, gradient in zip(part["tokens"], _read(folder, part["token_gradients"]), strict=True):
+            tokens.append(Token(**dict(zip(names, about, strict=True)), gradient=gradient))
+        keys = [(str(name), int(row)) for name, row in part["terms"]]
+        terms |= dict(zip(keys, _read(folder, part["term_gradients"]), strict=True))
+    return Parts(tokens=tuple(tokens), terms=terms)

@@ -16,7 +16,7 @@ from functools import reduce
 
 import numpy as np
 
-from truestep.audit.measure import thresholds
+from truestep.audit.measure import objectives, thresholds
 from truestep.audit.measure.findings import Cause, Causes, Differences, cause
 from truestep.audit.measure.observations import Observation, Step
 from truestep.audit.measure.one_step import CONSTANTS, Seen, alike, see, used_length
@@ -35,6 +35,9 @@ class CaseSeen:
 
 def see_case(run: Observation, dtype: str) -> CaseSeen:
     steps = [see(s, run.steps[i - 1] if i else None, dtype, run.parameters) for i, s in enumerate(run.steps)]
+    if steps and steps[0].causes and steps[0].causes[0].code in objectives.CODES:
+        # The first step tells what is computed in the others.
+        steps = [replace(s, causes=steps[0].causes) if s.codes == ("unexplained",) else s for s in steps]
     for index, named in _related(steps, run, dtype).items():
         kept = tuple(c for c in steps[index].causes if c.code in KEPT)
         steps[index] = replace(steps[index], causes=(*kept, named))
@@ -181,7 +184,7 @@ def data_coverage(run: Observation) -> Causes:
     # Rows without a trained token: a framework may leave them out.
     never = sum(not seen[i] for i, row in enumerate(asked.rows) if not row.num_trained)
     found: list[Cause] = []
-    lost_whole = False
+    lost_whole, sizes = False, None
     if not any(len(line) > 1 for s in run.steps for m in s.microbatches for line in m.lines):  # not packed
         # The busiest rank counts, because samplers may give the other ranks rows twice.
         sizes = [max(Counter(m.rank for m in s.microbatches for _ in m.rows).values()) for s in run.steps]
@@ -189,13 +192,27 @@ def data_coverage(run: Observation) -> Causes:
         whole = _asked_sizes(run, len(asked.rows))
         if sizes != filtered and not _skipped(sizes, whole, never * asked.epochs):
             lost_whole = sizes == [n for n in filtered if n == asked.accumulation * asked.rows_per_microbatch]
-            found.append(cause("grouping", "step_sizes", rows=sizes, asked=filtered))
+            over = not lost and _over_end(sizes, filtered, asked.accumulation * asked.rows_per_microbatch)
+            kind = "window_over_end" if over else "step_sizes"
+            found.append(cause("grouping", kind, rows=sizes, asked=filtered))
     if lost:
-        found.insert(0 if lost_whole else len(found), cause("data_lost", "rows_lost", rows=lost))
+        early = len(run.steps) < asked.steps and not any(seen[row] > asked.epochs for row in trained)
+        early = early and sizes == filtered[: len(sizes)] if sizes is not None else False
+        kind = "ends_early" if early else "rows_lost"
+        about = cause("data_lost", kind, rows=lost, steps=len(run.steps), asked=asked.steps)
+        if early:
+            return (about,)
+        found.insert(0 if lost_whole else len(found), about)
     # A sampler may repeat rows so that all ranks have the same number of batches.
     elif twice > (never - len(asked.rows)) % (run.num_ranks * asked.rows_per_microbatch) * asked.epochs:
         found.append(cause("data_lost", "rows_repeated", rows=twice))
     return tuple(found)
+
+
+def _over_end(sizes: Sequence[int], asked: Sequence[int], window: int) -> bool:
+    """Return whether windows run on over the end of an epoch, so that only the very last one may be short."""
+    total = sum(asked)
+    return sum(sizes) == total and all(n == window for n in sizes[:-1]) and len(sizes) == -(-total // window)
 
 
 def _skipped(sizes: Sequence[int], asked: Sequence[int], untrained: int) -> bool:

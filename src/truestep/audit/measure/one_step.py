@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from truestep import faults
-from truestep.audit.measure import thresholds
+from truestep.audit.measure import objectives, thresholds
 from truestep.audit.measure.findings import Cause, Causes, cause
 from truestep.audit.measure.observations import Step
 from truestep.audit.measure.weights import Recovered, observed_gradient, recover
@@ -46,15 +46,17 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
         return Seen(causes=(cause("not_finite", "not_finite_after_empty" if empty else "not_finite"),))
     if not step.num_trained:
         return Seen(causes=(cause("unexplained", "no_trained_token"),))
+    if step.used is not None and not step.used.any():
+        return Seen(causes=(cause("data_lost", "no_gradient"),))
     found = recover(step, dtype)
     noise, residual = thresholds.NOISE_FACTOR * found.noise, thresholds.RESIDUAL[dtype]
     if found.relative_error <= min(noise, residual):
         return Seen(recovered=found)
     if found.residual > (limit := max(residual, noise)):
-        return Seen(causes=(_rest(step, previous, found, parameters, limit),), recovered=found)
+        return _rest(step, previous, found, parameters, limit, dtype)
     pattern = fit_pattern(found, dtype)
     if pattern is None:
-        named = _clipped_parts(step, found) or _unknown("unknown_weights", found.weights)
+        named = _clipped_parts(step, found) or _decaying(found) or _unknown("unknown_weights", found.weights)
         return Seen(causes=(named,), recovered=found)
     causes = pattern.causes
     if len(causes) > 1 and causes[-1].code in CONSTANTS and reaches_clip(step):
@@ -80,6 +82,19 @@ def alike(values: Sequence[float] | np.ndarray) -> bool:
 
 def _unknown(kind: str, weights: np.ndarray) -> Cause:
     return cause("unknown_weights", kind, weights=weights.tolist())
+
+
+def _decaying(found: Recovered) -> Cause | None:
+    """Find micro-batches whose weights are multiplied by a constant at each one that follows. A running average
+    does not multiply the first one."""
+    if not found.weights.all():
+        return None
+    for first in (0, 1):
+        ranks = [w[first:] for w in by_ranks(found.weights, found.counts)]
+        ratios = np.concatenate([w[:-1] / w[1:] for w in ranks if len(w)])
+        if len(ratios) >= 2 and alike(ratios) and not alike([1.0, ratios[0]]):
+            return cause("decaying_weights", "decaying_weights", ratio=float(np.median(ratios)))
+    return None
 
 
 def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
@@ -144,13 +159,22 @@ def scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser
         ("kept", "divided_by_kept", total / sum(n for n, k in zip(flat, kept, strict=True) if k)),
         ("empty_counted", "empty_is_one_token", total / (total + empty)),
     ]
+    if recovered.lengths and normaliser == "global":
+        rows, tokens = len(recovered.lengths), sum(recovered.lengths)
+        known += [
+            ("sum", "sum", total),
+            ("sum", "divided_by_rows", total / rows),
+            ("other_count", "first_counted", total / (total + recovered.num_first)),
+            ("other_count", "masked_counted", total / tokens),
+            ("other_count", "masked_counted", total / (tokens - rows)),
+        ]
     if normaliser == "micro_mean":
         known.append(("empty_counted", "empty_is_zero_mean", used / asked))
     close = thresholds.KNOWN_FACTOR
-    fitting = [(c, k) for c, k, value in known if value != 1.0 and abs(scale - value) <= close * abs(value)]
+    fitting = {k: c for c, k, value in known if value != 1.0 and abs(scale - value) <= close * abs(value)}
     if not fitting:
         return cause("scale", "scale", scale=scale)
-    return cause(fitting[0][0], *(kind for _, kind in fitting[:2]))
+    return cause(next(iter(fitting.values())), *list(fitting)[:2])
 
 
 def _kept_cause(kept: np.ndarray, recovered: Recovered) -> Cause | None:
@@ -191,11 +215,28 @@ def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
     return cause("clip", "clip_of_ranks") if len(ranks) > 1 and alike(parts) else None
 
 
-def _rest(step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float) -> Cause:
-    """Return the best explanation of a residual, which is a single rule or a single added term."""
+def _rest(
+    step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float, dtype: str
+) -> Seen:
+    """Judge a residual by its best explanation, which is a single rule, a single added term or an objective."""
     law = _rows(step, found, limit) or _frozen(step, parameters) or _rounded(step) or _clipped_entries(step)
-    added = law or _addition(step, previous, found, parameters)
-    return added or cause("unexplained", "unexplained", share=found.residual)
+    if added := law or _addition(step, previous, found, parameters):
+        return Seen(causes=(added,), recovered=found)
+    if named := objectives.name(step, limit):
+        return _of_objective(step, named, found, limit, dtype)
+    return Seen(causes=(cause("unexplained", "unexplained", share=found.residual),), recovered=found)
+
+
+def _of_objective(step: Step, named: objectives.Named, found: Recovered, limit: float, dtype: str) -> Seen:
+    """Add the pattern of the weights that the objective gives to rows, if its micro-batches have one row."""
+    used = [m for m in step.microbatches if m.num_trained]
+    by_micro = [[named.weights[row] for row, n in zip(m.rows, m.row_counts, strict=True) if n] for m in used]
+    if named.cause.code == "token_weights" or any(len(rows) > 1 for rows in by_micro):
+        return Seen(causes=(named.cause,), recovered=found)
+    own = replace(found, weights=np.array([w for (w,) in by_micro]), errors=np.maximum(found.errors, limit))
+    pattern = fit_pattern(own, dtype)
+    more = pattern.causes if pattern else (_unknown("unknown_weights", own.weights),)
+    return Seen(causes=(named.cause, *more), recovered=own, scale=pattern.scale if pattern else 1.0)
 
 
 def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
@@ -267,6 +308,10 @@ def _addition(step: Step, previous: Step | None, found: Recovered, parameters: P
     if best is None:
         return None
     kind = KINDS.get(best[1], best[1])
+    if kind == "stop_untrained" and best[2] > 0:
+        return cause("stop_overweighted", "stop_overweighted", weight=1 + best[2])
+    if kind == "momentum" and abs(best[2] - 1) <= thresholds.CLOSE:
+        return cause("not_cleared", "not_cleared")
     return cause(kind.removesuffix("_of_matrices"), kind, coefficient=best[2])
 
 

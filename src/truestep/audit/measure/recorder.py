@@ -29,6 +29,8 @@ from torch import Tensor, nn
 SCHEMA = 1
 Lines = list[list[list[int]]]  # the rows of every line of every forward pass
 EXPLAINED = 1e-4  # relative; the part of a correct step that weights of the rows do not explain
+MOST_NUMBERS = 8_000_000  # of the gradients of single tokens
+FOCAL = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)  # exponents of a focal loss
 
 
 def logits_of(out: Any) -> Tensor:
@@ -53,6 +55,27 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
     return [p for _, p in sorted(model.named_parameters())]
 
 
+def terms_of(logits: Tensor, logp: Tensor, own: Tensor, trained: Sequence[int]) -> dict[str, Tensor]:
+    """Return the terms of other objectives, each summed over the positions [T] of a row: those that predict a
+    trained token, the others, and the last one, which predicts nothing.
+
+    ``logits`` and ``logp`` [T, V]; ``own`` [T − 1] is the log-probability of each next token.
+    """
+    by_position = {
+        "label_smoothing": -logp.mean(-1),
+        "z_loss": logits.logsumexp(-1) ** 2,
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "logits_squared": (logits**2).mean(-1),
+    }
+    chosen = torch.tensor([*(bool(on) for on in trained[1:]), False])
+    last = torch.arange(len(chosen)) == len(chosen) - 1
+    where = {"": chosen, " other": ~chosen & ~last, " last": last}
+    found = {name + part: (value * on).sum() for name, value in by_position.items() for part, on in where.items()}
+    for power in FOCAL:
+        found[f"focal {power:g}"] = (-own * (1 - own.exp()) ** power * chosen[:-1]).sum()
+    return found
+
+
 class Recorder:
     """The recorder of one rank. Create it before the framework wraps the model; call ``finish`` at the end.
 
@@ -70,6 +93,7 @@ class Recorder:
         self.unmatched = 0
         self.autocast: torch.dtype | None = None  # the autocast dtype in which the model was run
         self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
+        self.about: dict[str, Any] = {}  # what a subject adds to the observation
         self.stack: list[tuple[str, int]] = []  # (file, line) of the first forward pass, the innermost first
         self._observe(model, snapshot)
 
@@ -139,6 +163,8 @@ class Recorder:
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "location": self._location(versions),
             "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
+            "dtype": str(self.spec.dtype).removeprefix("torch."),
+            "about": self.about,
             "seconds": {"run": trained - self.began, "reference": time.process_time() - started},
         }
         path = folder / f"rank-{rank}.json"
@@ -161,8 +187,11 @@ class Recorder:
         pairs = [self._gradient(self.copy, [row]) for row in rows]
         losses, gradients = [loss for loss, _ in pairs], [gradient for _, gradient in pairs]
         control = self._control(micro, dict(zip(rows, gradients, strict=True)))
-        extras = {} if self._explained(before - after, gradients) else self._extras(micro)
+        change, used = before - after, self.used(index)
+        explained = self._explained(change if used is None else used[0], gradients, rows)
+        extras = {} if explained else self._extras(micro)
         name = f"rank-{self.spec.rank}-step-{index}"
+        parts = self._parts(name, rows) if not explained and self.wants_parts(index) else None
         return {
             "microbatches": lines,
             "rows": rows,
@@ -172,7 +201,49 @@ class Recorder:
             "gradients": self._write(f"{name}.gradients", torch.stack(gradients)) if gradients else None,
             "control": self._write(f"{name}.control", control),
             "extras": {key: self._write(f"{name}.{key}", value) for key, value in extras.items()},
+            "used": used and {"gradient": self._write(f"{name}.used", used[0]), "exact": used[1]},
+            "parts": parts,
         }
+
+    def used(self, index: int) -> tuple[Tensor, bool] | None:
+        """Return the gradient [P] that the optimizer was seen to use in a step, and whether it was read from
+        the optimizer itself. None if only the parameters were seen."""
+        return None
+
+    def wants_parts(self, index: int) -> bool:
+        """Return whether to say more about an unexplained step: the first one of a case tells about all."""
+        return index == 0
+
+    def _parts(self, name: str, rows: Sequence[int]) -> dict[str, Any]:
+        """Write the gradient of every token's −log p, and of the terms that other objectives add, by row."""
+        own, num = parameters_of(self.copy), sum(len(self.spec.rows[row]["ids"]) for row in rows)
+        tokens, terms, gradients, summed = [], [], list[Tensor](), list[Tensor]()
+        with_tokens = num * sum(p.numel() for p in own) <= MOST_NUMBERS
+        for row in rows:
+            ids, trained = self.spec.rows[row]["ids"], self.spec.rows[row]["trained"]
+            logits = logits_of(self.copy(input_ids=torch.tensor([ids])))[0].double()
+            logp = torch.log_softmax(logits, -1)
+            own_logp = logp[range(len(ids) - 1), ids[1:]]
+            for place in range(1, len(ids)) if with_tokens else ():
+                tokens.append([row, place, bool(trained[place]), float(own_logp[place - 1].detach())])
+                gradients.append(self._of(-own_logp[place - 1], own))
+            for term, value in terms_of(logits, logp, own_logp, trained).items():
+                terms.append([term, row])
+                summed.append(self._of(value, own))
+        nothing = torch.zeros(0, sum(p.numel() for p in own))
+        stacked = {"token": gradients, "term": summed}
+        files = {
+            f"{key}_gradients": self._write(f"{name}.{key}s", torch.stack(value) if value else nothing)
+            for key, value in stacked.items()
+        }
+        return {"tokens": tokens, "terms": terms, **files}
+
+    @staticmethod
+    def _of(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        wanted = [p for p in parameters if p.requires_grad]
+        found = iter(torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True))
+        parts = [next(found) if p.requires_grad else None for p in parameters]
+        return flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)])
 
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
         """Return the gradient sum in the subject's own precision or autocast, which shows its distance from
@@ -187,16 +258,19 @@ class Recorder:
                 total += self._gradient(rough, batch)[1].to(wide).double()
         return total
 
-    def _explained(self, change: Tensor, gradients: Sequence[Tensor]) -> bool:
+    def _explained(self, change: Tensor, gradients: Sequence[Tensor], rows: Sequence[int]) -> bool:
         """Return whether weights of the rows explain this step, so that extras are not needed. Extras are
         never needed for NaN, AdamW (not a sum of gradients) and relations (whose faults have other names).
-        They are always needed if other ranks have rows."""
+        Other ranks may have had any of the other rows."""
         if self.spec.is_relation or self.spec.options.get("optimizer", "sgd") != "sgd":
             return True
         if not bool(torch.isfinite(change).all()):
             return True
-        if self.spec.world_size > 1 or not gradients:
+        if not gradients:
             return False
+        if self.spec.world_size > 1:
+            others = [row for row in range(len(self.spec.rows)) if row not in rows]
+            gradients = [*gradients, *(self._gradient(self.copy, [row])[1] for row in others)]
         columns = torch.stack(list(gradients), dim=1)
         rest = change - columns @ torch.linalg.lstsq(columns, change[:, None], driver="gelsd").solution[:, 0]
         return bool(rest.norm() <= EXPLAINED * change.norm())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -12,16 +11,20 @@ from typing import Any
 import numpy as np
 
 from truestep.audit.measure import thresholds
-from truestep.audit.measure.cases import RELATIONS
+from truestep.audit.measure.decision import Cases, Evidence, decide
 from truestep.audit.measure.findings import Causes, Differences, Finding, Verdict, cause
 from truestep.audit.measure.observations import Observation, Step
 from truestep.audit.measure.one_case import CaseSeen, data_coverage, see_case
 from truestep.audit.measure.one_step import by_ranks
+from truestep.audit.measure.relations import compare
 from truestep.audit.measure.weights import adamw_errors, condition_of
 
-OF_PARTS = {"clip_of_micro_batches", "clip_of_ranks"}  # these depend on how a batch is split
-Cases = Mapping[str, Differences]
-CHOICES = {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}
+OBJECTIVES = ("token_mean", "sequence_mean", "sum", "other")
+
+
+def check_objective(name: str) -> None:
+    if name not in OBJECTIVES:
+        raise ValueError(f"the objective {name!r} is unknown; use {', '.join(OBJECTIVES)}")
 
 
 def judge(
@@ -31,9 +34,11 @@ def judge(
     *,
     documented: str = "",
     without: Mapping[str, str] = MappingProxyType({}),
+    objective: str = "token_mean",
 ) -> Finding:
     """Judge all cases of one configuration. ``documented`` names an option that is not at its default and is
-    known to change how a step is normalized. ``without`` has the cases that cannot be run, and why."""
+    known to change how a step is normalized. ``without`` has the cases that cannot be run, and why.
+    ``objective`` is what the step should compute; "other" is any that does not depend on the split."""
     if autocast := next((run.autocast for run in runs.values() if run.autocast), ""):
         configuration = {**configuration, "autocast": autocast}
     nothing = Finding(subject=subject, configuration=configuration)
@@ -53,14 +58,19 @@ def judge(
     if configuration.get("optimizer") == "adamw":
         return _judge_adamw(nothing, usable, broken)
     dtype = str(configuration.get("dtype", "float32"))
+    if first.num_calls is not None:
+        dtype = first.dtype or dtype
     seen = _name_layouts({name: see_case(run, dtype) for name, run in usable.items()}, usable)
     differences = broken | {name: case.differences for name, case in seen.items()}
     cases = {name: differences[name] for name in runs if name in differences}
     hidden += [cause("", "case_left_out", case=name, why=why) for name, why in without.items()]
     rounded = [name for name, case in seen.items() if any(s.hidden for s in case.steps)]
     hidden += [cause("", "hidden_by_rounding", case=name, dtype=dtype) for name in rounded]
-    finding = _verdict(nothing, cases, seen, documented)
-    finding = replace(finding, cases=cases, reasons=tuple(hidden), documented=documented)
+    compared = compare(usable, dtype)
+    finding = decide(nothing, Evidence(cases, seen, compared, documented, objective))
+    if finding.verdict is Verdict.NOT_OBSERVABLE:
+        hidden = [*finding.reasons, *hidden]
+    finding = replace(finding, cases=finding.cases or cases, reasons=tuple(hidden), documented=documented)
     return _with_numbers(finding, seen, runs) if seen else finding
 
 
@@ -112,6 +122,8 @@ def _unusable(run: Observation, some_moved: bool) -> Causes:
         return (cause("", "case_not_run", why=run.not_run),)
     if not run.steps and not run.forwards_without_step:
         return (cause("", "never_trained"),)
+    if not run.steps and run.num_calls == 0:
+        return (cause("data_lost", "never_stepped"),)
     if not run.steps and some_moved:
         return (cause("data_lost", "no_step", microbatches=run.forwards_without_step),)
     if not run.steps:
@@ -127,37 +139,6 @@ def _unusable(run: Observation, some_moved: bool) -> Causes:
         return ()
     # If a row is in a step twice, both have the same gradient.
     return data_coverage(run) or (cause("", "ill_conditioned", condition=worst),)
-
-
-def _verdict(nothing: Finding, cases: Cases, seen: Mapping[str, CaseSeen], documented: str) -> Finding:
-    wrong = {name: case for name, case in cases.items() if case.codes}
-    if not wrong:
-        return replace(nothing, verdict=Verdict.RIGHT)
-    counted = Counter(c for case in wrong.values() for c in case.codes)
-    first = next(iter(wrong.values()))
-    codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
-    for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale")):
-        # The fault looks like a simpler one if a micro-batch has one row, or if there was no step before.
-        if telling in codes:
-            told = next(case for case in wrong.values() if telling in case.codes)
-            first = told if implied in first.codes else first
-            codes = (telling, *(c for c in codes if c not in (telling, implied)))
-    plain = [name for name in cases if name not in RELATIONS]
-    everywhere = bool(plain) and set(plain) <= set(wrong)
-    if documented and set(codes) <= CHOICES:
-        return replace(nothing, verdict=Verdict.DOCUMENTED_CHOICE, codes=codes, found=first)
-    scales = [s.scale for name in plain if name in seen for s in seen[name].steps]
-    same = bool(scales) and np.ptp(scales) <= thresholds.CLOSE * abs(scales[0])
-    if set(codes) == {"scale"} and everywhere and len(plain) > 1 and same:
-        constant = Differences(steps=((cause("scale", "scale_of_every_split", scale=scales[0]),),))
-        return replace(nothing, verdict=Verdict.DEFAULT, codes=codes, found=constant)
-    kinds = {kind for step in first.steps for c in step for kind in c.kinds}
-    if set(codes) <= {"clip", "weight_decay"} and everywhere and not kinds & OF_PARTS:
-        return replace(nothing, verdict=Verdict.DEFAULT, codes=codes, found=first)
-    if "not_finite" in codes and "not_finite" not in first.codes:
-        lost = next(step for case in wrong.values() for step in case.steps if step[0].code == "not_finite")
-        first = replace(first, steps=(*first.steps, lost))
-    return replace(nothing, verdict=Verdict.FAULT, codes=codes, found=first)
 
 
 def _judge_adamw(nothing: Finding, runs: Mapping[str, Observation], broken: Cases) -> Finding:

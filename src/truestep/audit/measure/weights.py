@@ -22,7 +22,7 @@ from truestep.audit.measure import thresholds
 from truestep.audit.measure.observations import Step
 from truestep.faults import FAULTS, recover_weights
 
-EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 CLIP_EPSILON = 1e-6  # torch's and DeepSpeed's
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
 
@@ -39,6 +39,8 @@ class Recovered:
     noise: float  # relative error of a correct step
     counts: tuple[tuple[int, ...], ...]  # trained tokens, rank after rank, without the empty micro-batches
     empty: tuple[tuple[int, int], ...]  # (rank, index) of micro-batches without trained tokens
+    lengths: tuple[int, ...] = ()  # of the rows of the step
+    num_first: int = 0  # rows whose first token is marked as trained
 
 
 def observed_gradient(step: Step) -> np.ndarray:
@@ -46,17 +48,20 @@ def observed_gradient(step: Step) -> np.ndarray:
     return np.asarray((step.direction - step.carried) / step.clip_scale)
 
 
-def noise_of(step: Step, dtype: str) -> float:
+def noise_of(step: Step, dtype: str, used: float = 0.0) -> float:
     """Return the relative error of a correct step in this precision: what was measured on the same rows or
     the rounding of the read-back (half a unit in the last place of each stored parameter), whichever is
-    larger."""
+    larger. ``used`` is the norm of the gradient that the step used, by default that of a correct one."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
     if size == 0:
         return math.inf
     measured = float(np.linalg.norm(step.control - exact)) / size
-    used = size / step.num_trained * step.clip_scale
+    used = used or size / step.num_trained * step.clip_scale
     read_back = EPS[dtype] * float(np.linalg.norm(step.after)) / (step.learning_rate * used)
+    read_back *= step.read_back
+    if step.narrow:
+        measured = max(measured, EPS[step.narrow])
     # Clipping divides by the norm plus CLIP_EPSILON; momentum was also read back, from the step before.
     clipping = CLIP_EPSILON * step.num_trained / size if step.max_grad_norm else 0.0
     return max(thresholds.NOISE_FLOOR, measured, clipping, read_back * (2 if np.any(step.carried) else 1))
@@ -79,6 +84,8 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
     parts = [m.gradient / step.num_trained for m in used]
     weights, residual, condition = recover_weights(observed, parts)
     noise = noise_of(step, dtype)
+    if moved := float(np.linalg.norm(step.direction)):
+        noise = max(noise, noise_of(step, dtype, used=moved))  # of a step that is too small
     expected = step.expected
     size = max(float(np.linalg.norm(observed)), float(np.linalg.norm(expected)))
     covariance = np.linalg.pinv(np.stack(parts, axis=1).T @ np.stack(parts, axis=1))
@@ -95,6 +102,8 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
         noise=noise,
         counts=tuple(tuple(n for n in rank if n) for rank in step.counts),
         empty=tuple((m.rank, m.index) for m in step.microbatches if not m.num_trained),
+        lengths=tuple(length for m in step.microbatches for length in m.row_lengths),
+        num_first=sum(m.num_first for m in step.microbatches),
     )
 
 

@@ -12,19 +12,17 @@ import json
 import os
 import re
 import sys
-from _pickle import UnpicklingError  # the name of an error that a framework may raise
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from attempt import Attempt
 from recorder import Recorder, flat, logits_of, parameters_of
 from tiny import tiny_model
 from torch import Tensor, nn
 
 __all__ = ["Recorder", "Spec", "flat", "parameters_of", "tiny_model"]
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, ImportError, AssertionError,
-            NotImplementedError, UnpicklingError, SystemExit, ArithmeticError)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -101,20 +99,29 @@ def main(run: Callable[[Spec], None]) -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     raw = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    failed: list[BaseException] = []
     for case in raw["cases"]:
         place = folder / case["name"]
         place.mkdir(exist_ok=True)
         spec = Spec(place, case, raw)
-        try:
+        with Attempt() as attempt:
             run(spec)
-        except FAILURES as error:
-            if not spec.is_relation:
-                raise
-            # If a framework cannot do this, its step can still be judged.
-            # torch prints some words in bold.
-            plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
-            words = " ".join(plain.split()).partition(". ")[0][:160]
-            (place / "not-run.txt").write_text(words, encoding="utf-8")
+        if attempt.error is None:
+            continue
+        failed.append(attempt.error)
+        # If one case cannot be run, the step can still be judged by the others. Ranks would wait for each other.
+        if spec.world_size > 1 and not spec.is_relation:
+            raise attempt.error
+        (place / "not-run.txt").write_text(why_not(attempt.error), encoding="utf-8")
+    if failed and len(failed) == len(raw["cases"]):
+        raise failed[0]
+
+
+def why_not(error: BaseException) -> str:
+    """Return an error as one short line."""
+    # torch prints some words in bold.
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
+    return " ".join(plain.split()).partition(". ")[0][:160]
 
 
 def versions(*names: str) -> dict[str, str]:

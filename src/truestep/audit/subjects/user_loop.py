@@ -4,12 +4,14 @@
 torch's SGD on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``,
 ``attention_mask`` and ``labels`` [B, T] (−100 for tokens that are not trained; not shifted). The function must
 take exactly one step of this optimizer and clear the gradients; it may group rows into forward passes freely.
+On several processes, the model is in DistributedDataParallel.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,45 +19,74 @@ from typing import Any
 
 import harness
 import torch
+from own_recorder import OwnRecorder
 
 NO_OUTPUT = (
     "the audit's model returns logits [B, T, V], without .{}; pass --arch llama for a transformers model, whose "
     "output has .loss and .logits (docs/audit.md)"
 )
+NOT_CALLED = "the function {} ({}), so calling it does not run it; pass a plain function"
+
+
+class NotPlain(TypeError):
+    """The function did not run when it was called."""
 
 
 def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
     """Return one batch of rows, padded on the right."""
-    ids = [spec.rows[row]["ids"] for row in rows]
-    mask = harness.padded([[1] * len(v) for v in ids], 0)
-    labels = harness.padded([spec.labels(row) for row in rows], -100)
-    return {"input_ids": harness.padded(ids, 0), "attention_mask": mask, "labels": labels}
+    ids, more = [spec.rows[row]["ids"] for row in rows], spec.case.get("padding", 0)
+    batch = {
+        "input_ids": (ids, 0),
+        "attention_mask": ([[1] * len(v) for v in ids], 0),
+        "labels": ([spec.labels(row) for row in rows], -100),
+    }
+    pad = torch.nn.functional.pad
+    return {key: pad(harness.padded(v, fill), (0, more), value=fill) for key, (v, fill) in batch.items()}
 
 
-def run_with(step: Callable[..., Any], spec: harness.Spec) -> None:
-    """Pass all windows of a case to the user's function."""
-    model = harness.tiny_model(spec)
-    recorder = harness.Recorder(spec, model)
-    # A row's last token predicts nothing, so a loop may leave it out.
-    recorder.needles = [ids[:-1] for ids in recorder.needles]
-    optimizer = spec.optimizer(model.parameters())
-    calls: list[Any] = []
-    optimizer.register_step_post_hook(lambda *call: calls.append(call))
-    before = recorder.snapshot()
-    model.train()
-    for window in spec.windows():
+class Loop:
+    """The function, with one model and one optimizer for all cases, because a function may keep what it has
+    made from them on its first call (an accelerator, a scaler, a schedule)."""
+
+    def __init__(self, step: Callable[..., Any], spec: harness.Spec) -> None:
+        self.step, self.model = step, harness.tiny_model(spec)
+        self.optimizer = spec.optimizer(self.model.parameters())
+        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.wrapped = self.model
+        if spec.world_size > 1:
+            harness.join_ranks(spec)
+            self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model)
+
+    def run(self, spec: harness.Spec) -> None:
+        """Pass all windows of a case to the function, from the same start."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.start.get(name, parameter))
+        self.model.zero_grad()
+        self.optimizer.state.clear()
+        recorder = OwnRecorder(spec, self.model)
+        self.wrapped.train()
+        with recorder:
+            for window in spec.windows():
+                self._call([microbatch(spec, rows) for rows in window])
+                recorder.end_call()
+        if recorder.why_not:
+            (spec.folder / "not-run.txt").write_text(recorder.why_not, "utf-8")
+        else:
+            recorder.finish()
+
+    def _call(self, microbatches: list[dict[str, torch.Tensor]]) -> None:
         try:
-            step(model, optimizer, [microbatch(spec, rows) for rows in window])
+            made = self.step(self.wrapped, self.optimizer, microbatches)
         except AttributeError as error:
             if isinstance(error.obj, torch.Tensor) and error.name in ("loss", "logits"):
                 raise AttributeError(NO_OUTPUT.format(error.name)) from error
             raise
-    if not calls and not torch.equal(before, recorder.snapshot()):
-        # The update of a different optimizer is not a gradient times this rate, so it cannot be read.
-        why = "the step does not use the optimizer that it is given"
-        (spec.folder / "not-run.txt").write_text(why, "utf-8")
-        return
-    recorder.finish()
+        if inspect.iscoroutine(made):
+            made.close()
+            raise NotPlain(NOT_CALLED.format("is async", "it returned a coroutine"))
+        if inspect.isgenerator(made) or inspect.isasyncgen(made):
+            raise NotPlain(NOT_CALLED.format("contains yield", "it returned a generator"))
 
 
 def load(file: str, name: str) -> Callable[..., Any]:
@@ -76,5 +107,10 @@ def load(file: str, name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
+LOOPS: list[Loop] = []  # of this process: at most one
+
+
 def run(spec: harness.Spec) -> None:
-    run_with(load(spec.options["file"], spec.options["function"]), spec)
+    if not LOOPS:
+        LOOPS.append(Loop(load(spec.options["file"], spec.options["function"]), spec))
+    LOOPS[0].run(spec)

@@ -1,0 +1,188 @@
+"""Decides on a verdict: by the relations between the cases first, and by the reference second.
+
+A step whose update is the same however its rows are split, ordered and padded has no fault, whatever it computes,
+unless data or tokens are lost or added. Only if it also is the mean over all trained tokens, it is RIGHT.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from truestep.audit.measure import thresholds
+from truestep.audit.measure.cases import RELATIONS
+from truestep.audit.measure.findings import Cause, Causes, Differences, Finding, Verdict, cause
+from truestep.audit.measure.one_case import CaseSeen
+from truestep.audit.measure.relations import Compared
+
+Cases = Mapping[str, Differences]
+OF_PARTS = {"clip_of_micro_batches", "clip_of_ranks"}  # these depend on how a batch is split
+CHOICES = {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}
+# Codes of what a step may compute instead of a mean over all tokens. The first group has a form of its own; the
+# second could also come from how a batch is split or ordered, so it needs relations.
+KNOWN = {
+    "label_smoothing", "z_loss", "entropy", "logits_squared", "focal", "dft", "token_weights", "sequence_mean", "sum",
+    "other_count", "clip", "weight_decay",
+}  # fmt: skip
+BY_SPLIT = {"scale", "unexplained"}
+BY_ORDER = {"unknown_weights", "accumulation_factor", "empty_counted", "micro_mean"}
+KINDS = {
+    "unsplit": ("split", "differs_by_split"), "masked_unsplit": ("split", "differs_by_split"),
+    "reordered": ("order", "differs_by_order"), "padded": ("padding", "differs_by_padding"),
+}  # fmt: skip
+RANDOM = "repeated"  # the case that repeats another one exactly
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one configuration."""
+
+    cases: Cases
+    seen: Mapping[str, CaseSeen]
+    compared: Mapping[str, Compared]
+    documented: str
+    objective: str
+
+    @property
+    def broken(self) -> list[Compared]:
+        return [c for c in self.compared.values() if not c.equal]
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the update is the same for every split that was run."""
+        return "unsplit" in self.compared and not self.broken
+
+    @property
+    def allowed(self) -> set[str]:
+        """The codes that are another objective and not a fault."""
+        if not self.invariant:
+            return set()
+        return KNOWN | BY_SPLIT | (BY_ORDER if "reordered" in self.compared else set())
+
+
+def decide(nothing: Finding, evidence: Evidence) -> Finding:
+    """Return the verdict with its causes."""
+    evidence = replace(evidence, cases=_alike(evidence))
+    cases = evidence.cases
+    wrong = {name: case for name, case in cases.items() if case.codes}
+    if not wrong:
+        return _declared(replace(nothing, verdict=Verdict.RIGHT, cases=cases), evidence.objective)
+    codes, first = _main(wrong)
+    nothing = replace(nothing, codes=codes, found=first, cases=cases)
+    if evidence.documented and set(codes) <= CHOICES:
+        return replace(nothing, verdict=Verdict.DOCUMENTED_CHOICE)
+    if evidence.invariant and evidence.objective == "other" and not any(c.data for c in wrong.values()):
+        return replace(nothing, verdict=Verdict.RIGHT, codes=(), found=Differences())
+    if set(codes) <= evidence.allowed | {"grouping"} and _is_default(wrong, evidence):
+        return _declared(replace(nothing, verdict=Verdict.DEFAULT), evidence.objective)
+    if found := _default_by_reference(codes, first, wrong, evidence):
+        return _declared(replace(nothing, verdict=Verdict.DEFAULT, found=found), evidence.objective)
+    if RANDOM in {c.case for c in evidence.broken} and set(codes) <= {"unexplained", "padding", "packing", "dropout"}:
+        share = evidence.compared[RANDOM].difference
+        return replace(
+            nothing, verdict=Verdict.NOT_OBSERVABLE, codes=(), found=Differences(),
+            reasons=(cause("", "random", share=share),),
+        )  # fmt: skip
+    if "not_finite" in codes and "not_finite" not in first.codes:
+        lost = next(step for case in wrong.values() for step in case.steps if step[0].code == "not_finite")
+        first = replace(first, steps=(*first.steps, lost))
+    return _with_relation(replace(nothing, verdict=Verdict.FAULT, found=first), evidence)
+
+
+def _alike(evidence: Evidence) -> dict[str, Differences]:
+    """Return the differences of the cases, by what their relations tell: a case with the same update as its base
+    has the same differences, and if all splits give the same update, a mean over each micro-batch of one row is
+    a mean over each row."""
+
+    def renamed(c: Cause) -> Cause:
+        return cause("sequence_mean", "sequence_mean") if c.code == "micro_mean" else c
+
+    cases = dict(evidence.cases)
+    if evidence.invariant:
+        cases = {
+            name: replace(case, steps=tuple(tuple(map(renamed, step)) for step in case.steps))
+            for name, case in cases.items()
+        }
+    vague = KNOWN | BY_SPLIT | BY_ORDER | {"padding", "packing"}
+    for name, found in evidence.compared.items():
+        if found.equal and name in cases and set(cases[name].codes) <= vague and cases[name].codes:
+            cases[name] = cases.get(found.base, cases[name])
+    return cases
+
+
+def _main(wrong: Cases) -> tuple[tuple[str, ...], Differences]:
+    """Return all codes, the main one first, and the case that shows it."""
+    counted = Counter(c for case in wrong.values() for c in case.codes)
+    first = next(iter(wrong.values()))
+    codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
+    for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale"), ("not_cleared", "scale")):
+        # The fault looks like a simpler one if a micro-batch has one row, or if there was no step before.
+        if telling in codes:
+            told = next(case for case in wrong.values() if telling in case.codes)
+            first = told if implied in first.codes else first
+            codes = (telling, *(c for c in codes if c not in (telling, implied)))
+    return codes, first
+
+
+def _is_default(wrong: Cases, evidence: Evidence) -> bool:
+    """Return whether differences with allowed codes are the same for every split, also at the end of an epoch."""
+    kinds = {kind for case in wrong.values() for step in case.steps for c in step for kind in c.kinds}
+    data = {kind for case in wrong.values() for c in case.data for kind in c.kinds}
+    if kinds & OF_PARTS or data - {"window_over_end"}:
+        return False
+    usual, window = wrong.get("ragged", Differences()), evidence.cases.get("window", Differences())
+    if not set(window.codes) <= {*usual.codes, "grouping"}:
+        return False
+    return "scale" not in window.codes or not usual.in_every_step or _same_scale(("ragged", "window"), evidence)
+
+
+def _same_scale(names: tuple[str, ...] | list[str], evidence: Evidence) -> bool:
+    scales = [s.scale for name in names if name in evidence.seen for s in evidence.seen[name].steps]
+    return bool(scales) and bool(np.ptp(scales) <= thresholds.CLOSE * abs(scales[0]))
+
+
+def _default_by_reference(
+    codes: tuple[str, ...], first: Differences, wrong: Cases, evidence: Evidence
+) -> Differences | None:
+    """Return what differs if it is the same in every case, although no two cases could be compared."""
+    plain = [name for name in evidence.cases if name not in RELATIONS]
+    everywhere = bool(plain) and set(plain) <= set(wrong)
+    if set(codes) == {"scale"} and everywhere and len(plain) > 1 and _same_scale(plain, evidence):
+        return Differences(steps=((first.steps[0][0],),))
+    kinds = {kind for step in first.steps for c in step for kind in c.kinds}
+    if set(codes) == {"other_count"} or {kind for c in first.data for kind in c.kinds} == {"window_over_end"}:
+        return first if set(codes) <= {"other_count", "grouping"} else None
+    if set(codes) <= KNOWN - {"sequence_mean", "token_weights"} and everywhere and not kinds & OF_PARTS:
+        return first
+    return None
+
+
+def _with_relation(finding: Finding, evidence: Evidence) -> Finding:
+    """Add how the update depends on the split, if nothing else says so."""
+    vague = KNOWN | {"unexplained", "padding", "packing"}
+    if not set(finding.codes) <= vague or not evidence.broken:
+        return finding
+    if finding.codes[0] in ("padding", "packing"):
+        return finding
+    worst = next((c for c in evidence.broken if c.case in KINDS), None)
+    if worst is None:
+        return finding
+    code, kind = KINDS[worst.case]
+    told: Causes = (cause(code, kind, share=worst.difference),)
+    codes = tuple(dict.fromkeys((code, *finding.codes)))
+    return replace(finding, codes=codes, found=replace(finding.found, data=(*told, *finding.found.data)))
+
+
+def _declared(finding: Finding, objective: str) -> Finding:
+    """Turn RIGHT and DEFAULT around if the step should compute something other than the mean over all tokens."""
+    if objective in ("token_mean", "other"):
+        return finding
+    if finding.verdict is Verdict.RIGHT:
+        told = Differences(steps=((cause("token_mean", "token_mean"),),))
+        return replace(finding, verdict=Verdict.DEFAULT, codes=("token_mean",), found=told)
+    if set(finding.codes) == {objective}:
+        return replace(finding, verdict=Verdict.RIGHT, codes=(), found=Differences())
+    return finding

@@ -1,0 +1,168 @@
+"""Names the objective of a step that no weights of its rows explain, from the gradients of smaller parts.
+
+A part is a token, or a term that other objectives add (``recorder.terms_of``). The simplest combination that
+leaves nothing beyond the noise names the objective. Shapes: P parameters, R rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from truestep.audit.measure import thresholds
+from truestep.audit.measure.findings import Cause, cause
+from truestep.audit.measure.observations import Step, Token
+from truestep.audit.measure.weights import observed_gradient
+from truestep.faults import recover_weights
+
+TERMS = ("label_smoothing", "z_loss", "entropy", "logits_squared")
+# The positions that a term may be added at, the fewest first.
+WHERE = (("",), ("", " other"), ("", " other", " last"))
+CODES = {*TERMS, "focal", "dft", "token_weights"}
+POWERS = np.arange(0.25, 5.01, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What a step computes, and the weight that it gives to each row [R]: 1 is a mean over all tokens."""
+
+    cause: Cause
+    weights: dict[int, float]  # by row
+
+
+def name(step: Step, limit: float) -> Named | None:
+    """Return the objective, or None if no known one leaves at most ``limit`` of the gradient unexplained."""
+    solver = _Solver(step, limit)
+    if not solver.rows.keys() <= {row for _, row in step.parts.terms}:
+        return None
+    return _of_probability(solver) or _added_term(solver) or _token_weights(solver)
+
+
+class _Solver:
+    """The columns of one step, and what they leave unexplained."""
+
+    def __init__(self, step: Step, limit: float) -> None:
+        self.step, self.limit = step, limit
+        self.observed = observed_gradient(step)
+        pairs = [
+            (row, gradient)
+            for m in step.microbatches
+            for row, n, gradient in zip(m.rows, m.row_counts, m.row_gradients, strict=True)
+            if n
+        ]
+        self.rows = dict(pairs)
+        self.tokens = step.parts.tokens
+
+    def solve(self, columns: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Return the columns' weights if they explain the step. Unit: 1 is a mean over all trained tokens."""
+        used = [i for i, c in enumerate(columns) if np.linalg.norm(c)]
+        if not used:
+            return None
+        parts = [columns[i] / self.step.num_trained for i in used]
+        found, residual, _ = recover_weights(self.observed, parts)
+        weights = np.zeros(len(columns))
+        weights[used] = found
+        return weights if residual <= self.limit else None
+
+    def term(self, key: str) -> list[np.ndarray]:
+        """Return a term's columns, one for each row of the step that has any."""
+        return [column for (term, _), column in self.step.parts.terms.items() if term == key]
+
+    def of_tokens(self, weight: Callable[[Token], float]) -> list[np.ndarray]:
+        """Return Σ weight · gradient over each row's trained tokens."""
+        chosen = {row: [t for t in self.tokens if t.row == row and t.trained] for row in self.rows}
+        return [np.sum([weight(t) * t.gradient for t in tokens], axis=0) for tokens in chosen.values()]
+
+
+def _of_probability(solver: _Solver) -> Named | None:
+    """A loss in which a token's weight depends on its probability p: DFT (p), focal ((1 − p)^γ)."""
+    keys = {key for key, _ in solver.step.parts.terms if key.startswith("focal ")}
+    for key in sorted(keys):
+        columns = [solver.step.parts.terms[key, row] for row in solver.rows]
+        if (weights := solver.solve(columns)) is not None:
+            about = cause("focal", "focal", gamma=float(key.removeprefix("focal ")))
+            return Named(cause=about, weights=dict(zip(solver.rows, weights, strict=True)))
+    if not solver.tokens:
+        return None
+    kinds: list[tuple[Cause, Callable[[Token], float]]] = [(cause("dft", "dft"), lambda t: np.exp(t.log_p))]
+    kinds += [
+        (cause("focal", "focal_weights", gamma=float(g)), lambda t, g=g: float((1 - np.exp(t.log_p)) ** g))  # type: ignore[misc]
+        for g in POWERS
+    ]
+    for about, weight in kinds:
+        if (weights := solver.solve(solver.of_tokens(weight))) is not None:
+            return Named(cause=about, weights=dict(zip(solver.rows, weights, strict=True)))
+    return None
+
+
+def _added_term(solver: _Solver) -> Named | None:
+    """The negative log-likelihood and one term of a known form, at the same weight for every position."""
+    own = list(solver.rows.values())
+    for where in WHERE:
+        for term in TERMS:
+            added = [column for part in where for column in solver.term(term + part)]
+            weights = solver.solve([*own, *added])
+            if weights is None:
+                continue
+            rows, extra = weights[: len(own)], weights[len(own) :]
+            here = extra[: len(solver.term(term))]
+            by_row = dict(zip([row for t, row in solver.step.parts.terms if t == term], here, strict=True))
+            first = np.array([by_row[row] for row in solver.rows])
+            if term == "label_smoothing":
+                rows = rows + first
+                return Named(
+                    cause=cause("label_smoothing", term, epsilon=float(np.median(first / rows))),
+                    weights=dict(zip(solver.rows, rows, strict=True)),
+                )
+            size = float(np.median(first)) if where == ("",) else float(np.median(extra[extra != 0]))
+            kind = term if where == ("",) else f"{term}_everywhere"
+            about = cause(term, kind, weight=size)
+            return Named(cause=about, weights=dict(zip(solver.rows, rows, strict=True)))
+    return None
+
+
+def _token_weights(solver: _Solver) -> Named | None:
+    """A weight for every token, by which tokens are lost, added or weighted."""
+    trained = [t for t in solver.tokens if t.trained]
+    if not trained:
+        return None
+    weights = solver.solve([t.gradient for t in trained])
+    if weights is None:
+        everything = solver.solve([t.gradient for t in solver.tokens])
+        if everything is None:
+            return None
+        added = [w for t, w in zip(solver.tokens, everything, strict=True) if not t.trained]
+        largest = max(added, key=abs)
+        kept = [w for t, w in zip(solver.tokens, everything, strict=True) if t.trained]
+        about = cause("prompt_trained", "prompt_trained", coefficient=float(largest))
+        return Named(cause=about, weights=_by_row(trained, np.array(kept)))
+    return Named(cause=_of_weights(trained, weights), weights=_by_row(trained, weights))
+
+
+def _by_row(tokens: Sequence[Token], weights: np.ndarray) -> dict[int, float]:
+    """Return the median weight of each row's tokens that have any."""
+    small = thresholds.CLOSE * np.abs(weights).max()
+    rows = dict.fromkeys(t.row for t in tokens)
+    own = {r: [w for t, w in zip(tokens, weights, strict=True) if t.row == r and abs(w) > small] for r in rows}
+    return {row: float(np.median(values)) if values else 0.0 for row, values in own.items()}
+
+
+def _of_weights(tokens: Sequence[Token], weights: np.ndarray) -> Cause:
+    """Name the weights of tokens, relative to those of most tokens in their row."""
+    usual, places = _by_row(tokens, weights), {(t.row, t.place) for t in tokens}
+    relative = np.array(
+        [w / usual[t.row] if usual[t.row] else 1.0 for t, w in zip(tokens, weights, strict=True)]
+    )
+    off, lost = np.abs(relative - 1) > thresholds.CLOSE, np.abs(relative) <= thresholds.CLOSE
+    for step in (1, -1):  # the last and the first token of each trained part
+        at_edge = np.array([(t.row, t.place + step) not in places for t in tokens])
+        if not off.any() or (off & ~at_edge).any():
+            continue
+        if (lost == off).all():
+            code = "stop_untrained" if step == 1 and (lost == at_edge).all() else "tokens_untrained"
+            return cause(code, "tokens_untrained", tokens=int(lost.sum()))
+        if step == 1 and np.ptp(relative[off]) <= thresholds.CLOSE * np.abs(relative[off]).max():
+            return cause("stop_overweighted", "stop_overweighted", weight=float(relative[off][0]))
+    return cause("token_weights", "token_weights", least=float(weights.min()), most=float(weights.max()))
