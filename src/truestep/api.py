@@ -328,18 +328,31 @@ class Audit:
         return f"{self.verdict}: {as_text(row_of(self.finding))}"
 
 
-def audit(step: Callable[..., Any], *, arch: str = "plain", accumulation: int = 4, seed: int = 0) -> Audit:
+def audit(
+    step: Callable[..., Any],
+    *,
+    arch: str = "plain",
+    accumulation: int = 4,
+    seed: int = 0,
+    objective: str = "token_mean",
+) -> Audit:
     """Audit your own training step, ``step(model, optimizer, microbatches)``, in this process: what weight did every
-    micro-batch get in the update? ``arch`` is the tiny model: plain, llama, qwen2, gemma3, gpt2, neox or opt. An error of
-    the step is raised. For installed frameworks, use ``truestep audit``.
+    micro-batch get in the update? ``arch`` is the tiny model: plain, llama, qwen2, gemma3, gpt2, neox or opt.
+    ``objective`` is what the step computes: token_mean, sequence_mean, sum or other. An error of the step is raised. For installed frameworks, use ``truestep audit``.
 
     >>> audit(my_step).verdict
     'RIGHT'
     """
     from truestep.audit.environments.in_process import audit_function
+    from truestep.audit.measure.verdict import check_objective
 
     if not callable(step):
         raise UserError(
             f"truestep.audit needs a function step(model, optimizer, microbatches), got {type(step).__name__}"
         )
-    return Audit(audit_function(step, arch=arch, accumulation=accumulation, seed=seed))
+    try:
+        check_objective(objective)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    how: dict[str, Any] = {"arch": arch, "accumulation": accumulation, "seed": seed, "objective": objective}
+    return Audit(audit_function(step, **how))

@@ -13,7 +13,7 @@ from truestep import faults
 from truestep.audit.measure.cases import Case, Row
 from truestep.audit.measure.observations import MicroBatch, Observation, Step
 from truestep.audit.measure.one_case import see_case
-from truestep.audit.measure.one_step import fit_pattern, hides_weights
+from truestep.audit.measure.patterns import fit_pattern, hides_weights
 from truestep.audit.measure.weights import Recovered
 from truestep.audit.present.words import sentence
 

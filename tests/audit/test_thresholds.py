@@ -16,14 +16,8 @@ from truestep.audit.measure.cases import Case, Row
 from truestep.audit.measure.findings import Verdict
 from truestep.audit.measure.observations import MicroBatch, Observation, Step
 from truestep.audit.measure.one_case import clip, clip_of_parts, resume, schedule
-from truestep.audit.measure.one_step import (
-    _clipped_entries,
-    _frozen,
-    _rounded,
-    fit_pattern,
-    reaches_clip,
-    see,
-)
+from truestep.audit.measure.one_step import _clipped_entries, _frozen, _rounded, reaches_clip, see
+from truestep.audit.measure.patterns import fit_pattern
 from truestep.audit.measure.verdict import _unusable, judge, loss_shows_it
 from truestep.audit.measure.weights import Recovered, adamw_changes, noise_of
 
@@ -218,7 +212,7 @@ class Limit:
 LIMITS = [
     Limit("NOISE_FLOOR", lambda size: math.isclose(noise_of(step(noise=size), "float64"), size)),
     Limit("NOISE_FACTOR", lambda factor: residual("float32", 1e-3)(1e-3 * factor)),
-    Limit("RESIDUAL", residual("float32", HIDDEN), "float32"),
+    Limit("RESIDUAL", residual("float32", 0.0), "float32"),
     Limit("RESIDUAL", residual("bfloat16", HIDDEN), "bfloat16"),
     Limit("RESIDUAL", residual("float64", 0.0), "float64", sides=(0.7, 14), only_larger=True),
     Limit("WEIGHT", weight("float32"), "float32"),
@@ -265,8 +259,8 @@ LIMITS = [
 FOUND: dict[str, float | dict[str, float]] = {
     "NOISE_FLOOR": 1e-6,
     "NOISE_FACTOR": 10,
-    "RESIDUAL": {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2},
-    "WEIGHT": {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.15},
+    "RESIDUAL": {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.2},
+    "WEIGHT": {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.15},
     "STANDARD_ERRORS": 5,
     "KNOWN_FACTOR": 2e-3,
     "CLOSE": 1e-2,

@@ -53,6 +53,20 @@ DryRun = Annotated[bool, Option("--dry-run", help="List the configurations, but 
 Reproduce = Annotated[
     Path | None, Option(help="Write a short script for each fault to this folder, and run it.")
 ]
+Objective = Annotated[
+    str,
+    Option(
+        help="What your own step computes: token_mean, sequence_mean, sum, or other (then only its dependence on "
+        "the split is judged).",
+        show_default="token_mean",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    Option(
+        min=1, max=8, help="Run your own step on this many processes, with DistributedDataParallel.", show_default="1"
+    ),
+]
 
 
 def audit(
@@ -66,6 +80,8 @@ def audit(
     past: Past = None,
     remedy: Remedy = False,
     reproduce: Reproduce = None,
+    objective: Objective = "",
+    processes: Processes = None,
     seed: Annotated[int, Option(min=0, help="Seed for the random training rows.")] = 0,
     timeout: Annotated[float, Option(min=1, help="Stop a configuration after this many seconds.")] = 180.0,
     as_json: Json = False,
@@ -92,6 +108,7 @@ def audit(
         return
     if dry_run and (bisect or target == "models"):
         raise UserError("--bisect and models have no list of configurations; remove --dry-run")
+    own = {"objective": objective, "processes": processes}
     if bisect:
         options = {"known_bad": known_bad, "only": only}
         actions.bisect(target, bisect, **options, seed=seed, timeout=timeout, as_json=as_json)
@@ -100,11 +117,11 @@ def audit(
         actions.models(python, timeout=timeout, as_json=as_json)
         return
     if dry_run:
-        actions.show_plan(target, python, only=only, arch=arch, config=config, as_json=as_json)
+        actions.show_plan(target, python, only=only, arch=arch, config=config, own=own, as_json=as_json)
         return
     # Same as Ctrl-C: end the child processes and show what is done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config)
+    subjects, chosen = actions.select(target, python, only=only, arch=arch, config=config, own=own)
     remedies = target if remedy else None
     findings = actions.run(
         subjects, chosen, seed=seed, timeout=timeout, remedies_for=remedies, reproducers=reproduce

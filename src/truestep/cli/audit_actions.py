@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -21,6 +22,7 @@ from truestep.audit.environments import configured, releases
 from truestep.audit.environments import virtual as environment
 from truestep.audit.environments.launch import SubjectFailed, audit_one, run_script, sweep
 from truestep.audit.measure.findings import Finding, Verdict, cause
+from truestep.audit.measure.verdict import OBJECTIVES
 from truestep.audit.present import formats, reproduce, words
 from truestep.audit.subjects import Subject
 from truestep.cli.output import PlainConsole, echo
@@ -35,11 +37,19 @@ def say(text: str) -> None:
 
 
 def select(
-    target: str, python: Path | None, *, only: str, arch: str, config: Path | None = None, build: bool = True
+    target: str,
+    python: Path | None,
+    *,
+    only: str,
+    arch: str,
+    config: Path | None = None,
+    own: Mapping[str, Any] = MappingProxyType({}),
+    build: bool = True,
 ) -> tuple[list[Subject], Path]:
     """Return the subjects to audit and the Python to run them with. If ``target`` is a requirement, a Python
     environment is built for it; with ``build=False``, the requirement is returned instead. A configuration
-    file selects one subject with one configuration. Raises UserError if there is nothing to audit."""
+    file selects one subject with one configuration. ``own`` has the objective and the number of processes of an
+    own loop, if they are given. Raises UserError if there is nothing to audit."""
     if arch and arch not in registry.ARCHS:
         raise UserError(f"--arch {arch} is unknown; pass {', '.join(registry.ARCHS)}")
     if re.fullmatch(r"[^=]*\.py|[^=+]*[/.\w]:\w*", target) and ".py:" not in target:
@@ -47,7 +57,9 @@ def select(
     if ".py:" in target:
         if config is not None or only:
             raise UserError(f"{target} has only one configuration; remove --config and --only")
-        return [_own_loop(target, arch)], _program(python)
+        return [_own_loop(target, arch, **own)], _program(python)
+    if given := [f"--{name}" for name, value in own.items() if value]:
+        raise UserError(f"{' and '.join(given)} apply only to FILE.py:FUNCTION; remove them")
     if target and python is not None:
         raise UserError(f"{target} and --python cannot be combined; pass only one of them")
     if config is not None:
@@ -84,14 +96,18 @@ def _program(python: Path | None) -> Path:
     return Path(chosen).absolute()
 
 
-def _own_loop(target: str, arch: str) -> Subject:
+def _own_loop(target: str, arch: str, objective: str = "", processes: int | None = None) -> Subject:
     """Make a subject from ``FILE.py:FUNCTION``."""
+    if objective and objective not in OBJECTIVES:
+        raise UserError(f"--objective {objective} is unknown; pass {', '.join(OBJECTIVES)}")
     file, _, function = target.rpartition(":")
     path = Path(file).absolute()
     if not path.is_file():
         raise UserError(f"{file} does not exist; pass FILE.py:FUNCTION")
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
-    one = registry.Configuration(options=options)
+    if objective:
+        options["objective"] = objective
+    one = registry.Configuration(options=options, world_size=processes or 1, only=registry.OWN)
     return Subject(f"{path.name}:{function}", "user_loop", ("torch",), [one])
 
 
@@ -113,11 +129,9 @@ def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
     return [registry.with_arch(s, arch) for s in subjects]
 
 
-def show_plan(
-    target: str, python: Path | None, *, only: str, arch: str, config: Path | None, as_json: bool
-) -> None:
-    """Print what would be run. No environment is built."""
-    subjects, chosen = select(target, python, only=only, arch=arch, config=config, build=False)
+def show_plan(target: str, python: Path | None, *, as_json: bool, **narrowed: Any) -> None:
+    """Print what would be run, with the arguments of ``select``. No environment is built."""
+    subjects, chosen = select(target, python, **narrowed, build=False)
     pairs, where = [(s.name, c) for s in subjects for c in s.configurations], str(chosen)
     if as_json:
         rows = [{"subject": name, "configuration": c.to_json(), "cases": c.only} for name, c in pairs]

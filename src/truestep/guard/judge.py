@@ -11,7 +11,7 @@ import numpy as np
 
 from truestep.audit.measure import thresholds
 from truestep.audit.measure.findings import Cause, Verdict, cause
-from truestep.audit.measure.one_step import Seen, fit_pattern, scale_cause
+from truestep.audit.measure.patterns import Seen, fit_pattern, scale_cause
 from truestep.audit.measure.weights import Recovered
 from truestep.guard.given_up import OF_WEIGHTS, only_finite, without_given_up
 from truestep.guard.options import Declared

@@ -88,6 +88,7 @@ def audit_one(
     job = Job(subject.script, python, built, options, learning_rate=rate, world_size=ranks, timeout=timeout)
     nothing = Finding(subject=subject.name, configuration=configuration.to_json())
     known: dict[str, Any] = {"documented": configuration.documented, "without": dict(configuration.without)}
+    known["objective"] = str(options.get("objective", "token_mean"))
     try:
         finding = judge(subject.name, nothing.configuration, run(job), **known)
     except SubjectFailed as error:

@@ -104,7 +104,9 @@ CASES: dict[str, dict[str, Any]] = {
     **RELATIONS,
 }
 # Case → the case that has the same rows.
-SAME_ROWS = dict.fromkeys(("unsplit", "reordered", "padded", "repeated"), "ragged") | {"masked_unsplit": "masked"}
+SAME_ROWS = dict.fromkeys(("unsplit", "reordered", "padded", "repeated"), "ragged") | {
+    "masked_unsplit": "masked"
+}
 
 
 def build(name: str, *, world_size: int, accumulation: int = 4, seed: int = 0) -> Case:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from truestep.audit.measure import thresholds
+from truestep.audit.measure import objectives, thresholds
 from truestep.audit.measure.cases import RELATIONS
 from truestep.audit.measure.findings import Cause, Causes, Differences, Finding, Verdict, cause
 from truestep.audit.measure.one_case import CaseSeen
@@ -33,6 +33,7 @@ KINDS = {
     "unsplit": ("split", "differs_by_split"), "masked_unsplit": ("split", "differs_by_split"),
     "reordered": ("order", "differs_by_order"), "padded": ("padding", "differs_by_padding"),
 }  # fmt: skip
+VAGUE = KNOWN - {"sequence_mean"} | {"unexplained", "padding", "packing"}
 RANDOM = "repeated"  # the case that repeats another one exactly
 
 
@@ -80,7 +81,7 @@ def decide(nothing: Finding, evidence: Evidence) -> Finding:
         return _declared(replace(nothing, verdict=Verdict.DEFAULT), evidence.objective)
     if found := _default_by_reference(codes, first, wrong, evidence):
         return _declared(replace(nothing, verdict=Verdict.DEFAULT, found=found), evidence.objective)
-    if RANDOM in {c.case for c in evidence.broken} and set(codes) <= {"unexplained", "padding", "packing", "dropout"}:
+    if RANDOM in {c.case for c in evidence.broken} and set(codes) <= VAGUE | BY_SPLIT | BY_ORDER:
         share = evidence.compared[RANDOM].difference
         return replace(
             nothing, verdict=Verdict.NOT_OBSERVABLE, codes=(), found=Differences(),
@@ -118,7 +119,11 @@ def _main(wrong: Cases) -> tuple[tuple[str, ...], Differences]:
     counted = Counter(c for case in wrong.values() for c in case.codes)
     first = next(iter(wrong.values()))
     codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
-    for telling, implied in (("sequence_mean", "micro_mean"), ("momentum", "scale"), ("not_cleared", "scale")):
+    for telling, implied in (
+        ("sequence_mean", "micro_mean"),
+        ("momentum", "scale"),
+        ("not_cleared", "scale"),
+    ):
         # The fault looks like a simpler one if a micro-batch has one row, or if there was no step before.
         if telling in codes:
             told = next(case for case in wrong.values() if telling in case.codes)
@@ -136,7 +141,9 @@ def _is_default(wrong: Cases, evidence: Evidence) -> bool:
     usual, window = wrong.get("ragged", Differences()), evidence.cases.get("window", Differences())
     if not set(window.codes) <= {*usual.codes, "grouping"}:
         return False
-    return "scale" not in window.codes or not usual.in_every_step or _same_scale(("ragged", "window"), evidence)
+    return (
+        "scale" not in window.codes or not usual.in_every_step or _same_scale(("ragged", "window"), evidence)
+    )
 
 
 def _same_scale(names: tuple[str, ...] | list[str], evidence: Evidence) -> bool:
@@ -162,17 +169,18 @@ def _default_by_reference(
 
 def _with_relation(finding: Finding, evidence: Evidence) -> Finding:
     """Add how the update depends on the split, if nothing else says so."""
-    vague = KNOWN | {"unexplained", "padding", "packing"}
-    if not set(finding.codes) <= vague or not evidence.broken:
-        return finding
-    if finding.codes[0] in ("padding", "packing"):
+    # What a step computes is no fault, so the faults come first.
+    codes = tuple(sorted(finding.codes, key=lambda c: c in objectives.CODES | {"unexplained"}))
+    finding = replace(finding, codes=codes)
+    kinds = {kind for step in finding.found.steps for c in step for kind in c.kinds}
+    if not set(codes) <= VAGUE or codes[0] in ("padding", "packing") or kinds & OF_PARTS:
         return finding
     worst = next((c for c in evidence.broken if c.case in KINDS), None)
     if worst is None:
         return finding
     code, kind = KINDS[worst.case]
     told: Causes = (cause(code, kind, share=worst.difference),)
-    codes = tuple(dict.fromkeys((code, *finding.codes)))
+    codes = tuple(dict.fromkeys((*codes, code)))
     return replace(finding, codes=codes, found=replace(finding.found, data=(*told, *finding.found.data)))
 
 

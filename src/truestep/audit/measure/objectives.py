@@ -54,6 +54,7 @@ class _Solver:
         ]
         self.rows = dict(pairs)
         self.tokens = step.parts.tokens
+        self.residual = 1.0  # of the last solution
 
     def solve(self, columns: Sequence[np.ndarray]) -> np.ndarray | None:
         """Return the columns' weights if they explain the step. Unit: 1 is a mean over all trained tokens."""
@@ -61,10 +62,10 @@ class _Solver:
         if not used:
             return None
         parts = [columns[i] / self.step.num_trained for i in used]
-        found, residual, _ = recover_weights(self.observed, parts)
+        found, self.residual, _ = recover_weights(self.observed, parts)
         weights = np.zeros(len(columns))
         weights[used] = found
-        return weights if residual <= self.limit else None
+        return weights if self.residual <= self.limit else None
 
     def term(self, key: str) -> list[np.ndarray]:
         """Return a term's columns, one for each row of the step that has any."""
@@ -78,49 +79,51 @@ class _Solver:
 
 def _of_probability(solver: _Solver) -> Named | None:
     """A loss in which a token's weight depends on its probability p: DFT (p), focal ((1 − p)^γ)."""
-    keys = {key for key, _ in solver.step.parts.terms if key.startswith("focal ")}
-    for key in sorted(keys):
+    forms: list[tuple[Cause, list[np.ndarray]]] = []
+    for key in sorted({key for key, _ in solver.step.parts.terms if key.startswith("focal ")}):
         columns = [solver.step.parts.terms[key, row] for row in solver.rows]
-        if (weights := solver.solve(columns)) is not None:
-            about = cause("focal", "focal", gamma=float(key.removeprefix("focal ")))
-            return Named(cause=about, weights=dict(zip(solver.rows, weights, strict=True)))
-    if not solver.tokens:
+        forms.append((cause("focal", "focal", gamma=float(key.removeprefix("focal "))), columns))
+    if solver.tokens:
+        forms.append((cause("dft", "dft"), solver.of_tokens(lambda t: float(np.exp(t.log_p)))))
+        for power in POWERS:
+            about = cause("focal", "focal_weights", gamma=float(power))
+            forms.append((about, solver.of_tokens(lambda t, g=power: float((1 - np.exp(t.log_p)) ** g))))  # type: ignore[misc]
+    found = [(about, solver.solve(columns), solver.residual) for about, columns in forms]
+    fitting = [(missed, about, weights) for about, weights, missed in found if weights is not None]
+    if not fitting:
         return None
-    kinds: list[tuple[Cause, Callable[[Token], float]]] = [(cause("dft", "dft"), lambda t: np.exp(t.log_p))]
-    kinds += [
-        (cause("focal", "focal_weights", gamma=float(g)), lambda t, g=g: float((1 - np.exp(t.log_p)) ** g))  # type: ignore[misc]
-        for g in POWERS
-    ]
-    for about, weight in kinds:
-        if (weights := solver.solve(solver.of_tokens(weight))) is not None:
-            return Named(cause=about, weights=dict(zip(solver.rows, weights, strict=True)))
-    return None
+    _, about, weights = min(fitting, key=lambda f: f[0])
+    return Named(cause=about, weights=dict(zip(solver.rows, weights, strict=True)))
 
 
 def _added_term(solver: _Solver) -> Named | None:
-    """The negative log-likelihood and one term of a known form, at the same weight for every position."""
+    """The negative log-likelihood and one term of a known form, at the fewest positions that explain the step."""
     own = list(solver.rows.values())
     for where in WHERE:
+        found = []
         for term in TERMS:
             added = [column for part in where for column in solver.term(term + part)]
-            weights = solver.solve([*own, *added])
-            if weights is None:
-                continue
-            rows, extra = weights[: len(own)], weights[len(own) :]
-            here = extra[: len(solver.term(term))]
-            by_row = dict(zip([row for t, row in solver.step.parts.terms if t == term], here, strict=True))
-            first = np.array([by_row[row] for row in solver.rows])
-            if term == "label_smoothing":
-                rows = rows + first
-                return Named(
-                    cause=cause("label_smoothing", term, epsilon=float(np.median(first / rows))),
-                    weights=dict(zip(solver.rows, rows, strict=True)),
-                )
-            size = float(np.median(first)) if where == ("",) else float(np.median(extra[extra != 0]))
-            kind = term if where == ("",) else f"{term}_everywhere"
-            about = cause(term, kind, weight=size)
-            return Named(cause=about, weights=dict(zip(solver.rows, rows, strict=True)))
+            if (weights := solver.solve([*own, *added])) is not None:
+                found.append((solver.residual, term, weights[: len(own)], weights[len(own) :]))
+        if found:
+            _, term, rows, extra = min(found, key=lambda f: f[0])
+            return _with_term(solver, term, where == WHERE[0], rows, extra)
     return None
+
+
+def _with_term(
+    solver: _Solver, term: str, only_trained: bool, rows: np.ndarray, extra: np.ndarray
+) -> Named:
+    """``rows`` [R] are the weights of the negative log-likelihoods, ``extra`` those of the term's columns."""
+    by_row = dict(zip([row for t, row in solver.step.parts.terms if t == term], extra, strict=False))
+    here = np.array([by_row[row] for row in solver.rows])
+    if term == "label_smoothing":
+        # (1 − ε) of the weight is on the label, and ε on all tokens alike.
+        about = cause(term, term, epsilon=float(np.median(here / (rows + here))))
+        return Named(cause=about, weights=dict(zip(solver.rows, rows + here, strict=True)))
+    size = float(np.median(here) if only_trained else np.median(extra[extra != 0]))
+    about = cause(term, term if only_trained else f"{term}_everywhere", weight=size)
+    return Named(cause=about, weights=dict(zip(solver.rows, rows, strict=True)))
 
 
 def _token_weights(solver: _Solver) -> Named | None:
@@ -145,7 +148,9 @@ def _by_row(tokens: Sequence[Token], weights: np.ndarray) -> dict[int, float]:
     """Return the median weight of each row's tokens that have any."""
     small = thresholds.CLOSE * np.abs(weights).max()
     rows = dict.fromkeys(t.row for t in tokens)
-    own = {r: [w for t, w in zip(tokens, weights, strict=True) if t.row == r and abs(w) > small] for r in rows}
+    own = {
+        r: [w for t, w in zip(tokens, weights, strict=True) if t.row == r and abs(w) > small] for r in rows
+    }
     return {row: float(np.median(values)) if values else 0.0 for row, values in own.items()}
 
 

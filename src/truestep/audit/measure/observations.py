@@ -74,7 +74,9 @@ class Parts:
     """A step's gradient in smaller parts, which tell other objectives: written if the rows do not explain it."""
 
     tokens: tuple[Token, ...] = ()
-    terms: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # (term, row) → P, summed over tokens
+    terms: dict[tuple[str, int], np.ndarray] = field(
+        default_factory=dict
+    )  # (term, row) → P, summed over tokens
 
 
 @dataclass(frozen=True, kw_only=True)

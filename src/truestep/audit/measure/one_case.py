@@ -19,7 +19,8 @@ import numpy as np
 from truestep.audit.measure import objectives, thresholds
 from truestep.audit.measure.findings import Cause, Causes, Differences, cause
 from truestep.audit.measure.observations import Observation, Step
-from truestep.audit.measure.one_step import CONSTANTS, Seen, alike, see, used_length
+from truestep.audit.measure.one_step import see, used_length
+from truestep.audit.measure.patterns import CONSTANTS, Seen, alike
 from truestep.faults import recover_weights
 
 KEPT = {"kept", "micro_mean", "rank_mean", "dp_token_mean"}  # codes of weights that are not a constant
@@ -38,6 +39,9 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
     if steps and steps[0].causes and steps[0].causes[0].code in objectives.CODES:
         # The first step tells what is computed in the others.
         steps = [replace(s, causes=steps[0].causes) if s.codes == ("unexplained",) else s for s in steps]
+    often = run.num_calls is not None and run.num_calls == 2 * len(run.steps)
+    if often and all(s.codes and set(s.codes) <= CONSTANTS and alike([s.scale, 2.0]) for s in steps):
+        steps = [replace(s, causes=(cause("scale", "stepped_twice"),)) for s in steps]
     for index, named in _related(steps, run, dtype).items():
         kept = tuple(c for c in steps[index].causes if c.code in KEPT)
         steps[index] = replace(steps[index], causes=(*kept, named))

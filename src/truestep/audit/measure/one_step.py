@@ -7,36 +7,27 @@ normaliser × scale. Causes come from this structure, so unknown faults are stil
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from truestep import faults
 from truestep.audit.measure import objectives, thresholds
-from truestep.audit.measure.findings import Cause, Causes, cause
+from truestep.audit.measure.findings import Cause, cause
 from truestep.audit.measure.observations import Step
+from truestep.audit.measure.patterns import (
+    CONSTANTS,
+    Seen,
+    alike,
+    fit_pattern,
+    hides_weights,
+    unknown,
+    without_pattern,
+)
 from truestep.audit.measure.weights import Recovered, observed_gradient, recover
 from truestep.faults import recover_weights
 
 Parameters = Sequence[tuple[str, tuple[int, ...]]]
-CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted"}
-OTHERS = (faults.rank_mean, faults.micro_mean, faults.dp_token_mean)
-NORMALISERS: dict[str, faults.WeightsOf] = {"global": faults.right, **{f.__name__: f for f in OTHERS}}
 KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # column → kind, if the names differ
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """One judged step, which is correct if it has no causes."""
-
-    causes: Causes = ()
-    recovered: Recovered | None = None
-    scale: float = 1.0
-    hidden: bool = False  # no fault is visible, but noise hides single weights
-
-    @property
-    def codes(self) -> tuple[str, ...]:
-        return tuple(c.code for c in self.causes)
 
 
 def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = ()) -> Seen:
@@ -50,14 +41,15 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
         return Seen(causes=(cause("data_lost", "no_gradient"),))
     found = recover(step, dtype)
     noise, residual = thresholds.NOISE_FACTOR * found.noise, thresholds.RESIDUAL[dtype]
+    if step.narrow:
+        residual = thresholds.RESIDUAL["bfloat16"]
     if found.relative_error <= min(noise, residual):
         return Seen(recovered=found)
-    if found.residual > (limit := max(residual, noise)):
+    if found.residual > (limit := max(thresholds.RESIDUAL[dtype], noise)):
         return _rest(step, previous, found, parameters, limit, dtype)
     pattern = fit_pattern(found, dtype)
     if pattern is None:
-        named = _clipped_parts(step, found) or _decaying(found) or _unknown("unknown_weights", found.weights)
-        return Seen(causes=(named,), recovered=found)
+        return Seen(causes=(without_pattern(step, found),), recovered=found)
     causes = pattern.causes
     if len(causes) > 1 and causes[-1].code in CONSTANTS and reaches_clip(step):
         # Wrong weights change the norm and the clip restores it, so the constant adds no information.
@@ -74,145 +66,6 @@ def reaches_clip(step: Step) -> bool:
     """Return whether the used gradient is exactly as long as the configured clip allows."""
     limit = step.max_grad_norm
     return bool(limit) and abs(used_length(step) - limit) <= thresholds.CLOSE * limit
-
-
-def alike(values: Sequence[float] | np.ndarray) -> bool:
-    return bool(np.ptp(values) <= thresholds.CLOSE * np.abs(values).max())
-
-
-def _unknown(kind: str, weights: np.ndarray) -> Cause:
-    return cause("unknown_weights", kind, weights=weights.tolist())
-
-
-def _decaying(found: Recovered) -> Cause | None:
-    """Find micro-batches whose weights are multiplied by a constant at each one that follows. A running average
-    does not multiply the first one."""
-    if not found.weights.all():
-        return None
-    for first in (0, 1):
-        ranks = [w[first:] for w in by_ranks(found.weights, found.counts)]
-        ratios = np.concatenate([w[:-1] / w[1:] for w in ranks if len(w)])
-        if len(ratios) >= 2 and alike(ratios) and not alike([1.0, ratios[0]]):
-            return cause("decaying_weights", "decaying_weights", ratio=float(np.median(ratios)))
-    return None
-
-
-def fit_pattern(recovered: Recovered, dtype: str) -> Seen | None:
-    """Return the simplest pattern kept × normaliser × scale that fits the weights within their errors. Its
-    wrong parts are the causes, in this order. Return None if no pattern fits."""
-    weights = recovered.weights
-    errors = np.maximum(thresholds.STANDARD_ERRORS * recovered.errors, thresholds.WEIGHT[dtype])
-    seen = np.abs(weights) > errors * max(1.0, np.abs(weights).max())
-    # Nothing is wrong or dropped unless the weights show it: 1 ± 1.5 could be zero, but does not show it.
-    if (np.abs(weights - 1.0) <= errors).all():
-        return Seen(recovered=recovered)
-    if not seen.any():
-        return None
-    for kept in (np.ones_like(seen), seen):
-        for name in NORMALISERS:
-            if found := _fit(recovered, kept, name, errors):
-                return found
-    return None
-
-
-def hides_weights(recovered: Recovered) -> bool:
-    """Return whether a weight of the step could also be zero, within the noise."""
-    return bool((thresholds.STANDARD_ERRORS * recovered.errors >= 1.0).any())
-
-
-def _fit(recovered: Recovered, kept: np.ndarray, name: str, errors: np.ndarray) -> Seen | None:
-    """Return kept × the normaliser × the scale that fits best, or None if the weights do not match it."""
-    try:
-        predicted = NORMALISERS[name](recovered.counts)
-    except ValueError:
-        return None  # ranks with different numbers of micro-batches have no common micro-steps
-    weights = recovered.weights
-    scale = float(np.median(weights[kept] / predicted[kept]))
-    allowed = errors * max(1.0, abs(scale) * float(predicted[kept].max()))
-    if not (np.abs(weights - scale * predicted * kept) <= allowed).all():
-        return None
-    # A scale of 1, if no weight contradicts it: a single noisy weight does not hide the scale of the others.
-    scale = 1.0 if (np.abs(weights - predicted * kept) <= allowed).all() else scale
-    normaliser = cause(name, name) if name != "global" else None
-    parts = (_kept_cause(kept, recovered), normaliser, scale_cause(scale, recovered, kept, name))
-    return Seen(causes=tuple(p for p in parts if p), recovered=recovered, scale=scale)
-
-
-def scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser: str) -> Cause | None:
-    """Return the cause of a constant factor, with two readings if two known factors coincide."""
-    if scale == 1.0:
-        return None
-    counts = recovered.counts
-    flat = [n for rank in counts for n in rank]
-    total, empty, ranks = sum(flat), len(recovered.empty), len(counts)
-    used = max(len(rank) for rank in counts)
-    asked = max(len(rank) + sum(r == i for r, _ in recovered.empty) for i, rank in enumerate(counts))
-    # With one process, the product is the accumulation factor; with one micro-batch, it is the rank factor.
-    both = ranks * asked if ranks > 1 < asked else 1
-    known = [
-        ("accumulation_factor", "accumulation_missing", asked),
-        ("accumulation_factor", "accumulation_twice", 1 / asked),
-        ("rank_factor", "ranks_summed", ranks),
-        ("rank_factor", "ranks_twice", 1 / ranks),
-        ("rank_factor", "both_missing", both),
-        ("rank_factor", "both_twice", 1 / both),
-        ("kept", "divided_by_kept", total / sum(n for n, k in zip(flat, kept, strict=True) if k)),
-        ("empty_counted", "empty_is_one_token", total / (total + empty)),
-    ]
-    if recovered.lengths and normaliser == "global":
-        rows, tokens = len(recovered.lengths), sum(recovered.lengths)
-        known += [
-            ("sum", "sum", total),
-            ("sum", "divided_by_rows", total / rows),
-            ("other_count", "first_counted", total / (total + recovered.num_first)),
-            ("other_count", "masked_counted", total / tokens),
-            ("other_count", "masked_counted", total / (tokens - rows)),
-        ]
-    if normaliser == "micro_mean":
-        known.append(("empty_counted", "empty_is_zero_mean", used / asked))
-    close = thresholds.KNOWN_FACTOR
-    fitting = {k: c for c, k, value in known if value != 1.0 and abs(scale - value) <= close * abs(value)}
-    if not fitting:
-        return cause("scale", "scale", scale=scale)
-    return cause(next(iter(fitting.values())), *list(fitting)[:2])
-
-
-def _kept_cause(kept: np.ndarray, recovered: Recovered) -> Cause | None:
-    """Return the cause that says which micro-batches are missing, or None."""
-    if kept.all():
-        return None
-    by_rank = [part.tolist() for part in by_ranks(kept, recovered.counts)]
-    gone = {str(r): [i + 1 for i, k in enumerate(rank) if not k] for r, rank in enumerate(by_rank)}
-    first, size = by_rank[0], len(by_rank[0])
-    if any(rank != first for rank in by_rank):
-        return cause("kept", "dropped_by_rank", dropped={r: places for r, places in gone.items() if places})
-    places = tuple(i for i, k in enumerate(first) if k)
-    known = {(0,): "kept_first", (size - 1,): "kept_last", (0, size - 1): "kept_first_and_last"}
-    if places in known:
-        return cause("kept", known[places])
-    return cause("kept", "dropped", dropped=gone["0"], of=size)
-
-
-def by_ranks(values: np.ndarray, counts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    return np.split(values, np.cumsum([len(rank) for rank in counts])[:-1])
-
-
-def _clipped_parts(step: Step, found: Recovered) -> Cause | None:
-    """Return a clip if the weights give the gradients of all micro-batches, or all ranks, the same norm."""
-    used = [m for m in step.microbatches if m.num_trained]
-    sizes = np.array([np.linalg.norm(m.gradient) for m in used]) * np.abs(found.weights)
-    # A part below the limit is not clipped, and all clipped parts have the largest norm.
-    at_limit = np.isclose(sizes, sizes.max(), rtol=thresholds.CLOSE)
-    if at_limit.sum() >= max(2, len(sizes) // 2):
-        return cause("clip", "clip_of_micro_batches")
-    ranks = sorted({m.rank for m in used})
-    parts = []
-    for rank in ranks:
-        mine = [(m.gradient, w) for m, w in zip(used, found.weights, strict=True) if m.rank == rank]
-        if not alike([w for _, w in mine]):
-            return None
-        parts.append(float(np.linalg.norm(np.sum([g * w for g, w in mine], axis=0))))
-    return cause("clip", "clip_of_ranks") if len(ranks) > 1 and alike(parts) else None
 
 
 def _rest(
@@ -235,7 +88,7 @@ def _of_objective(step: Step, named: objectives.Named, found: Recovered, limit: 
         return Seen(causes=(named.cause,), recovered=found)
     own = replace(found, weights=np.array([w for (w,) in by_micro]), errors=np.maximum(found.errors, limit))
     pattern = fit_pattern(own, dtype)
-    more = pattern.causes if pattern else (_unknown("unknown_weights", own.weights),)
+    more = pattern.causes if pattern else (unknown("unknown_weights", own.weights),)
     return Seen(causes=(named.cause, *more), recovered=own, scale=pattern.scale if pattern else 1.0)
 
 
@@ -250,7 +103,7 @@ def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
         return None
     if alike(weights * np.array([float(n) for n, _ in rows])):
         return cause("sequence_mean", "sequence_mean")
-    return _unknown("unknown_row_weights", weights)
+    return unknown("unknown_row_weights", weights)
 
 
 def _frozen(step: Step, parameters: Parameters) -> Cause | None:

@@ -70,7 +70,9 @@ def terms_of(logits: Tensor, logp: Tensor, own: Tensor, trained: Sequence[int]) 
     chosen = torch.tensor([*(bool(on) for on in trained[1:]), False])
     last = torch.arange(len(chosen)) == len(chosen) - 1
     where = {"": chosen, " other": ~chosen & ~last, " last": last}
-    found = {name + part: (value * on).sum() for name, value in by_position.items() for part, on in where.items()}
+    found = {
+        name + part: (value * on).sum() for name, value in by_position.items() for part, on in where.items()
+    }
     for power in FOCAL:
         found[f"focal {power:g}"] = (-own * (1 - own.exp()) ** power * chosen[:-1]).sum()
     return found

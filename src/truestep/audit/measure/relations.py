@@ -66,8 +66,9 @@ def _difference(a: Step, b: Step, dtype: str) -> tuple[float, float]:
     size = max(float(np.linalg.norm(s.direction)) for s in (a, b))
     if size == 0:
         return 0.0, 0.0
-    noise = sum(_noise(s, dtype, size) for s in (a, b))
-    return float(np.linalg.norm(a.direction - b.direction)) / size, thresholds.NOISE_FACTOR * noise
+    limit = thresholds.NOISE_FACTOR * sum(_noise(s, dtype, size) for s in (a, b))
+    difference = float(np.linalg.norm(a.direction - b.direction)) / size
+    return difference, max(limit, thresholds.RESIDUAL[dtype])
 
 
 def _noise(step: Step, dtype: str, size: float) -> float:

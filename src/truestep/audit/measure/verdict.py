@@ -15,7 +15,7 @@ from truestep.audit.measure.decision import Cases, Evidence, decide
 from truestep.audit.measure.findings import Causes, Differences, Finding, Verdict, cause
 from truestep.audit.measure.observations import Observation, Step
 from truestep.audit.measure.one_case import CaseSeen, data_coverage, see_case
-from truestep.audit.measure.one_step import by_ranks
+from truestep.audit.measure.patterns import by_ranks
 from truestep.audit.measure.relations import compare
 from truestep.audit.measure.weights import adamw_errors, condition_of
 

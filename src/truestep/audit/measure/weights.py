@@ -87,15 +87,19 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
     if moved := float(np.linalg.norm(step.direction)):
         noise = max(noise, noise_of(step, dtype, used=moved))  # of a step that is too small
     expected = step.expected
-    size = max(float(np.linalg.norm(observed)), float(np.linalg.norm(expected)))
+    size, unit = max(float(np.linalg.norm(observed)), float(np.linalg.norm(expected))), 1.0
+    if not step.read_back:  # then the noise is as small as the gradient is
+        size, unit = float(np.linalg.norm(observed)), float(np.abs(weights).max())
     covariance = np.linalg.pinv(np.stack(parts, axis=1).T @ np.stack(parts, axis=1))
     # The noise vector is spread over P directions; only its part along the g_i reaches the weights.
     spread = np.sqrt(np.diag(covariance)) * noise * size / math.sqrt(len(observed))
     # How far the weights of a correct step are from 1.
     drift = np.abs(recover_weights(step.control / step.num_trained, parts)[0] - 1.0)
+    # Whatever is rounded to a narrow dtype may be a factor of everything.
+    least = EPS[step.narrow] if step.narrow else thresholds.NOISE_FLOOR
     return Recovered(
         weights=weights,
-        errors=np.maximum(np.maximum(spread, drift), thresholds.NOISE_FLOOR),
+        errors=np.maximum(spread, np.maximum(drift, least) * unit),
         residual=residual,
         condition=condition,
         relative_error=float(np.linalg.norm(observed - expected) / np.linalg.norm(expected)),

@@ -78,6 +78,7 @@ SENTENCES: dict[str, Form] = {
     "first_counted": "the first token of a row is counted, although nothing predicts it",
     "masked_counted": "tokens that are not trained on are counted in the denominator",
     "decaying_weights": "each micro-batch is multiplied by {ratio:.3g} for every one that follows",
+    "stepped_twice": "the optimizer steps twice on the same gradient",
     "accumulation_missing": "the division by the accumulation steps is missing",
     "accumulation_twice": "divided by the accumulation steps twice",
     "ranks_summed": "summed over ranks instead of averaged",
@@ -112,8 +113,6 @@ SENTENCES: dict[str, Form] = {
     "entropy_everywhere": "the entropy of the predictions is added at all positions (weight {weight:.3g})",
     "logits_squared": "the squared logits are added (weight {weight:.3g})",
     "logits_squared_everywhere": "the squared logits are added at all positions (weight {weight:.3g})",
-    "label_smoothing_everywhere": "a term that pulls to the uniform distribution is added at all positions "
-    "(weight {weight:.3g})",
     "focal": "focal loss (exponent {gamma:.3g})",
     "focal_weights": "every token is weighted by its error to the power of {gamma:.3g}, as in a focal loss, without "
     "a gradient of the weight",

@@ -19,7 +19,12 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 CASES = ("ragged", "unsplit", "masked", "window", "whole")
-ENGINE = ("ragged", "unsplit", "masked", "whole")  # a loop feeds an engine, which never sees the end of an epoch
+ENGINE = (
+    "ragged",
+    "unsplit",
+    "masked",
+    "whole",
+)  # a loop feeds an engine, which never sees the end of an epoch
 # A step function, whose micro-batches the audit makes itself.
 OWN = (*CASES, "reordered", "padded", "masked_unsplit", "repeated")
 GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed")}

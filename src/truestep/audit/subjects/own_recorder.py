@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
-OTHER_LAYOUTS = ("unsplit", "reordered", "padded", "repeated", "masked_unsplit")  # of rows in another case too
+OTHER_LAYOUTS = (
+    "unsplit",
+    "reordered",
+    "padded",
+    "repeated",
+    "masked_unsplit",
+)  # of rows in another case too
 NARROW = (torch.bfloat16, torch.float16)
 OTHER_OPTIMIZER = "the step does not use the optimizer that it is given"
 
