@@ -338,7 +338,8 @@ def audit(
 ) -> Audit:
     """Audit your own training step, ``step(model, optimizer, microbatches)``, in this process: what weight did every
     micro-batch get in the update? ``arch`` is the tiny model: plain, llama, qwen2, gemma3, gpt2, neox or opt.
-    ``objective`` is what the step computes: token_mean, sequence_mean, sum or other. An error of the step is raised. For installed frameworks, use ``truestep audit``.
+    ``objective`` is what the step computes: token_mean, sequence_mean, sum or other. If no case can be run, the error of
+    the step is raised. For installed frameworks, use ``truestep audit``.
 
     >>> audit(my_step).verdict
     'RIGHT'

@@ -64,7 +64,10 @@ Objective = Annotated[
 Processes = Annotated[
     int | None,
     Option(
-        min=1, max=8, help="Run your own step on this many processes, with DistributedDataParallel.", show_default="1"
+        min=1,
+        max=8,
+        help="Run your own step on this many processes, with DistributedDataParallel.",
+        show_default="1",
     ),
 ]
 

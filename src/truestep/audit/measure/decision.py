@@ -16,10 +16,15 @@ from truestep.audit.measure import objectives, thresholds
 from truestep.audit.measure.cases import RELATIONS
 from truestep.audit.measure.findings import Cause, Causes, Differences, Finding, Verdict, cause
 from truestep.audit.measure.one_case import CaseSeen
+from truestep.audit.measure.patterns import Seen
 from truestep.audit.measure.relations import Compared
 
 Cases = Mapping[str, Differences]
-OF_PARTS = {"clip_of_micro_batches", "clip_of_ranks"}  # these depend on how a batch is split
+OF_PARTS = {
+    "clip_of_micro_batches",
+    "clip_of_ranks",
+    "clip_after_every_micro_batch",
+}  # these depend on how a batch is split
 CHOICES = {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}
 # Codes of what a step may compute instead of a mean over all tokens. The first group has a form of its own; the
 # second could also come from how a batch is split or ordered, so it needs relations.
@@ -78,6 +83,9 @@ def decide(nothing: Finding, evidence: Evidence) -> Finding:
     if evidence.invariant and evidence.objective == "other" and not any(c.data for c in wrong.values()):
         return replace(nothing, verdict=Verdict.RIGHT, codes=(), found=Differences())
     if set(codes) <= evidence.allowed | {"grouping"} and _is_default(wrong, evidence):
+        if set(codes) == {"scale"} and "scale" in wrong.get("ragged", Differences()).codes:
+            told = _constant(evidence) if first.steps[0][0].kinds == ("scale",) else None
+            nothing = replace(nothing, found=Differences(steps=((told,),)) if told else first)
         return _declared(replace(nothing, verdict=Verdict.DEFAULT), evidence.objective)
     if found := _default_by_reference(codes, first, wrong, evidence):
         return _declared(replace(nothing, verdict=Verdict.DEFAULT, found=found), evidence.objective)
@@ -98,15 +106,21 @@ def _alike(evidence: Evidence) -> dict[str, Differences]:
     has the same differences, and if all splits give the same update, a mean over each micro-batch of one row is
     a mean over each row."""
 
-    def renamed(c: Cause) -> Cause:
-        return cause("sequence_mean", "sequence_mean") if c.code == "micro_mean" else c
+    def renamed(c: Cause, seen: Seen) -> Cause:
+        if c.code == "micro_mean":
+            return cause("sequence_mean", "sequence_mean")
+        by_part = c.code in ("decaying_weights", "unknown_weights") or OF_PARTS & {*c.kinds}
+        if by_part and seen.recovered is not None and "reordered" in evidence.compared:
+            return cause("unknown_weights", "rows_weighted", weights=seen.recovered.weights.tolist())
+        return c
 
     cases = dict(evidence.cases)
     if evidence.invariant:
-        cases = {
-            name: replace(case, steps=tuple(tuple(map(renamed, step)) for step in case.steps))
-            for name, case in cases.items()
-        }
+        for name, seen in evidence.seen.items():
+            pairs = [(s.causes, tuple(renamed(c, s) for c in s.causes)) for s in seen.steps]
+            steps = [next((new for old, new in pairs if old == step), step) for step in cases[name].steps]
+            distinct = tuple(step for i, step in enumerate(steps) if step not in steps[:i])
+            cases[name] = replace(cases[name], steps=distinct)
     vague = KNOWN | BY_SPLIT | BY_ORDER | {"padding", "packing"}
     for name, found in evidence.compared.items():
         if found.equal and name in cases and set(cases[name].codes) <= vague and cases[name].codes:
@@ -121,6 +135,7 @@ def _main(wrong: Cases) -> tuple[tuple[str, ...], Differences]:
     codes = tuple(dict.fromkeys([*first.codes, *(c for c, _ in counted.most_common())]))
     for telling, implied in (
         ("sequence_mean", "micro_mean"),
+        ("padding", "other_count"),
         ("momentum", "scale"),
         ("not_cleared", "scale"),
     ):
@@ -141,9 +156,26 @@ def _is_default(wrong: Cases, evidence: Evidence) -> bool:
     usual, window = wrong.get("ragged", Differences()), evidence.cases.get("window", Differences())
     if not set(window.codes) <= {*usual.codes, "grouping"}:
         return False
-    return (
-        "scale" not in window.codes or not usual.in_every_step or _same_scale(("ragged", "window"), evidence)
-    )
+    return "scale" not in usual.codes or (usual.in_every_step and _constant(evidence) is not None)
+
+
+def _constant(evidence: Evidence) -> Cause | None:
+    """Return what the sum over all trained tokens is multiplied by, if it is a constant: of the mean, of the sum,
+    or of the sum divided by the number of rows."""
+    steps = [s for name in ("ragged", "window") if name in evidence.seen for s in evidence.seen[name].steps]
+    found = [(s.scale, s.recovered) for s in steps if s.recovered is not None]
+    tokens = np.array([sum(map(sum, r.counts)) for _, r in found], dtype=float)
+    rows = np.array([max(1, len(r.lengths)) for _, r in found], dtype=float)
+    scales = np.array([scale for scale, _ in found])
+    for kind, divided_by in (
+        ("scale_of_every_split", 1.0),
+        ("constant_divisor", tokens),
+        ("divisor_per_row", tokens / rows),
+    ):
+        constant = scales / divided_by
+        if len(constant) and np.ptp(constant) <= thresholds.CLOSE * abs(constant[0]):
+            return cause("scale", kind, scale=float(constant[0]), divisor=float(1 / constant[0]))
+    return None
 
 
 def _same_scale(names: tuple[str, ...] | list[str], evidence: Evidence) -> bool:

@@ -111,9 +111,7 @@ def _added_term(solver: _Solver) -> Named | None:
     return None
 
 
-def _with_term(
-    solver: _Solver, term: str, only_trained: bool, rows: np.ndarray, extra: np.ndarray
-) -> Named:
+def _with_term(solver: _Solver, term: str, only_trained: bool, rows: np.ndarray, extra: np.ndarray) -> Named:
     """``rows`` [R] are the weights of the negative log-likelihoods, ``extra`` those of the term's columns."""
     by_row = dict(zip([row for t, row in solver.step.parts.terms if t == term], extra, strict=False))
     here = np.array([by_row[row] for row in solver.rows])

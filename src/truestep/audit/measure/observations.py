@@ -53,6 +53,13 @@ class MicroBatch:
     def num_trained(self) -> int:
         return sum(self.row_counts)
 
+    def slots(self, shift: int = 0) -> int:
+        """Return the number of lines times the width of the longest, less ``shift``. 0 if it is not known."""
+        if not self.row_lengths:
+            return 0
+        lengths = iter(self.row_lengths)
+        return len(self.lines) * max(sum(next(lengths) for _ in line) - shift for line in self.lines)
+
     @cached_property
     def gradient(self) -> np.ndarray:
         return np.sum([np.zeros(self.size), *self.row_gradients], axis=0)

@@ -72,7 +72,10 @@ def _rest(
     step: Step, previous: Step | None, found: Recovered, parameters: Parameters, limit: float, dtype: str
 ) -> Seen:
     """Judge a residual by its best explanation, which is a single rule, a single added term or an objective."""
-    law = _rows(step, found, limit) or _frozen(step, parameters) or _rounded(step) or _clipped_entries(step)
+    law = _rows(step, found, limit) or _frozen(step, parameters)
+    if step.read_back:
+        law = law or _rounded(step)
+    law = law or _clipped_entries(step)
     if added := law or _addition(step, previous, found, parameters):
         return Seen(causes=(added,), recovered=found)
     if named := objectives.name(step, limit):

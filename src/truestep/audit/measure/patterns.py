@@ -104,12 +104,16 @@ def scale_cause(scale: float, recovered: Recovered, kept: np.ndarray, normaliser
     ]
     if recovered.lengths and normaliser == "global":
         rows, tokens = len(recovered.lengths), sum(recovered.lengths)
+        known += [("sum", "sum", total), ("sum", "divided_by_rows", total / rows)]
+        with_first = total + recovered.num_first
+        known.append(("other_count", "first_counted", total / with_first))
         known += [
-            ("sum", "sum", total),
-            ("sum", "divided_by_rows", total / rows),
-            ("other_count", "first_counted", total / (total + recovered.num_first)),
-            ("other_count", "masked_counted", total / tokens if tokens != total + recovered.num_first else 1.0),
-            ("other_count", "masked_counted", total / (tokens - rows)),
+            ("other_count", "masked_counted", total / n) for n in (tokens, tokens - rows) if n != with_first
+        ]
+        known += [
+            ("padding", "padding_counted", total / n)
+            for n in recovered.slots
+            if n not in (tokens, tokens - rows)
         ]
     if normaliser == "micro_mean":
         known.append(("empty_counted", "empty_is_zero_mean", used / asked))
@@ -158,22 +162,21 @@ def _decaying(found: Recovered) -> Cause | None:
     for first in (0, 1):
         ranks = [w[first:] for w in by_ranks(found.weights, found.counts)]
         ratios = np.concatenate([np.zeros(0), *(w[:-1] / w[1:] for w in ranks)])
-        if len(ratios) >= 2 and np.ptp(ratios) <= thresholds.KNOWN_FACTOR and not alike([1.0, ratios[0]]):
+        if (
+            len(ratios) >= 2
+            and min(ratios) > 0
+            and np.ptp(ratios) <= thresholds.KNOWN_FACTOR
+            and not alike([1.0, ratios[0]])
+        ):
             return cause("decaying_weights", "decaying_weights", ratio=float(np.median(ratios)))
     return None
 
 
 def _by_slots(step: Step, found: Recovered) -> Cause | None:
     """Find a mean over all positions of each micro-batch, which includes the masked ones and the padding."""
-    used = [m for m in step.microbatches if m.num_trained]
-    if not all(m.row_lengths for m in used):
-        return None
     for shift in (0, 1):  # the last position of a line may be left out
-        slots = []
-        for m in used:
-            lengths = iter(m.row_lengths)
-            slots.append(len(m.lines) * max(sum(next(lengths) for _ in line) - shift for line in m.lines))
-        if len(set(slots)) > 1 and alike(found.weights * np.array(slots)):
+        slots = [m.slots(shift) for m in step.microbatches if m.num_trained]
+        if all(slots) and len(set(slots)) > 1 and alike(found.weights * np.array(slots)):
             return cause("padding", "padding_counted")
     return None
 

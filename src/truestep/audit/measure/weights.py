@@ -40,6 +40,7 @@ class Recovered:
     counts: tuple[tuple[int, ...], ...]  # trained tokens, rank after rank, without the empty micro-batches
     empty: tuple[tuple[int, int], ...]  # (rank, index) of micro-batches without trained tokens
     lengths: tuple[int, ...] = ()  # of the rows of the step
+    slots: tuple[int, ...] = ()  # positions of the step with padding: all, and all that predict something
     num_first: int = 0  # rows whose first token is marked as trained
 
 
@@ -107,6 +108,7 @@ def recover(step: Step, dtype: str = "float32") -> Recovered:
         counts=tuple(tuple(n for n in rank if n) for rank in step.counts),
         empty=tuple((m.rank, m.index) for m in step.microbatches if not m.num_trained),
         lengths=tuple(length for m in step.microbatches for length in m.row_lengths),
+        slots=tuple(sum(m.slots(shift) for m in step.microbatches) for shift in (0, 1)),
         num_first=sum(m.num_first for m in step.microbatches),
     )
 
