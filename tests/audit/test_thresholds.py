@@ -329,7 +329,7 @@ def test_the_recorder_asks_for_no_other_cause_if_rows_explain_a_step() -> None:
     rows = [torch.tensor(g) for g in GRADIENTS]
     for size, seen in ((0.7, True), (1.4, False)):
         change = torch.tensor(RIGHT + size * recorder.EXPLAINED * ELSEWHERE)
-        assert recorder.Recorder._explained(watcher, change, rows) is seen
+        assert recorder.Recorder._explained(watcher, change, rows, range(len(rows))) is seen
 
 
 def kind_of_clip(lengths: tuple[float, float], configured: float) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def test_a_subject_is_one_file(tmp_path: Path) -> None:
     assert [c.to_json() for c in subject.configurations] == [
         {"arch": arch, "processes": n} for arch in ("llama", "gpt2") for n in (1, 2)
     ]
-    assert subject.configurations[0].only == ("ragged", "unsplit", "masked", "clipped")
+    assert subject.configurations[0].only == ("ragged", "unsplit", "masked", "whole", "clipped")
     assert dict(subject.configurations[0].without) == {"scheduled": "it has none", "resumed": "it has none"}
     adapters = {
         p.stem for p in subjects.FOLDER.glob("*.py") if "SUBJECTS = " in p.read_text(encoding="utf-8")

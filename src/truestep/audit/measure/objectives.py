@@ -20,6 +20,8 @@ from truestep.faults import recover_weights
 TERMS = ("label_smoothing", "z_loss", "entropy", "logits_squared")
 # The positions that a term may be added at, the fewest first.
 WHERE = (("",), ("", " other"), ("", " other", " last"))
+EVERYWHERE = {"z_loss": "z_loss_everywhere", "entropy": "entropy_everywhere"}
+EVERYWHERE["logits_squared"] = "logits_squared_everywhere"
 CODES = {*TERMS, "focal", "dft", "token_weights"}
 POWERS = np.arange(0.25, 5.01, 0.25)
 
@@ -120,7 +122,7 @@ def _with_term(solver: _Solver, term: str, only_trained: bool, rows: np.ndarray,
         about = cause(term, term, epsilon=float(np.median(here / (rows + here))))
         return Named(cause=about, weights=dict(zip(solver.rows, rows + here, strict=True)))
     size = float(np.median(here) if only_trained else np.median(extra[extra != 0]))
-    about = cause(term, term if only_trained else f"{term}_everywhere", weight=size)
+    about = cause(term, term if only_trained else EVERYWHERE[term], weight=size)
     return Named(cause=about, weights=dict(zip(solver.rows, rows, strict=True)))
 
 

@@ -37,12 +37,9 @@ def compare(runs: Mapping[str, Observation], dtype: str) -> dict[str, Compared]:
         if case in runs and base in runs and (pairs := _pairs(runs[case], runs[base])):
             seen = [_difference(a, b, dtype) for a, b in pairs]
             # Later steps start from parameters that differ by the noise of all steps before.
-            equal = all(size <= limit * (1 + DRIFT * i) for i, (size, limit) in enumerate(seen))
+            equal = all(size <= limit * (i + 1) for i, (size, limit) in enumerate(seen))
             found[case] = Compared(case=case, base=base, difference=max(s for s, _ in seen), equal=equal)
     return found
-
-
-DRIFT = 3  # per step, in units of the limit of one step
 
 
 def _pairs(one: Observation, other: Observation) -> list[tuple[Step, Step]]:
@@ -75,5 +72,5 @@ def _noise(step: Step, dtype: str, size: float) -> float:
     """Return the noise of a step relative to ``size``. Rows that cancel each other leave their noise."""
     parts = [m.gradient for m in step.microbatches if m.num_trained]
     weights = recover_weights(step.direction, parts)[0]
-    added = float(np.sum(np.abs(weights) * np.linalg.norm(parts, axis=1)))
+    added = float(np.linalg.norm(weights * np.linalg.norm(parts, axis=1)))
     return noise_of(step, dtype, used=size) * max(1.0, added / size)
