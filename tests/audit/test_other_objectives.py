@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 from torch.nn.functional import cross_entropy
 
 from truestep.audit.environments.in_process import audit_function

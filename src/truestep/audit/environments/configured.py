@@ -25,7 +25,13 @@ EXPECTED = (
     "DeepSpeed JSON, TrainingArguments JSON or YAML, accelerate or LLaMA-Factory YAML, or an OpenRLHF command"
 )
 LLAMA = {"arch": "llama"}
-NOT_TAKEN_OVER = ("optim", "weight_decay", "label_smoothing_factor", "neftune_noise_alpha")
+NOT_TAKEN_OVER = ("optim", "weight_decay")  # of the optimizer, for which plain SGD stands in
+# Settings that change the gradient and that the audited step does not use.
+CHANGES = (
+    "neftune_noise_alpha", "use_liger_kernel", "padding_free", "use_dft_loss", "use_asft_loss", "use_eaft_loss",
+    "prescale_gradients", "gradient_predivide_factor",
+    "curriculum_learning", "progressive_layer_drop", "sparse_gradients",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -38,6 +44,7 @@ class Configured:
     documented: str = ""
     notes: list[str] = field(default_factory=list)
     needs: tuple[str, ...] = ()  # what must be installed in addition to the subject's own needs
+    unused: list[str] = field(default_factory=list)  # settings that change the step and are not used
 
     def accumulate(self, steps: int | None, total: int | None = None, micro: int | None = None) -> None:
         """Set the number of micro-batches per step, either as given or from the batch sizes."""
@@ -90,7 +97,9 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     Raises UserError if the file is missing, cannot be read or does not configure a known trainer.
     """
     try:
-        configured = _recognise(_load(path), path)
+        found = _load(path)
+        configured = _recognise(found, path)
+        configured.unused += [key for key in CHANGES if found.get(key)]
     except Broken as error:
         raise UserError(f"--config {path}: {error}") from None
     _reduce(configured)
@@ -102,7 +111,7 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     elif configured.options.get("packing") or configured.options["accumulation"] < 3:
         cases = ("ragged", "unsplit")
     how: dict[str, Any] = {"options": configured.options, "documented": configured.documented, "only": cases}
-    one = Configuration(world_size=configured.processes, **how)
+    one = Configuration(world_size=configured.processes, unused=tuple(configured.unused), **how)
     needs = (*subject.needs, *configured.needs)
     return replace(subject, needs=needs, configurations=[one]), configured.notes
 
@@ -201,7 +210,13 @@ def _arguments(found: Mapping[str, Any], path: Path) -> Configured:
         if truth(found.get(key)):
             configured.options[key.removesuffix("_loss")] = True
     configured.accumulate(_count(found, "gradient_accumulation_steps"))
-    configured.clip(found.get("max_grad_norm", 1.0))  # the Trainer clips by default
+    if "max_grad_norm" in found:
+        configured.clip(found["max_grad_norm"])
+    else:
+        configured.options.setdefault("max_grad_norm", None)  # the framework's own default
+    for key in ("label_smoothing_factor", "loss_type"):
+        if found.get(key):
+            configured.options[key] = found[key]
     if truth(found.get("average_tokens_across_devices")) is False:
         configured.options["average_tokens_across_devices"] = False
         configured.documented = "average_tokens_across_devices = false"

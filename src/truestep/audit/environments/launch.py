@@ -25,7 +25,7 @@ from typing import Any
 
 from truestep.audit.measure import cases
 from truestep.audit.measure.cases import Case
-from truestep.audit.measure.findings import Finding, Verdict, cause
+from truestep.audit.measure.findings import Differences, Finding, Verdict, cause
 from truestep.audit.measure.observations import Observation, ObservationError, load, read_plain
 from truestep.audit.measure.verdict import judge
 from truestep.audit.subjects import FOLDER, Configuration, Subject
@@ -95,6 +95,12 @@ def audit_one(
         finding = replace(nothing, reasons=(cause("", "said", text=str(error)),))
     except ObservationError as error:
         finding = replace(nothing, verdict=Verdict.NOT_OBSERVABLE, reasons=(error.cause,))
+    if configuration.unused and finding.verdict is not Verdict.NOT_RUN:
+        why = cause("", "settings_unused", settings=list(configuration.unused))
+        reasons = (why, *finding.reasons)
+        finding = replace(
+            finding, verdict=Verdict.NOT_OBSERVABLE, codes=(), found=Differences(), reasons=reasons
+        )
     return replace(finding, seconds={**finding.seconds, "total": time.monotonic() - began})
 
 

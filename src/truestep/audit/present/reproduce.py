@@ -20,6 +20,14 @@ ONE_STEP = """Takes one SGD step over {} micro-batches and prints their weights.
 TWO_EPOCHS = """Trains for two epochs of six micro-batches, with four micro-batches per step.
 Prints the weight of each micro-batch in the first step of the second epoch. The correct weight is 1 for the
 four micro-batches of this step, and 0 for the two left over from the first epoch."""
+LLAMA = "intermediate_size=64, num_key_value_heads=2"
+MODELS = {  # as in subjects/tiny.py: class, configuration, sizes
+    "llama": ("Llama", "LlamaConfig", LLAMA),
+    "qwen2": ("Qwen2", "Qwen2Config", LLAMA),
+    "gemma3": ("Gemma3", "Gemma3TextConfig", LLAMA + ", head_dim=8"),
+    "neox": ("GPTNeoX", "GPTNeoXConfig", "intermediate_size=64"),
+    "opt": ("OPT", "OPTConfig", "ffn_dim=64, word_embed_proj_dim=32, dropout=0.0"),
+}
 WITHOUT_COMPILER = """import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # then no compiler is needed"""
 TRAINER_CONFIG = (
@@ -38,19 +46,27 @@ def script(finding: Finding, which: str) -> str:
     options, ranks = finding.configuration, int(finding.configuration.get("processes", 1))
     found = ", ".join(f"{k} {v}" for k, v in finding.versions.items())
     torchtune, arch = which == "torchtune_sft", str(options.get("arch", "plain"))
-    model = "torchtune" if torchtune else arch if arch in ("plain", "gpt2") else "llama"
     title = re.sub(r'["\\\n]', " ", f"{finding.subject} ({found}): {row_of(finding)['fault']}.")
     words = {
         "title": title[:118],
         "run": f"torchrun --nproc-per-node {ranks} FILE" if ranks > 1 else "python FILE",
         "says": TWO_EPOCHS if torchtune else ONE_STEP.format(4 * ranks),
         "rows": "6" if torchtune else "4",
-        "model": _template(f"model_{model}"),
+        "model": _template("model_torchtune") if torchtune else _model(arch),
         **_of_deepspeed(options),
         **_of_trainer(options),
     }
     text = Template(_template("common") + _template(which)).substitute(words)
     return "\n".join(line for line in text.split("\n") if line.strip()) + "\n"
+
+
+def _model(arch: str) -> str:
+    """Return the code that makes the audited model class."""
+    if arch in ("plain", "gpt2"):
+        return _template(f"model_{arch}")
+    name, config, sizes = MODELS.get(arch, MODELS["llama"])
+    words = {"model_class": f"{name}ForCausalLM", "config_class": config, "sizes": sizes}
+    return Template(_template("model_llama")).substitute(words)
 
 
 def _template(name: str) -> str:

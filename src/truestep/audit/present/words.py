@@ -215,6 +215,7 @@ SENTENCES: dict[str, Form] = {
     "given_up": "{count} micro-batches before this step were thrown away (a step that was left out)",
     "no_micro_batch": "no backward pass reached the watched modules, or torch.compile hides those of a sharded model",
     "no_case": "no case was run",
+    "settings_unused": lambda v: f"the file sets {', '.join(v['settings'])}, which the audited step does not use",
     "case_not_run": "not run ({why})",
     "case_left_out": "{why}",
     "never_trained": "the model was never run in training mode",

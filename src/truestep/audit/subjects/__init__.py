@@ -34,13 +34,15 @@ ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
     """One way to use a framework. ``documented`` names a non-default option that changes the step on purpose;
-    ``only`` has the cases that make sense here; ``without`` has cases that cannot run, with the reason."""
+    ``only`` has the cases that make sense here; ``without`` has cases that cannot run, with the reason;
+    ``unused`` has settings of a user's file that change the step and that the subject cannot use."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     world_size: int = 1
     documented: str = ""
     only: tuple[str, ...] = CASES
     without: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a finding describes it."""

@@ -64,7 +64,9 @@ def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
         "warmup_steps": 0,
         "optim": "sgd" if spec.options.get("optimizer", "sgd") == "sgd" else "adamw_torch",
         "weight_decay": spec.options.get("weight_decay", 0.0),
-        "max_grad_norm": spec.max_grad_norm,
+        # None leaves it to the framework.
+        "max_grad_norm": spec.max_grad_norm if spec.options.get("max_grad_norm", 0) is not None else None,
+        "label_smoothing_factor": spec.options.get("label_smoothing_factor"),
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],

@@ -29,11 +29,12 @@ OTHER_OPTIMIZER = "the step does not use the optimizer that it is given"
 
 @dataclass
 class Call:
-    """What an optimizer used in one call: name of a parameter → its gradient (None if it has none), and the
-    settings of its group."""
+    """What an optimizer used in one call: name of a parameter → its gradient (None if it has none), the settings
+    of its group, and its momentum."""
 
     gradients: dict[str, Tensor | None]
     groups: dict[str, dict[str, Any]]
+    buffers: dict[str, Tensor]  # momentum, after the call
 
 
 class Casts(TorchFunctionMode):
@@ -62,7 +63,6 @@ class OwnRecorder(harness.Recorder):
         self.num_calls = 0
         self.gradients: list[tuple[Tensor, bool]] = []  # of each step
         self.frozen: list[set[str]] = []  # in each step
-        self.buffers: dict[str, Tensor] = {}  # momentum
         self.why_not = ""
         self.narrow: torch.dtype | None = None
 
@@ -79,12 +79,15 @@ class OwnRecorder(harness.Recorder):
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         names = {id(p): name for name, p in self.named.items()}
-        call = Call({}, {})
+        call = Call({}, {}, {})
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if (name := names.get(id(parameter))) is not None:
                     gradient = parameter.grad
                     call.gradients[name] = None if gradient is None else gradient.detach().double().clone()
+                    held = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                    if held is not None:
+                        call.buffers[name] = held.detach().double().clone()
                     call.groups[name] = {k: v for k, v in group.items() if k != "params"}
         if not call.gradients:
             return
@@ -159,9 +162,7 @@ class OwnRecorder(harness.Recorder):
         flat = gradient.flatten()
         used = (-flat if group.get("maximize") else flat) + group["weight_decay"] * place
         if momentum := group["momentum"]:
-            held = self.buffers.get(name)
-            held = used if held is None else momentum * held + (1 - group["dampening"]) * used
-            self.buffers[name] = held
+            held = call.buffers[name].flatten()
             used = used + momentum * held if group["nesterov"] else held
         return place - float(group["lr"]) * used, flat
 

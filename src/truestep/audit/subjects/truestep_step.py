@@ -23,7 +23,7 @@ from truestep.train.policy import Policy
 from truestep.train.step import StepPlan, train_step
 
 SUBJECTS = [{
-    "name": "truestep", "needs": ["truestep", "transformers", "torch"], "cases": ["ENGINE", "clipped"],
+    "name": "truestep", "needs": ["truestep", "transformers", "torch"], "cases": ["CASES", "clipped"],
     "without": {"scheduled": "its step is given the learning rate", "resumed": "its own tests cover resuming"},
     "configurations": [
         {"arch": "llama", "processes": [1, 2]},

@@ -14,7 +14,7 @@ import torch
 from verl.trainer.ppo.core_algos import agg_loss
 
 SUBJECTS = [{
-    "name": "verl agg_loss (function level)", "needs": ["verl", "torch"], "processes": [1, 2], "cases": ["ENGINE"],
+    "name": "verl agg_loss (function level)", "needs": ["verl", "torch"], "processes": [1, 2], "cases": ["CASES"],
     "without": {"clipped, scheduled, resumed": "only the loss is verl's; the clip, schedule and checkpoint are not"},
 }]  # fmt: skip
 
