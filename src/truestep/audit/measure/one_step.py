@@ -35,6 +35,8 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
     if not np.isfinite(step.after).all():
         empty = any(m.num_trained == 0 for m in step.microbatches)
         return Seen(causes=(cause("not_finite", "not_finite_after_empty" if empty else "not_finite"),))
+    if not step.num_trained and not step.direction.any():
+        return Seen()
     if not step.num_trained:
         return Seen(causes=(cause("unexplained", "no_trained_token"),))
     if step.used is not None and not step.used.any():

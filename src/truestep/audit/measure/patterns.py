@@ -16,7 +16,7 @@ from truestep.audit.measure.findings import Cause, Causes, cause
 from truestep.audit.measure.observations import MicroBatch, Step
 from truestep.audit.measure.weights import Recovered
 
-CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted"}
+CONSTANTS = {"scale", "accumulation_factor", "rank_factor", "empty_counted", "sum", "other_count"}
 OTHERS = (faults.rank_mean, faults.micro_mean, faults.dp_token_mean)
 NORMALISERS: dict[str, faults.WeightsOf] = {"global": faults.right, **{f.__name__: f for f in OTHERS}}
 

@@ -80,6 +80,8 @@ def arguments(spec: harness.Spec, known: Any) -> dict[str, Any]:
         "ddp_backend": "gloo" if spec.world_size > 1 else None,
         "deepspeed": None if stage is None else harness.deepspeed_settings(spec, stage, "auto", "auto"),
     }
+    if wanted["deepspeed"] and wanted["max_grad_norm"] is None:
+        wanted["deepspeed"]["gradient_clipping"] = "auto"
     accepted = inspect.signature(known.__init__).parameters
     unknown = [k for k in spec.options if k in wanted and k not in accepted]
     if unknown:

@@ -137,6 +137,8 @@ class OwnRecorder(harness.Recorder):
         """Return the gradient that the step used, and whether it is the optimizer's own: it is if replaying
         the calls moves the parameters from ``before`` to ``after`` [P]. Otherwise, it is the change of the
         parameters divided by the rate."""
+        if self.why_not:
+            return before - after, False
         sizes = [p.numel() for p in self.named.values()]
         found, exact = [], True
         for name, start, end in zip(self.named, before.split(sizes), after.split(sizes), strict=True):
