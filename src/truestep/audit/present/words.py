@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from truestep.audit.measure.findings import Cause, Differences, Finding, Verdict
+from truestep.audit.present.objective_words import OBJECTIVES
 from truestep.faults import FAULTS
 from truestep.pages import visible
 from truestep.rundir import redact
@@ -109,24 +110,7 @@ SENTENCES: dict[str, Form] = {
     "stop_overweighted": "the last token of each answer has {weight:.3g} times the weight of the others",
     "not_cleared": "gradients are not cleared after a step: each step also applies those before",
     "no_gradient": "the optimizer stepped, but its parameters had no gradient",
-    # one step: another objective
-    "label_smoothing": "labels are smoothed by {epsilon:.3g}",
-    "z_loss": "a z-loss is added (weight {weight:.3g})",
-    "z_loss_everywhere": "a z-loss is added at all positions (weight {weight:.3g})",
-    "entropy": "the entropy of the predictions is added (weight {weight:.3g})",
-    "entropy_everywhere": "the entropy of the predictions is added at all positions (weight {weight:.3g})",
-    "logits_squared": "the squared logits are added (weight {weight:.3g})",
-    "logits_squared_everywhere": "the squared logits are added at all positions (weight {weight:.3g})",
-    "focal": "focal loss (exponent {gamma:.3g})",
-    "focal_weights": "every token is weighted by its error to the power of {gamma:.3g}, as in a focal loss, without "
-    "a gradient of the weight",
-    "dft": "every token is weighted by its own probability (DFT)",
-    "token_weights": "tokens have different weights ({least:.3g} to {most:.3g})",
-    # relations
-    "differs_by_split": "the update of the same rows depends on how they are split into micro-batches (by {share:.1%})",
-    "differs_by_order": "the update of the same rows depends on their order (by {share:.1%})",
-    "differs_by_padding": "the update of the same rows depends on their padding (by {share:.1%})",
-    "random": "the step is random: the same rows give another update when they are run again (by {share:.1%})",
+    **OBJECTIVES,
     "stop_untrained": "the last token of each answer is not trained on" + _COEFFICIENT,
     "weight_decay": "weight decay" + _COEFFICIENT,
     "weight_decay_of_matrices": "weight decay of matrices" + _COEFFICIENT,

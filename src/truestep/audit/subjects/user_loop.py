@@ -28,10 +28,6 @@ NO_OUTPUT = (
 NOT_CALLED = "the function {} ({}), so calling it does not run it; pass a plain function"
 
 
-class NotPlain(TypeError):
-    """The function did not run when it was called."""
-
-
 def microbatch(spec: harness.Spec, rows: list[int]) -> dict[str, torch.Tensor]:
     """Return one batch of rows, padded on the right."""
     ids, more = [spec.rows[row]["ids"] for row in rows], spec.case.get("padding", 0)
@@ -84,9 +80,9 @@ class Loop:
             raise
         if inspect.iscoroutine(made):
             made.close()
-            raise NotPlain(NOT_CALLED.format("is async", "it returned a coroutine"))
+            raise TypeError(NOT_CALLED.format("is async", "it returned a coroutine"))
         if inspect.isgenerator(made) or inspect.isasyncgen(made):
-            raise NotPlain(NOT_CALLED.format("contains yield", "it returned a generator"))
+            raise TypeError(NOT_CALLED.format("contains yield", "it returned a generator"))
 
 
 def load(file: str, name: str) -> Callable[..., Any]:
