@@ -54,6 +54,11 @@ class Casts(TorchFunctionMode):
 class OwnRecorder(harness.Recorder):
     """Use it as a context around the calls of the function, and call ``end_call`` after each."""
 
+    before: Tensor | None
+    needles: list[bytes]
+    microbatches: list[list[list[int]]]
+    autocast: torch.dtype | None
+
     def __init__(self, spec: harness.Spec, model: nn.Module) -> None:
         super().__init__(spec, model)
         # A row's last token predicts nothing, so a loop may leave it out.
