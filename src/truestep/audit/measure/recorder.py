@@ -218,7 +218,7 @@ class Recorder:
         """Return the gradient sum in the subject's own precision or autocast, which shows its distance from
         float64. For a clip or a schedule in float32, return the exact sum; other cases show this distance."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
-        if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
+        if self.spec.is_relation and self.spec.dtype is not torch.bfloat16 and self.autocast is None:
             return sum((exact[row] for batch in micro for row in batch), total)
         wide = torch.promote_types(self.spec.dtype, torch.float32)
         rough = copy.deepcopy(self.copy).to(self.spec.dtype)
