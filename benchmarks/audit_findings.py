@@ -25,6 +25,8 @@ from truestep.rundir import read_json, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, PAGE = ROOT / "results/audit", ROOT / "docs/findings.md"
+WITHOUT_REMEDY = ("verl-sft", "transformers-moe", "lightning")  # known: a data set, a loader, no release
+VERL = ("0.5.0", "0.6.0", "0.6.1", "0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
 TARGETS: dict[str, tuple[str, ...]] = {
     # Its loop needs transformers, which accelerate does not bring, so the installed release is audited.
     "accelerate-1.15.0": ("--only", "accelerate"),
@@ -33,6 +35,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "deepspeed-0.18.9": ("deepspeed==0.18.9",),
     "deepspeed-0.19.0": ("deepspeed==0.19.0",),
     "deepspeed-0.19.8": ("deepspeed==0.19.8",),
+    "deepspeed-reused-0.19.8": ("deepspeed==0.19.8", "--only", "used twice"),
     "transformers-4.45.2": ("transformers==4.45.2",),
     "transformers-4.46.3-gpt2": ("transformers==4.46.3", "--arch", "gpt2"),
     "transformers-5.23.0": ("transformers==5.23.0",),
@@ -45,13 +48,28 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "torchtune-0.6.1": ("torchtune==0.6.1",),
     "verl-0.6.0": ("verl==0.6.0",),
     "verl-0.9.1": ("verl==0.9.1",),
+    **{f"verl-sft-{v}": (f"verl=={v}", "--only", "SFT") for v in VERL},
+    "axolotl-0.19.0": ("axolotl==0.19.0",),
+    "ms-swift-4.6.0": ("ms-swift==4.6.0",),
+    "unsloth-2026.10.9": ("unsloth==2026.10.9",),
+    "lightning-2.6.6": ("lightning==2.6.6",),
+    "peft-0.21.2": ("peft==0.21.2",),
+    "trl-1.16.0+peft-0.21.2": ("trl==1.16.0+peft==0.21.2",),
+    "transformers-moe-5.23.0": ("transformers==5.23.0", "--only", "mixture"),
     "trl-1.16.0": ("trl==1.16.0",),
     "trl-1.16.0+deepspeed-0.18.9": ("trl==1.16.0+deepspeed==0.18.9",),
 }
 
 
 def run(name: str, words: tuple[str, ...]) -> None:
-    extra = ["--remedy", "--reproduce", "results/audit/reproducers", "--json"]
+    extra = [
+        *([] if name.startswith(WITHOUT_REMEDY) else ["--remedy"]),
+        "--reproduce",
+        "results/audit/reproducers",
+        "--timeout",
+        "600",
+        "--json",
+    ]
     command = [sys.executable, "-m", "truestep", "audit", *words, *extra]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if not done.stdout:

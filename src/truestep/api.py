@@ -93,7 +93,7 @@ class Run:
     def frame(self, stage: str = "") -> Any:
         """Return the metrics of a stage as a pandas DataFrame with one row per step. Raises UserError without pandas."""
         try:
-            import pandas  # type: ignore[import-untyped]
+            import pandas
         except ModuleNotFoundError:
             raise UserError("Run.frame needs pandas; install it, or use Run.metrics") from None
         return pandas.DataFrame(self.metrics(stage)).set_index("step")

@@ -81,6 +81,7 @@ def observed(folder: Path, **changed: Any) -> None:
         "after": vector,
         "control": vector,
         "extras": {},
+        "masks": {},
     }
     step |= {"gradients": {"file": "g.bin", "dtype": "<f8", "shape": [0, 3]}}
     (folder / "g.bin").write_bytes(b"")
@@ -138,7 +139,15 @@ def test_an_array_that_is_not_this_cases(header: dict[str, Any], tmp_path: Path)
 
 @pytest.mark.parametrize(
     "changed",
-    [{"rows": [99]}, {"rows": [0]}, {"microbatches": [[[5]]]}, {"extras": [1]}, {"microbatches": None}],
+    [
+        {"rows": [99]},
+        {"rows": [0]},
+        {"microbatches": [[[5]]]},
+        {"extras": [1]},
+        {"masks": [1]},
+        {"masks": {"early": {"counts": ["x"], "gradients": None}}},
+        {"microbatches": None},
+    ],
 )
 def test_a_step_that_does_not_fit_its_case(changed: dict[str, Any], tmp_path: Path) -> None:
     observed(tmp_path, **changed)

@@ -25,8 +25,9 @@ CODES = {
     "kept", "micro_mean", "rank_mean", "dp_token_mean", "sequence_mean", "scale", "accumulation_factor", "rank_factor",
     "prompt_trained", "shift_0", "shift_2", "stop_untrained", "weight_decay", "momentum", "data_lost", "ranks_diverge",
     "not_finite", "stale_parameters", "grouping", "padding", "packing", "dropout", "clip", "empty_counted", "rounding",
-    "unknown_weights", "unexplained", "schedule", "momentum_lost", "tokens_untrained", "label_smoothing", "z_loss", "dft",
+    "unknown_weights", "unexplained", "schedule", "momentum_lost", "label_smoothing", "z_loss", "dft",
     "not_cleared", "decaying_weights",
+    "mask_shifted", "start_untrained",
 }  # fmt: skip
 CLASSES = [
     "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9", "A10", "A11", "A12", "A14", "B1", "B2", "B3", "B4",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, pad
 
 from truestep.seeding import Purpose, integer
 from truestep.testing import mutant_trainer as trainer
@@ -192,6 +192,18 @@ def beside(shift: int, of: Callable[[float, float], float]) -> Targets:
 one_token_early = beside(1, max)  # the last token of every prompt is trained as well
 no_stop = beside(1, mul)  # the last token of every answer is masked
 no_start = beside(-1, mul)  # the first token of every answer is masked
+early = beside(1, lambda own, following: following)
+
+
+def late(spec: Any, row: int) -> list[float]:
+    """Train each token after a trained one, even the padding after the row (see ``followed``)."""
+    return [0.0, *trainer.trained(spec, row)]
+
+
+def followed(spec: Any, rows: Sequence[int]) -> Layout:
+    """Pad every row on the right with at least one token."""
+    inputs, places = trainer.pad_right(spec, rows)
+    return {k: pad(v, (0, 1)) for k, v in inputs.items()}, places
 
 
 def packed(*, restart: bool, isolated: bool) -> Callable[[Any, Sequence[int]], Layout]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -96,9 +96,11 @@ class Step:
     microbatches: tuple[MicroBatch, ...]
     control: np.ndarray  # P: the whole step's gradient sum in the subject's own precision
     extras: dict[str, np.ndarray]  # what a wrong mask or a wrong shift would have added
+    masks: dict[str, tuple[MicroBatch, ...]] = field(default_factory=dict)  # the same under other masks
     logged_loss: float | None = None
     max_grad_norm: float = 0.0  # as configured
-    carried: np.ndarray | float = 0.0  # P: what the configured momentum adds to the gradient
+    carried: np.ndarray | float = 0.0  # P: what the configured momentum and other losses add to the gradient
+    added: np.ndarray | None = None  # P: the part of other losses
     used: np.ndarray | None = None  # P: the gradient that the optimizer was seen to use, if it was seen
     read_back: bool = True  # whether the gradient was read from the change of the rounded parameters
     narrow: str = ""  # the dtype that something was cast to, if narrower than the parameters
@@ -213,24 +215,34 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
         if not case.decay:
             rate = _at(logged["learning_rate"], index) or rate
         micro = [m for rank, p in enumerate(parts) for m in _microbatches(folder, p, rank, case)]
+        masks = {
+            k: [m for rank, p in enumerate(parts) for m in _masked(folder, p, rank, k, case)]
+            for k in parts[0]["masks"]
+        }
         extras = {k: [_read(folder, p["extras"][k]) for p in parts] for k in parts[0]["extras"]}
         used = parts[0].get("used")
+        others = [_read(folder, p["added"]) for p in parts if p.get("added")]
+        added = np.mean(others, axis=0) if others else None
+        momentum = case.momentum * steps[-1].direction if steps and case.momentum else 0.0
         step = Step(
             before=_read(folder, parts[0]["before"]),
             after=afters[0],
             learning_rate=rate,
             max_grad_norm=case.max_grad_norm,
-            carried=case.momentum * steps[-1].direction if steps and case.momentum else 0.0,
+            carried=momentum if added is None else momentum + added,
+            added=added,
             microbatches=tuple(micro),
             control=np.sum([_read(folder, p["control"]) for p in parts], axis=0),
             extras={k: np.sum(values, axis=0) for k, values in extras.items()},
+            masks={k: tuple(found) for k, found in masks.items()},
             logged_loss=_at(logged["loss"], index),
             used=_read(folder, used["gradient"]) if used else None,
             read_back=not (used and used["exact"]),
             narrow=ranks[0]["autocast"] if used else "",
             parts=_parts(folder, parts),
         )
-        vectors = (step.after, step.control, *step.extras.values(), *(m.gradient for m in micro))
+        batches = [*micro, *(m for found in step.masks.values() for m in found)]
+        vectors = (step.after, step.control, *step.extras.values(), *(m.gradient for m in batches))
         vectors += (step.direction, *step.parts.terms.values(), *(t.gradient for t in step.parts.tokens))
         if step.before.ndim != 1 or any(v.shape != step.before.shape for v in vectors):
             raise ValueError("the parameters and gradients of a step have different shapes")
@@ -264,7 +276,25 @@ def _microbatches(folder: Path, part: dict[str, Any], rank: int, case: Case) -> 
     gradients = dict(zip(part["rows"], _read(folder, part["gradients"]), strict=True))
     losses = dict(zip(part["rows"], part["row_losses"], strict=True))
     counts = {row: case.rows[row].num_trained for row in part["rows"]}
-    for index, lines in enumerate(part["microbatches"]):
+    return _grouped(part["microbatches"], rank, case, counts, gradients, losses)
+
+
+def _masked(folder: Path, part: dict[str, Any], rank: int, mask: str, case: Case) -> Iterator[MicroBatch]:
+    """Yield the micro-batches as they would be under a different mask of the trained tokens."""
+    gradients = dict(zip(part["rows"], _read(folder, part["masks"][mask]["gradients"]), strict=True))
+    counts = {row: int(n) for row, n in zip(part["rows"], part["masks"][mask]["counts"], strict=True)}
+    return _grouped(part["microbatches"], rank, case, counts, gradients, dict.fromkeys(part["rows"], 0.0))
+
+
+def _grouped(
+    microbatches: Sequence[Sequence[Sequence[int]]],
+    rank: int,
+    case: Case,
+    counts: Mapping[int, int],
+    gradients: Mapping[int, np.ndarray],
+    losses: Mapping[int, float],
+) -> Iterator[MicroBatch]:
+    for index, lines in enumerate(microbatches):
         rows = [row for line in lines for row in line]
         yield MicroBatch(
             rank=rank,

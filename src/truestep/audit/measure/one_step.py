@@ -27,6 +27,14 @@ from truestep.audit.measure.weights import Recovered, observed_gradient, recover
 from truestep.faults import recover_weights
 
 Parameters = Sequence[tuple[str, tuple[int, ...]]]
+MASKS = {  # other mask → (code, kind)
+    "early": ("mask_shifted", "mask_early"),
+    "late": ("mask_shifted", "mask_late"),
+    "endless": ("stop_untrained", "mask_endless"),
+    "headless": ("start_untrained", "mask_headless"),
+    "all": ("prompt_trained", "mask_all"),
+    "begun": ("prompt_trained", "mask_begun"),
+}
 KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # column → kind, if the names differ
 
 
@@ -59,6 +67,27 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
     return replace(pattern, hidden=not causes and hides_weights(found))
 
 
+def other_mask(step: Step, dtype: str, found: Recovered, limit: float) -> Seen | None:
+    """Judge a step whose gradient is that of other trained tokens as if these had been asked for. Return None
+    if no mask explains it. The relative error is still against the tokens that were asked for."""
+    best: tuple[float, Seen] | None = None
+    rounding = step.control - step.expected * step.num_trained
+    for name, batches in step.masks.items():
+        control = rounding + np.sum([m.gradient for m in batches], axis=0)
+        seen = see(replace(step, microbatches=batches, control=control, extras={}, masks={}), None, dtype)
+        left = seen.recovered.residual if seen.recovered else 1.0
+        if (
+            seen.recovered
+            and left <= limit
+            and "unexplained" not in seen.codes
+            and (best is None or left < best[0])
+        ):
+            recovered = replace(seen.recovered, relative_error=found.relative_error)
+            causes = (cause(*MASKS[name]), *seen.causes)
+            best = (left, replace(seen, causes=causes, recovered=recovered))
+    return best[1] if best else None
+
+
 def used_length(step: Step) -> float:
     """Return the norm of the gradient that the step used."""
     return float(np.linalg.norm(step.direction - step.carried))
@@ -79,7 +108,13 @@ def _rest(
         law = law or _rounded(step)
     law = law or _clipped_entries(step)
     if added := law or _addition(step, previous, found, parameters):
+        if added.code == "auxiliary_loss":  # the weights of the micro-batches are those without it
+            carried = step.carried + added.values["coefficient"] * step.added
+            without = recover(replace(step, carried=carried), dtype)
+            found = replace(without, relative_error=found.relative_error)
         return Seen(causes=(added,), recovered=found)
+    if masked := other_mask(step, dtype, found, limit):
+        return masked
     if named := objectives.name(step, limit):
         return _of_objective(step, named, found, limit, dtype)
     return Seen(causes=(cause("unexplained", "unexplained", share=found.residual),), recovered=found)
@@ -112,13 +147,16 @@ def _rows(step: Step, found: Recovered, limit: float) -> Cause | None:
 
 
 def _frozen(step: Step, parameters: Parameters) -> Cause | None:
-    """Find a whole tensor that has a gradient but does not move."""
+    """Find whole tensors that have a gradient but do not move."""
     change, expected = step.after - step.before, step.expected
     least = thresholds.UNMOVED * np.linalg.norm(expected)
-    for name, part in _slices(parameters):
-        if not change[part].any() and np.linalg.norm(expected[part]) > least:
-            return cause("stale_parameters", "tensor_does_not_move", name=name)
-    return None
+    asked = [(name, part) for name, part in _slices(parameters) if np.linalg.norm(expected[part]) > least]
+    still = [name for name, part in asked if not change[part].any()]
+    if len(still) > 1:
+        return cause(
+            "stale_parameters", "tensors_do_not_move", count=len(still), of=len(asked), names=still[:3]
+        )
+    return cause("stale_parameters", "tensor_does_not_move", name=still[0]) if still else None
 
 
 def _rounded(step: Step) -> Cause | None:
@@ -155,6 +193,8 @@ def _addition(step: Step, previous: Step | None, found: Recovered, parameters: P
     candidates["weight_decay_of_matrices"] = matrices
     if previous is not None:
         candidates["momentum"] = previous.direction
+    if step.added is not None:
+        candidates["auxiliary_loss"] = step.added
     best: tuple[float, str, float] | None = None
     for name, column in candidates.items():
         if not np.linalg.norm(column):

@@ -31,13 +31,31 @@ Lines = list[list[list[int]]]  # the rows of every line of every forward pass
 EXPLAINED = 1e-4  # relative; the part of a correct step that weights of the rows do not explain
 MOST_NUMBERS = 8_000_000  # of the gradients of single tokens
 FOCAL = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)  # exponents of a focal loss
+Row = dict[str, list[int]]
+FILLER = 0  # what follows a padded row
+
+
+def other_masks(row: Row) -> dict[str, Row]:
+    """Return the row under masks that trainers use by mistake: one token early or late (which trains the
+    padding after the row), all tokens, without the first or last token of each part, or with one more."""
+    ids, trained = row["ids"], row["trained"]
+    before, after = [*trained[1:], 0], [0, *trained[:-1]]  # 1 if the next, or previous, token is trained
+    masks = {
+        "early": before,
+        "all": [1] * len(ids),
+        "endless": [on & other for on, other in zip(trained, before, strict=True)],
+        "headless": [on & other for on, other in zip(trained, after, strict=True)],
+        "begun": [on | other for on, other in zip(trained, before, strict=True)],
+    }
+    late = {"ids": [*ids, FILLER], "trained": [0, *trained]}
+    return {"late": late, **{name: {"ids": ids, "trained": mask} for name, mask in masks.items()}}
 
 
 def logits_of(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[bool], shift: int = 1) -> Tensor:
+def nll_sum(model: nn.Module, ids: Sequence[int], chosen: Sequence[int], shift: int = 1) -> Tensor:
     """Return −Σ log p(ids[t] | ids[:t]) over the chosen t ≥ 1, from logits. Shifts 0 and 2 are faults."""
     tokens = torch.tensor([list(ids)])
     logits = logits_of(model(input_ids=tokens))[0]
@@ -51,8 +69,12 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:
-    """Return every parameter once, sorted by name. All vectors of an observation have this order."""
-    return [p for _, p in sorted(model.named_parameters())]
+    """Return every trained parameter once, sorted by name. All vectors of an observation have this order."""
+    return [p for _, p in named(model)]
+
+
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def terms_of(logits: Tensor, logp: Tensor, own: Tensor, trained: Sequence[int]) -> dict[str, Tensor]:
@@ -96,6 +118,8 @@ class Recorder:
         self.autocast: torch.dtype | None = None  # the autocast dtype in which the model was run
         self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
         self.about: dict[str, Any] = {}  # what a subject adds to the observation
+        # The loss that a model adds for a micro-batch of rows; a step should have its mean over micro-batches.
+        self.added: Callable[[nn.Module, list[int]], Tensor] | None = None
         self.stack: list[tuple[str, int]] = []  # (file, line) of the first forward pass, the innermost first
         self._observe(model, snapshot)
 
@@ -164,7 +188,7 @@ class Recorder:
             "autocast": str(self.autocast).removeprefix("torch.") if self.autocast else "",
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "location": self._location(versions),
-            "parameters": [[name, list(p.shape)] for name, p in sorted(self.copy.named_parameters())],
+            "parameters": [[name, list(p.shape)] for name, p in named(self.copy)],
             "dtype": str(self.spec.dtype).removeprefix("torch."),
             "about": self.about,
             "seconds": {"run": trained - self.began, "reference": time.process_time() - started},
@@ -189,8 +213,11 @@ class Recorder:
         pairs = [self._gradient(self.copy, [row]) for row in rows]
         losses, gradients = [loss for loss, _ in pairs], [gradient for _, gradient in pairs]
         control = self._control(micro, dict(zip(rows, gradients, strict=True)))
-        change, used = before - after, self.used(index)
-        explained = self._explained(change if used is None else used[0], gradients, rows)
+        change, used, added = before - after, self.used(index), self._mean_added(micro)
+        explained = self._explained(
+            change - self.spec.lr * added if used is None else used[0] - added, gradients, rows
+        )
+        masks = {} if explained else self._masks(rows)
         extras = {} if explained else self._extras(micro)
         name = f"rank-{self.spec.rank}-step-{index}"
         parts = self._parts(name, rows) if not explained and self.wants_parts(index) else None
@@ -202,9 +229,14 @@ class Recorder:
             "after": self._write(f"{name}.after", after),
             "gradients": self._write(f"{name}.gradients", torch.stack(gradients)) if gradients else None,
             "control": self._write(f"{name}.control", control),
+            "added": self._write(f"{name}.added", added) if self.added else None,
             "extras": {key: self._write(f"{name}.{key}", value) for key, value in extras.items()},
             "used": used and {"gradient": self._write(f"{name}.used", used[0]), "exact": used[1]},
             "parts": parts,
+            "masks": {
+                key: {"counts": counts, "gradients": self._write(f"{name}.mask-{key}", value)}
+                for key, (counts, value) in masks.items()
+            },
         }
 
     def used(self, index: int) -> tuple[Tensor, bool] | None:
@@ -247,11 +279,19 @@ class Recorder:
         parts = [next(found) if p.requires_grad else None for p in parameters]
         return flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)])
 
+    def _mean_added(self, micro: Sequence[list[int]]) -> Tensor:
+        """Return the gradient of the mean of what the model adds to this rank's micro-batches."""
+        self.copy.zero_grad()
+        if self.added:
+            for rows in micro:
+                (self.added(self.copy, rows) / len(micro)).backward()
+        return self._gradients(self.copy)
+
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
         """Return the gradient sum in the subject's own precision or autocast, which shows its distance from
         float64. For a clip or a schedule in float32, return the exact sum; other cases show this distance."""
         total = torch.zeros_like(flat(parameters_of(self.copy)))
-        if self.spec.is_relation and self.spec.dtype is not torch.bfloat16:
+        if self.spec.is_relation and self.spec.dtype is not torch.bfloat16 and self.autocast is None:
             return sum((exact[row] for batch in micro for row in batch), total)
         wide = torch.promote_types(self.spec.dtype, torch.float32)
         rough = copy.deepcopy(self.copy).to(self.spec.dtype)
@@ -284,25 +324,46 @@ class Recorder:
         nothing, how = torch.zeros_like(flat(parameters_of(self.copy))), wrong.items()
         return {k: sum((self._gradient(self.copy, rows, **h)[1] for rows in micro), nothing) for k, h in how}
 
+    def _masks(self, rows: Sequence[int]) -> dict[str, tuple[list[int], Tensor]]:
+        """Return, for every other mask, the numbers of trained tokens and the gradients [R, P] of the rows."""
+        found: dict[str, tuple[list[int], list[Tensor]]] = {}
+        for number in rows:
+            for key, row in other_masks(self.spec.rows[number]).items():
+                counts, gradients = found.setdefault(key, ([], []))
+                counts.append(sum(row["trained"][1:]))
+                gradients.append(self._sum(self.copy, [(row["ids"], row["trained"])])[1])
+        return {key: (counts, torch.stack(gradients)) for key, (counts, gradients) in found.items()}
+
     def _gradient(
         self, model: nn.Module, rows: Sequence[int], masked: bool = False, shift: int = 1, ends: bool = False
     ) -> tuple[float, Tensor]:
         """Return (Σ of losses, float64 gradient [P]) of the rows, run one by one. ``masked`` selects the
         tokens that are not trained; ``ends`` selects only the last token of each trained part."""
-        parameters = parameters_of(model)
-        model.zero_grad()
-        total = 0.0
+        pairs = []
         for row in rows:
             trained = self.spec.rows[row]["trained"]
-            chosen = [bool(t) != masked for t in trained]
+            chosen = [int(bool(t) != masked) for t in trained]
             if ends:
-                pairs = zip(trained, [*trained[1:], 0], strict=True)
-                chosen = [bool(on) and not after for on, after in pairs]
-            loss = nll_sum(model, self.spec.rows[row]["ids"], chosen, shift)
+                chosen = [int(on and not after) for on, after in zip(trained, [*trained[1:], 0], strict=True)]
+            pairs.append((self.spec.rows[row]["ids"], chosen))
+        return self._sum(model, pairs, shift)
+
+    def _sum(
+        self, model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], shift: int = 1
+    ) -> tuple[float, Tensor]:
+        """Return the same for pairs of tokens and a mask."""
+        model.zero_grad()
+        total = 0.0
+        for ids, chosen in pairs:
+            loss = nll_sum(model, ids, chosen, shift)
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
-        return total, flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        return total, self._gradients(model)
+
+    @staticmethod
+    def _gradients(model: nn.Module) -> Tensor:
+        return flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters_of(model)])
 
     def _write(self, name: str, value: Tensor) -> dict[str, Any]:
         """Write a raw little-endian buffer, and return its header, which the JSON file contains."""

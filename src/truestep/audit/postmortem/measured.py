@@ -86,6 +86,7 @@ UPSTREAM: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("transformers", "accumulation_missing"): ("https://github.com/huggingface/transformers/pull/35207",),
     ("transformers", "rank_mean"): ("https://github.com/huggingface/transformers/pull/39395",),
     ("openrlhf", "micro_mean"): ("https://github.com/OpenRLHF/OpenRLHF/pull/1249",),
+    ("verl", "mask_early"): ("https://github.com/verl-project/verl/pull/5362",),
     ("verl", "micro_mean"): ("https://github.com/verl-project/verl/issues/5625",),
     ("torchtune", "step_sizes"): ("https://github.com/meta-pytorch/torchtune/pull/2745",),
 }

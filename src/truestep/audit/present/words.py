@@ -112,9 +112,18 @@ SENTENCES: dict[str, Form] = {
     "no_gradient": "the optimizer stepped, but its parameters had no gradient",
     **OBJECTIVES,
     "stop_untrained": "the last token of each answer is not trained on" + _COEFFICIENT,
+    "mask_early": "the mask is one token early: the token before each answer is trained on, and the last token of "
+    "each answer is not",
+    "mask_late": "the mask is one token late: the first token of each answer is not trained on, and the token after "
+    "it is",
+    "mask_all": "all tokens are trained on",
+    "mask_begun": "the token before each answer is trained on as well",
+    "mask_headless": "the first token of each answer is not trained on",
+    "mask_endless": "the last token of each answer is not trained on",
     "weight_decay": "weight decay" + _COEFFICIENT,
     "weight_decay_of_matrices": "weight decay of matrices" + _COEFFICIENT,
     "momentum": "part of the previous step is applied again" + _COEFFICIENT,
+    "auxiliary_loss": lambda v: f"the auxiliary loss has {1 + v['coefficient']:.3g} times its configured weight",
     "catalogued": lambda v: FAULTS[v["fault"]][1],
     "unknown_adamw": "no known weights explain AdamW's update",
     # one step of a live run

@@ -47,7 +47,7 @@ class Rows(torch.utils.data.Dataset):
         return len(self.spec.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = self.spec.rows[index]["ids"]
+        ids = self.spec.rows[index]["ids"]  # raises IndexError after the last row
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.spec.labels(index)}
 
 
@@ -114,13 +114,27 @@ def optimizers(spec: harness.Spec, model: torch.nn.Module) -> dict[str, Any]:
     return {"optimizers": (spec.optimizer(model.parameters()), None)} if spec.case["resume_after"] else {}
 
 
-def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harness.Recorder:
-    """Call ``train()`` on the trainer that ``build`` makes, once, or up to a checkpoint and again from it."""
+def plain(spec: harness.Spec) -> tuple[torch.nn.Module, torch.nn.Module]:
+    model = harness.tiny_model(spec)
+    return model, model
+
+
+def train(
+    spec: harness.Spec,
+    build: Callable[[torch.nn.Module], Any],
+    models: Callable[[harness.Spec], tuple[torch.nn.Module, torch.nn.Module]] = plain,
+    added: Callable[[torch.nn.Module, list[int]], torch.Tensor] | None = None,
+) -> harness.Recorder:
+    """Call ``train()`` on the trainer that ``build`` makes, once, or up to a checkpoint and again from it.
+    ``models`` returns the trained model and the reference; ``added`` is ``Recorder.added``."""
     fresh_state()
     if spec.options.get("zero_stage") is not None:
         harness.deepspeed_without_compiler()
-    model = harness.tiny_model(spec)
-    recorder = harness.Recorder(spec, model)
+    model, reference = models(spec)
+    recorder = harness.Recorder(spec, reference)
+    recorder.added = added
+    if reference is not model:
+        recorder.resume(model)
     trainer, at = build(model), spec.case["resume_after"]
     if at:
         trainer.add_callback(stop_at(at))
@@ -128,7 +142,7 @@ def train(spec: harness.Spec, build: Callable[[torch.nn.Module], Any]) -> harnes
         if spec.world_size > 1:
             torch.distributed.barrier()
         fresh_state()
-        model = harness.tiny_model(spec)
+        model, _ = models(spec)
         recorder.resume(model)
         trainer = build(model)
         trainer.train(resume_from_checkpoint=str(spec.folder / "out" / f"checkpoint-{at}"))

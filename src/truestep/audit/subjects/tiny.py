@@ -22,12 +22,30 @@ class PlainModel(nn.Module):
         return self.head(torch.tanh(self.inner(self.embed(input_ids))))
 
 
+class Reused(PlainModel):
+    """A plain model that uses its inner layer twice in every forward pass."""
+
+    def forward(self, input_ids: Tensor, **ignored: Any) -> Tensor:
+        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(self.embed(input_ids))))))
+
+
+class Tied(PlainModel):
+    """A plain model whose head has the weight of its embedding."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__(vocabulary)
+        self.head.weight = self.embed.weight
+
+
+PLAIN = {"plain": PlainModel, "reused": Reused, "tied": Tied}  # these need only torch
+
+
 def tiny_model(spec: Any) -> nn.Module:
-    """Return the case's model. ``plain`` needs only torch; all others need the transformers library."""
+    """Return the case's model. Those in PLAIN need only torch; all others need the transformers library."""
     arch = spec.options.get("arch", "plain")
     torch.manual_seed(0)
-    if arch == "plain":
-        return PlainModel(spec.vocabulary)
+    if arch in PLAIN:
+        return PLAIN[arch](spec.vocabulary)
     import transformers
 
     ids = {"vocab_size": spec.vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -6,11 +6,12 @@ Options: those of hf_trainer; ``packing``; ``assistant_only`` passes messages, a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import chats
 import harness
 import hf_trainer
-import transformers
 import trl
 from datasets import Dataset
 
@@ -41,41 +42,15 @@ SUBJECTS = [
 ]  # fmt: skip
 
 
-def tokenizer(spec: harness.Spec) -> Any:
-    """Return a tokenizer with one word per token, so that text and token ids correspond exactly."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {("<pad>", "<s>", "</s>")[i] if i < 3 else f"w{i}": i for i in range(spec.vocabulary)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    made.chat_template = TEMPLATE
-    return made
-
-
-def words(ids: list[int]) -> str:
-    return " ".join(f"w{i}" for i in ids)
-
-
-def messages(ids: list[int], trained: list[int]) -> list[dict[str, str]]:
-    """Return a row as a chat. Untrained tokens are the user's turns, and trained tokens the assistant's."""
-    turns: list[tuple[int, list[int]]] = []
-    for token, on in zip(ids, trained, strict=True):
-        if not turns or turns[-1][0] != on:
-            turns.append((on, []))
-        turns[-1][1].append(token)
-    return [{"role": "assistant" if on else "user", "content": words(part)} for on, part in turns]
-
-
 def dataset(spec: harness.Spec) -> Any:
     if spec.options.get("assistant_only"):
-        return Dataset.from_list([{"messages": messages(r["ids"], r["trained"])} for r in spec.rows])
+        return Dataset.from_list([{"messages": chats.messages(r)} for r in spec.rows])
     masks = [{"input_ids": r["ids"], "completion_mask": r["trained"]} for r in spec.rows]
     return Dataset.from_list([{**mask, "labels": spec.labels(i)} for i, mask in enumerate(masks)])
 
 
-def run(spec: harness.Spec) -> None:
+def trainer_of(spec: harness.Spec) -> Callable[[Any], Any]:
+    """Return a function that makes the SFTTrainer of a model."""
     wanted = {
         "packing": bool(spec.options.get("packing")),
         "assistant_only_loss": bool(spec.options.get("assistant_only")),
@@ -91,9 +66,16 @@ def run(spec: harness.Spec) -> None:
     settings = hf_trainer.arguments(spec, trl.SFTConfig) | own | {"remove_unused_columns": True}
 
     def build(model: Any) -> Any:
-        how = {"processing_class": tokenizer(spec), **hf_trainer.optimizers(spec, model)}
+        how = {
+            "processing_class": chats.tokenizer(spec.vocabulary, TEMPLATE),
+            **hf_trainer.optimizers(spec, model),
+        }
         data = dataset(spec)
         return trl.SFTTrainer(model=model, args=trl.SFTConfig(**settings), train_dataset=data, **how)
 
-    recorder = hf_trainer.train(spec, build)
+    return build
+
+
+def run(spec: harness.Spec) -> None:
+    recorder = hf_trainer.train(spec, trainer_of(spec))
     recorder.finish(**harness.versions("trl", "transformers", "accelerate", "deepspeed"))
