@@ -21,7 +21,7 @@ from truestep.audit.environments.in_process import subject_module
 from truestep.audit.measure.rl import cases
 from truestep.audit.measure.rl.observed import RLObservation, load
 
-LEARNING_RATE = 2.0
+LEARNING_RATE = 0.2
 SPREAD = 0.05  # of the differences between the policy and the frozen reference
 harness, rl_recorder = subject_module("harness"), subject_module("rl_recorder")
 
@@ -64,7 +64,8 @@ class GRPO:
 
     def __init__(self, case: cases.RLCase, folder: Path, num_ranks: int) -> None:
         self.case, self.num_ranks = case, num_ranks
-        raw = {"options": {"arch": "plain"}, "learning_rate": LEARNING_RATE}
+        self.rate = LEARNING_RATE * case.rate
+        raw = {"options": {"arch": "plain"}, "learning_rate": self.rate}
         self.model = harness.tiny_model(harness.Spec(folder, case.to_json(), raw))
         with torch.no_grad():
             for p in self.model.parameters():
@@ -238,7 +239,7 @@ class GRPO:
                 with torch.no_grad():
                     for replica in self.replicas:
                         for parameter, gradient in zip(replica.parameters(), step, strict=True):
-                            parameter -= LEARNING_RATE * gradient
+                            parameter -= self.rate * gradient
 
 
 def observe(

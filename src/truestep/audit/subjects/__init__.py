@@ -20,7 +20,8 @@ from typing import Any
 FOLDER = Path(__file__).parent
 CASES = ("ragged", "unsplit", "masked", "window")
 ENGINE = ("ragged", "unsplit", "masked")  # a loop feeds an engine, which never sees the end of an epoch
-GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed")}
+RL = ("whole", "split", "reused", "minibatches")
+GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed"), "RL": RL}
 ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 
 
@@ -49,6 +50,11 @@ class Subject:
     needs: tuple[str, ...]
     configurations: Sequence[Configuration]
     brings: tuple[str, ...] = ()
+
+    @property
+    def trains_rl(self) -> bool:
+        """Whether its cases are those of RL steps; such adapters have names that end in _rl."""
+        return self.script.endswith("_rl")
 
 
 def read(folder: Path) -> tuple[Subject, ...]:

@@ -46,15 +46,8 @@ class RLRecorder(Recorder):
         self.temperature = float(spec.case["temperature"])
         self.reference = None if reference is None else copy.deepcopy(reference).double().eval()
         self.engine: list[list[float]] = []  # per rollout batch: log-probabilities of the sampler
-        self.widths: dict[tuple[int, int], int] = {}  # (step, micro-batch) → padded width
         self.asked: dict[str, Any] | None = None
         self.expected: list[list[float]] = []  # per step: the K coefficients, if the subject knows them
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        super()._before(module, args, kwargs)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.microbatches and ids is not None:
-            self.widths.setdefault((len(self.steps), len(self.microbatches) - 1), ids.shape[-1])
 
     def finish(self, **versions: str) -> None:
         super().finish(**versions)
@@ -88,7 +81,6 @@ class RLRecorder(Recorder):
     def _write_step(self, index: int, before: Tensor, after: Tensor, lines: Any) -> dict[str, Any]:
         micro = [[row for line in batch for row in line] for batch in lines]
         step: dict[str, Any] = {"microbatches": micro, "after": self._write(f"after-{self.spec.rank}-{index}", after)}
-        step["widths"] = [self.widths[index, number] for number in range(len(micro))]
         if self.spec.rank:
             return step
         own = parameters_of(self.copy)
@@ -138,12 +130,12 @@ class RLRecorder(Recorder):
         for number, row in enumerate(self.spec.rows):
             parts = self._outputs(model, number, temperature, shift)
             sizes, outputs = [len(part) for part in parts], torch.cat(parts)
-            eye = torch.eye(len(outputs), dtype=outputs.dtype)
-            how: dict[str, Any] = {"is_grads_batched": True, "allow_unused": True}
-            found = torch.autograd.grad(outputs, own, eye, **how)
-            pairs = zip(found, own, strict=True)
-            empty = [torch.zeros(len(outputs), p.numel()) if g is None else g.flatten(1) for g, p in pairs]
-            first, second, third = torch.cat(empty, 1).double().split(sizes)
+            lines = []
+            for output in outputs:
+                found = torch.autograd.grad(output, own, retain_graph=True, allow_unused=True)
+                pairs = zip(found, own, strict=True)
+                lines.append(flat([torch.zeros_like(p) if g is None else g for g, p in pairs]))
+            first, second, third = torch.stack(lines).split(sizes)
             tokens.append(first)
             entropies.append(third)
             logps.append(parts[0].detach())

@@ -12,7 +12,7 @@ from typing import Any
 from truestep.audit.measure.findings import Cause, cause
 from truestep.audit.measure.rl.objective import KNOWN, Objective
 
-EPSILONS = (0.0, 1e-9, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+EPSILONS = (1e-6, 1e-8, 1e-4, 1e-5, 1e-3, 1e-2, 1e-9, 0.0)
 CLIPS = (3e-4, 4e-4, 0.1, 0.15, 0.2, 0.22, 0.25, 0.28, 0.3, 0.4, 0.5)
 DUALS = (0.0, 2.0, 3.0, 5.0, 10.0)
 CORRECTION_BOUNDS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
@@ -61,9 +61,10 @@ def _denominators(o: Objective) -> Iterator[Change]:
     for scope in KNOWN["scope"]:
         if scope != o.scope:
             own = {"kl_scope": o.kl_scope or o.scope, "entropy_scope": o.entropy_scope or o.scope}
-            yield {"scope": scope}, "local_normaliser", "rl_scope", {"found": scope}
+            code = "normaliser" if scope == "rollout" else "local_normaliser"
+            yield {"scope": scope}, code, "rl_scope", {"found": scope}
             if o.kl != "none" or o.entropy:
-                yield {"scope": scope, **own}, "local_normaliser", "rl_scope", {"found": scope}
+                yield {"scope": scope, **own}, code, "rl_scope", {"found": scope}
     for scope in ("step", "micro_batch", "micro_batch_sum", "rank"):
         if o.kl != "none" and scope != (o.kl_scope or o.scope):
             yield {"kl_scope": scope}, "local_kl", "rl_kl_scope", {"found": scope}
@@ -146,5 +147,6 @@ def _masks(o: Objective) -> Iterator[Change]:
 
 def _terms(o: Objective) -> Iterator[Change]:
     if o.kl != "none":
-        yield from _choices(o, "kl", "kl_estimate", "rl_kl")
+        kinds = _choices(o, "kl", "kl_estimate", "rl_kl")
+        yield from (change for change in kinds if change[0]["kl"] != "none")
         yield from _choices(o, "anchor", "kl_anchor", "rl_anchor")

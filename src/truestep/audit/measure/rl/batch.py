@@ -5,7 +5,6 @@ Shapes: M tokens of all completions (row by row), R rows, K columns (M tokens, p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +22,6 @@ class Batch:
     case: RLCase
     micro: np.ndarray  # R
     rank: np.ndarray  # R
-    widths: Mapping[int, int]  # micro-batch → its padded width
     num_ranks: int
     now: np.ndarray  # M
     old: np.ndarray  # M

@@ -84,7 +84,7 @@ def _unusable(run: RLObservation) -> Causes:
         if np.any(np.asarray(trained) != run.case.passes):
             rows = int(np.sum(np.asarray(trained) < run.case.passes))
             return (cause("data_lost", "rl_rows", rows=rows, passes=run.case.passes),)
-    worst = max(step.fit.condition for step in run.steps)
+    worst = max((step.fit.condition for step in run.steps if step.fit.shift == 1), default=1.0)
     return (cause("", "ill_conditioned", condition=worst),) if worst > thresholds.ILL_CONDITIONED else ()
 
 
@@ -96,13 +96,18 @@ def _causes(asked: Any, seen: Sequence[Seen]) -> tuple[Causes, float]:
     if others and others[0].shift == 1:
         found.append(cause("temperature", "rl_temperature", found=others[0].temperature, asked=temperature))
     if shifted := [one.fit.shift for one in seen if one.fit.shift != 1]:
-        found.append(cause(f"shift_{shifted[0]}", "rl_shift", found=shifted[0]))
+        return (cause(f"shift_{shifted[0]}", "rl_shift", found=shifted[0]),), 1.0
     unexplained = max(one.fit.residual / max(one.step.norm, 1e-300) for one in seen)
     if unexplained > max(RESIDUAL, *(one.allowed for one in seen)):
         return (*found, cause("unexplained", "rl_unexplained", share=unexplained)), unexplained
     if (prompt := max(_prompt_share(one) for one in seen)) > PROMPT:
         found.append(cause("prompt_trained", "rl_prompt", share=prompt))
     explained = _against_expected(seen) if seen[0].step.expected is not None else explain(asked, seen)
+    if explained is not None and found and found[-1].code == "prompt_trained":
+        # A mask that includes the prompts also counts them.
+        counts = {"with_prompts", "with_prompt_targets"}
+        kept = tuple(c for c in explained.causes if c.values.get("found") not in counts)
+        explained = replace(explained, causes=kept)
     if explained is None:
         kind = "rl_unknown_split" if depends_on_split(seen) else "rl_unknown"
         found.append(cause("unknown_objective", kind))

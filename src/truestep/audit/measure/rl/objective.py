@@ -18,7 +18,7 @@ from truestep.audit.measure.rl.batch import Batch
 KNOWN: dict[str, tuple[str, ...]] = {
     "baseline": ("group_mean", "leave_one_out", "batch_mean", "group_median", "group_min", "none"),
     "scale": ("group_std", "batch_std", "none"),
-    "grouping": ("group", "strided", "shifted", "micro_batch", "rank", "batch"),
+    "grouping": ("group", "batch", "strided", "shifted", "micro_batch", "rank"),
     "surrogate": ("clip", "clip_both", "clip_wrong", "importance", "reinforce", "cispo", "sapo"),
     "level": ("token", "sequence"),
     "old": ("old", "policy", "stale", "engine", "reference", "initial", "previous_token", "next_token"),
@@ -27,7 +27,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "anchor": ("reference", "old", "initial", "engine"),
     "truncated": ("trained", "masked"),
     "normaliser": ("tokens", "sequences", "sequence_sums", "max_length", "longest", "groups"),
-    "counted": ("trained", "all", "padded", "with_prompts", "untruncated_rows", "rewarded_rows"),
+    "counted": ("trained", "all", "padded", "with_prompts", "with_prompt_targets", "untruncated_rows", "rewarded_rows"),
     "scope": ("step", "micro_batch", "micro_batch_sum", "rank", "rollout"),
 }
 
@@ -42,7 +42,7 @@ class Objective:
     epsilon: float = 1e-4  # added to the standard deviation
     grouping: str = "group"  # over which rows the baseline and the spread are taken
     roll: int = 0  # the advantage belongs to the sample this many places later
-    sign: float = 1.0
+    sign: float = 1.0  # of the advantage
     surrogate: str = "clip"
     level: str = "token"  # of the ratio
     clip_low: float = 0.2
@@ -100,17 +100,17 @@ class Parts:
         return self.policy + self.kl + self.entropy
 
 
-EDGE = 3e-4  # relative: a ratio this close to a bound is on either side of it, because of rounding
+EDGE = 2e-5  # relative: a ratio this close to a bound is on either side of it, because of rounding
 
 
 def coefficients(o: Objective, b: Batch) -> Parts:
     """Return what the objective gives to every column of this step."""
     mask = trained_tokens(o, b)
     ratio = _ratio(o, b, mask)
-    advantage = advantages(o, b)[b.row]
+    advantage = o.sign * advantages(o, b)[b.row]
     gain, edge = _surrogate(o, ratio, advantage)
     weight = weights(o, b, mask, o.scope, o.normaliser) * mask * o.factor
-    policy = o.sign * gain * _correction(o, b, mask) * weight
+    policy = gain * _correction(o, b, mask) * weight
     kl_weight = weights(o, b, mask, o.kl_scope or o.scope, o.normaliser) * mask * o.factor
     kl = -o.beta * _kl(o, b, ratio) * kl_weight if o.kl != "none" else np.zeros(len(mask))
     bonus = np.zeros(len(b.lengths))
@@ -276,12 +276,11 @@ def _counts(o: Objective, b: Batch, mask: np.ndarray) -> np.ndarray:
     everything = trained_tokens(o, b) if b.present.all() else mask | _absent(o, b)
     if o.counted == "all":
         return b.lengths.astype(float)
-    if o.counted == "with_prompts":
-        return b.of_row(everything.astype(float)) + np.array([len(row.prompt) for row in b.case.rows])
-    if o.counted == "padded":
-        widths = np.array([b.widths.get(int(m), 0) for m in b.micro], dtype=float)
-        longest = {int(m): max(len(b.case.rows[i].prompt) for i in np.flatnonzero(b.micro == m)) for m in b.micro}
-        return np.maximum(1.0, widths - np.array([longest[int(m)] for m in b.micro]))
+    if o.counted in ("with_prompts", "with_prompt_targets"):
+        fewer = 1 if o.counted == "with_prompt_targets" else 0
+        return b.of_row(everything.astype(float)) + np.array([len(row.prompt) - fewer for row in b.case.rows])
+    if o.counted == "padded":  # to the longest completion of its micro-batch
+        return np.array([float(b.lengths[b.micro == number].max()) for number in b.micro])
     return b.of_row(everything.astype(float))
 
 

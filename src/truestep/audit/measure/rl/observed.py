@@ -64,7 +64,6 @@ class RLStep:
     micro: np.ndarray  # R: the number of the row's micro-batch over all ranks, or −1
     rank: np.ndarray  # R
     repeated: int  # rows that are in this step more than once
-    widths: dict[int, int]
     sizes: tuple[int, ...]  # micro-batches of each rank
     expected: np.ndarray | None = None  # K, if the subject has a reference for its own objective
 
@@ -111,7 +110,6 @@ class RLObservation:
             case=self.case,
             micro=step.micro,
             rank=step.rank,
-            widths=step.widths,
             num_ranks=len(step.sizes),
             now=logps(index),
             old=logps(start),
@@ -165,14 +163,13 @@ def _load(folder: Path, case: RLCase) -> RLObservation:
 
 
 def _step(folder: Path, parts: Sequence[dict[str, Any]], num_rows: int, expected: Any) -> RLStep:
-    micro, rank, widths = np.full(num_rows, -1), np.zeros(num_rows, dtype=int), {}
+    micro, rank = np.full(num_rows, -1), np.zeros(num_rows, dtype=int)
     number = repeated = 0
     for place, part in enumerate(parts):
-        for rows, width in zip(part["microbatches"], part["widths"], strict=True):
+        for rows in part["microbatches"]:
             for row in rows:
                 repeated += int(micro[row] >= 0)
                 micro[row], rank[row] = number, place
-            widths[number] = int(width)
             number += 1
     fits = [
         Fit(
@@ -191,7 +188,6 @@ def _step(folder: Path, parts: Sequence[dict[str, Any]], num_rows: int, expected
         micro=micro,
         rank=rank,
         repeated=repeated,
-        widths=widths,
         sizes=tuple(len(part["microbatches"]) for part in parts),
         expected=None if expected is None else np.array(expected, dtype=float),
     )

@@ -17,10 +17,10 @@ from truestep.audit.measure.rl.batch import Batch
 from truestep.audit.measure.rl.objective import Objective, Parts, coefficients
 from truestep.audit.measure.rl.observed import Fit, RLStep
 
-FIT = 2e-3  # relative; what a correct step in float32 misses is below 1e-4, the smallest known fault above 5e-3
-NOISE_FACTOR = 10.0
+FIT = 5e-4  # relative; a correct step in float32 misses less than 1e-4, the smallest known fault more than 1e-3
+NOISE_FACTOR = 3.0
 CLOSE = 0.01  # relative: two factors this close are the same
-PARTS = ("policy", "kl", "entropy")
+UNNAMED = {"split_factor", "unknown_weights"}
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,14 @@ def explain(asked: Objective, seen: Sequence[Seen]) -> Explanation | None:
     if (error := _exact(asked, seen)) is not None:
         return Explanation(asked, (), error)
     single = list(alternatives(asked))
-    for stage in (_one_change, _free_weights, _lost, _change_and_weights, _two_changes, _change_and_lost):
-        if found := stage(asked, single, seen):
-            return found
+    if all(len(one.step.sizes) == 1 for one in seen):  # then a rank has the whole batch
+        single = [a for a in single if a.objective.grouping != "rank"]
+    plain = (_one_change, _free_weights, _lost, _change_and_weights, _two_changes, _change_and_lost)
+    for named in (True, False):  # first only if all factors are known ones
+        for stage in plain if named else (_free_weights, _lost, _change_and_weights):
+            found = stage(asked, single, seen)
+            if found and not (named and UNNAMED & {c.code for c in found.causes}):
+                return found
     return None
 
 
@@ -86,12 +91,9 @@ def _merged(found: Sequence[tuple[Objective, Cause, float]]) -> Explanation:
     """Return one explanation for changes that cannot be told apart: the closest one, and up to two others."""
     found = sorted(found, key=lambda item: item[2])
     first = found[0]
-    others = [c for _, c, error in found[1:3] if error <= 3 * first[2] + 1e-6 and c.kinds != first[1].kinds]
-    values = dict(first[1].values)
-    for other in others:
-        values = {**other.values, **values}
-    told = Cause(first[1].code, (*first[1].kinds, *(k for c in others for k in c.kinds)), values)
-    return Explanation(first[0], (told if others else first[1],), first[2])
+    near = [c for _, c, error in found[1:] if error <= 3 * first[2] + 1e-6 and c.code != first[1].code]
+    told = first[1] if not near else replace(first[1], values={**first[1].values, "others": tuple(near[:2])})
+    return Explanation(first[0], (told,), first[2])
 
 
 def _one_change(asked: Objective, single: list, seen: Sequence[Seen]) -> Explanation | None:
@@ -156,8 +158,14 @@ def _named_weights(o: Objective, asked: Objective, weights: list[np.ndarray], se
             len(both) == sum(bool(np.isfinite(c).any()) for c in table.T[1:])
         )
         kind = "scale_of_every_split" if same else "rl_policy_weight"
+        ranks = {len(one.step.sizes) for one in seen}
+        number = max(ranks) if len(ranks) == 1 else 1
         if abs(steady[0] + 1) <= CLOSE:
-            causes.append(cause("sign", "rl_sign"))
+            causes.append(cause("sign", "rl_loss_sign"))
+        elif number > 1 and abs(steady[0] / number - 1) <= CLOSE:
+            causes.append(cause("rank_factor", "ranks_summed"))
+        elif number > 1 and abs(steady[0] * number - 1) <= CLOSE:
+            causes.append(cause("rank_factor", "ranks_twice"))
         else:
             causes.append(cause("scale", kind, scale=steady[0]))
         if same:
@@ -203,18 +211,24 @@ def _free_weights(asked: Objective, single: list, seen: Sequence[Seen]) -> Expla
 
 
 def _change_and_weights(asked: Objective, single: list, seen: Sequence[Seen]) -> Explanation | None:
+    unnamed = None
     for a in single:
         if found := _weights_of_parts(a.objective, seen):
             named = _named_weights(a.objective, a.objective, found[0], seen) or ()
-            return Explanation(a.objective, (a.cause, *named), found[1])
-    return None
+            told = Explanation(a.objective, (a.cause, *named), found[1])
+            if not UNNAMED & {c.code for c in named}:
+                return told
+            unnamed = unnamed or told
+    return unnamed
 
 
 def _two_changes(asked: Objective, single: list, seen: Sequence[Seen]) -> Explanation | None:
     few = [a for a in single if "rl_clip_range" not in a.cause.kinds]
-    for number, first in enumerate(few):
+    unclipped = [one for one in seen if np.array_equal(one.batch.now, one.batch.old)]  # all ratios are 1
+    for first in few:
+        clips = bool(unclipped) and _exact(first.objective, unclipped) is not None
         for second in alternatives(first.objective):
-            if "rl_clip_range" in second.cause.kinds and number:
+            if "rl_clip_range" in second.cause.kinds and not clips:
                 continue
             error = _exact(second.objective, seen)
             if error is not None:
@@ -259,7 +273,9 @@ def _lost(asked: Objective, single: list, seen: Sequence[Seen]) -> Explanation |
 def _change_and_lost(asked: Objective, single: list, seen: Sequence[Seen]) -> Explanation | None:
     for a in single:
         if "rl_clip_range" not in a.cause.kinds and (found := _factors(a.objective, seen)):
-            return Explanation(a.objective, (a.cause, _pattern(found[0], seen)), found[1])
+            lost = _pattern(found[0], seen)
+            if lost.code not in UNNAMED:
+                return Explanation(a.objective, (a.cause, lost), found[1])
     return None
 
 
@@ -269,7 +285,7 @@ def _pattern(factors: list[np.ndarray], seen: Sequence[Seen]) -> Cause:
     index = max(wrong)[1] if wrong else 0
     values, size = factors[index], max(seen[index].step.sizes)
     lost = [int(i) for i in np.flatnonzero(np.abs(values) <= CLOSE)]
-    if not lost:
+    if not lost or any(abs(v - 1) > CLOSE for i, v in enumerate(values) if i not in lost and not np.isnan(v)):
         return cause("unknown_weights", "unknown_weights", weights=[round(float(v), 4) for v in values])
     kept = [i % size for i in range(len(values)) if i not in lost and not np.isnan(values[i])]
     if set(kept) == {size - 1}:
