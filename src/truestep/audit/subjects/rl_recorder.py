@@ -48,12 +48,13 @@ class RLRecorder(Recorder):
         self.engine: list[list[float]] = []  # per rollout batch: log-probabilities of the sampler
         self.asked: dict[str, Any] | None = None
         self.expected: list[list[float]] = []  # per step: the K coefficients, if the subject knows them
+        self.labels: list[str] = []  # per step: a name, if the subject's steps differ
 
     def finish(self, **versions: str) -> None:
         super().finish(**versions)
         path = self.spec.folder / f"rank-{self.spec.rank}.json"
         found = json.loads(path.read_text(encoding="utf-8"))
-        found |= {"asked": self.asked, "engine": self.engine, "expected": self.expected}
+        found |= {"asked": self.asked, "engine": self.engine, "expected": self.expected, "labels": self.labels}
         if self.reference is not None and self.spec.rank == 0:
             found["reference"] = self._all_logps(self.reference)
         path.write_text(json.dumps(found), encoding="utf-8")
@@ -120,7 +121,9 @@ class RLRecorder(Recorder):
         logp = log_softmax(model, ids, temperature)
         at = torch.arange(1, len(ids))
         chosen = logp[(at - shift).clamp(min=0), torch.tensor(ids[1:])]
-        entropy = -(logp.exp() * logp).sum(-1)[start - 1 : -1].sum()
+        each = -(logp.exp() * logp).sum(-1)[start - 1 : -1]
+        meant = row.get("entropy_of", [1] * len(each))  # the tokens of the entropy's column
+        entropy = (each * torch.tensor(meant)).sum()
         return chosen[start - 1 :], chosen[: start - 1], entropy[None]
 
     def _columns(self, model: nn.Module, temperature: float, shift: int) -> tuple[Tensor, Tensor]:

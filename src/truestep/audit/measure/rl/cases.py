@@ -18,11 +18,11 @@ from truestep.seeding import Purpose, generator
 VOCABULARY, FIRST_TOKEN, STOP = 64, 3, 2
 GROUP = 3  # odd, so that a biased standard deviation and a median show
 TEMPERATURE = 0.7
-LENGTHS = (2, 17, 5, 9, 4, 14, 22, 3, 11, 6, 19, 8)  # tokens of the completions, with the stop token
+LENGTHS = (2, 17, 5, 9, 4, 14, 22, 3, 11, 6, 22, 8)  # tokens of the completions, with the stop token
 # Sums of these are exact in float32. One over a thousandth is large beside the usual epsilons.
 REWARDS = (1.0, 0.0, 0.25, 0.75, 0.75, 0.75, 0.0, 2.0, 0.5, 0.5, 0.5 + 2**-10, 0.5 + 3 * 2**-10)
 TRUNCATED = (6, 10)  # completions without a stop token
-MOST_TOKENS = 24  # the configured limit of a completion; no completion is as long
+MOST_TOKENS = 22  # the limit of a completion; only truncated ones have as many
 PROMPTS = (3, 5, 4, 7)  # tokens of each group's prompt
 
 

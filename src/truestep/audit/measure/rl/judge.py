@@ -13,7 +13,7 @@ from truestep.audit.measure import thresholds
 from truestep.audit.measure.findings import Causes, Differences, Finding, Verdict, cause
 from truestep.audit.measure.rl.alternatives import OBJECTIVES, SPLITS
 from truestep.audit.measure.rl.observed import RLObservation
-from truestep.audit.measure.rl.search import Explanation, Seen, explain
+from truestep.audit.measure.rl.search import Seen, explain
 
 RESIDUAL = 5e-3  # share of the gradient that no coefficients explain; a correct float32 step is below 1e-4
 PROMPT = 5e-3  # share of the gradient that is from prompt tokens
@@ -77,6 +77,8 @@ def _unusable(run: RLObservation) -> Causes:
     repeated = sum(step.repeated for step in run.steps)
     if repeated:
         return (cause("data_lost", "rows_repeated", rows=repeated),)
+    if run.steps[0].expected is not None:
+        return ()
     if len(run.steps) != run.case.steps:
         return (cause("data_lost", "rl_steps", found=len(run.steps), asked=run.case.steps),)
     for begin in range(0, len(run.steps), run.case.updates):
@@ -102,7 +104,9 @@ def _causes(asked: Any, seen: Sequence[Seen]) -> tuple[Causes, float]:
         return (*found, cause("unexplained", "rl_unexplained", share=unexplained)), unexplained
     if (prompt := max(_prompt_share(one) for one in seen)) > PROMPT:
         found.append(cause("prompt_trained", "rl_prompt", share=prompt))
-    explained = _against_expected(seen) if seen[0].step.expected is not None else explain(asked, seen)
+    if seen[0].step.expected is not None:
+        return _against_expected(seen)
+    explained = explain(asked, seen)
     if explained is not None and found and found[-1].code == "prompt_trained":
         # A mask that includes the prompts also counts them.
         counts = {"with_prompts", "with_prompt_targets"}
@@ -115,16 +119,17 @@ def _causes(asked: Any, seen: Sequence[Seen]) -> tuple[Causes, float]:
     return (*found, *explained.causes), explained.error
 
 
-def _against_expected(seen: Sequence[Seen]) -> Explanation | None:
+def _against_expected(seen: Sequence[Seen]) -> tuple[Causes, float]:
     """Compare with coefficients that the subject's own reference has computed."""
-    worst = 0.0
+    wrong, worst = [], 0.0
     for one in seen:
         assert one.step.expected is not None
         error = one.fit.distance(one.step.expected) / max(one.step.norm, 1e-300)
         worst = max(worst, error)
         if not error <= one.allowed:
-            return None
-    return Explanation(None, (), worst)  # type: ignore[arg-type]
+            wrong.append(one.step.label)
+    names = tuple(dict.fromkeys(wrong))
+    return ((cause("unknown_objective", "rl_reference", methods=names),) if names else ()), worst
 
 
 def _prompt_share(one: Seen) -> float:

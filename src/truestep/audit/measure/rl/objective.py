@@ -28,7 +28,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "truncated": ("trained", "masked"),
     "normaliser": ("tokens", "sequences", "sequence_sums", "max_length", "longest", "groups"),
     "counted": ("trained", "all", "padded", "with_prompts", "with_prompt_targets", "untruncated_rows", "rewarded_rows"),
-    "scope": ("step", "micro_batch", "micro_batch_sum", "rank", "rollout"),
+    "scope": ("step", "micro_batch", "micro_batch_sum", "rank", "rollout", "rollout_sum"),
 }
 
 
@@ -263,8 +263,8 @@ def weights(o: Objective, b: Batch, mask: np.ndarray, scope: str, normaliser: st
     if scope == "rank":
         ranks = [(b.rank == rank) & b.present for rank in range(b.num_ranks)]
         parts = [(here, here, 1 / b.num_ranks) for here in ranks]
-    if scope == "rollout":  # the mean over the whole rollout batch, times the number of updates of one pass
-        parts = [(b.present, np.ones(len(rows), bool), float(b.case.parts))]
+    if scope in ("rollout", "rollout_sum"):  # the mean over the whole rollout batch; ``rollout``: times its parts
+        parts = [(b.present, np.ones(len(rows), bool), float(b.case.parts) if scope == "rollout" else 1.0)]
     found = np.zeros(len(rows))
     for here, counted, share in parts:
         found[here] = (share / _divisors(o, b, counts, counted, normaliser))[here]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ class Fit:
     @cached_property
     def condition(self) -> float:
         """The condition number of the columns, each scaled to unit length."""
-        size = np.sqrt(np.maximum(np.diag(self.gram), 1e-300))
-        values = np.linalg.eigvalsh(self.gram / np.outer(size, size))
+        used = np.diag(self.gram) > 0  # a column is 0 if its tokens have no entropy bonus
+        size = np.sqrt(np.diag(self.gram)[used])
+        values = np.linalg.eigvalsh(self.gram[np.ix_(used, used)] / np.outer(size, size))
         return math.sqrt(values[-1] / values[0]) if values[0] > 1e-14 * values[-1] else math.inf
 
     def distance(self, coefficients: np.ndarray) -> float:
@@ -66,6 +67,7 @@ class RLStep:
     repeated: int  # rows that are in this step more than once
     sizes: tuple[int, ...]  # micro-batches of each rank
     expected: np.ndarray | None = None  # K, if the subject has a reference for its own objective
+    label: str = ""  # what is trained in this step, if the steps of a subject differ
 
     @cached_property
     def fit(self) -> Fit:
@@ -149,7 +151,10 @@ def _load(folder: Path, case: RLCase) -> RLObservation:
         afters = [_array(folder, part["after"]) for part in parts]
         differ = max([differ, *(float(np.abs(a - afters[0]).max()) for a in afters)])
         expected = first["expected"][index] if index < len(first["expected"]) else None
-        steps.append(_step(folder, parts, len(case.rows), expected))
+        made = _step(folder, parts, len(case.rows), expected)
+        steps.append(replace(made, label=str(first["labels"][index]) if first["labels"] else ""))
+    if first["expected"] and len(first["expected"]) != len(steps):
+        raise ObservationError("rl_steps", found=len(steps), asked=len(first["expected"]))
     return RLObservation(
         case=case,
         asked=Objective.from_json(first["asked"]) if first["asked"] is not None else None,
