@@ -41,11 +41,11 @@ def alternatives(asked: Objective) -> Iterator[Alternative]:
 Change = tuple[dict[str, Any], str, str, dict[str, Any]]
 
 
-def _choices(o: Objective, name: str, code: str, kind: str = "") -> Iterator[Change]:
+def _choices(o: Objective, name: str, code: str, kind: str) -> Iterator[Change]:
     """Yield a change for every other known value of a field."""
     for value in KNOWN[name]:
         if value != getattr(o, name):
-            yield {name: value}, code, kind or f"rl_{name}", {"found": value, "asked": getattr(o, name)}
+            yield {name: value}, code, kind, {"found": value, "asked": getattr(o, name)}
 
 
 def _changes(o: Objective) -> Iterator[Change]:
@@ -57,11 +57,11 @@ def _changes(o: Objective) -> Iterator[Change]:
 
 
 def _denominators(o: Objective) -> Iterator[Change]:
-    yield from _choices(o, "normaliser", "normaliser")
+    yield from _choices(o, "normaliser", "normaliser", "rl_normaliser")
     for scope in KNOWN["scope"]:
         if scope != o.scope:
             own = {"kl_scope": o.kl_scope or o.scope, "entropy_scope": o.entropy_scope or o.scope}
-            code = "normaliser" if scope == "rollout" else "local_normaliser"
+            code = {"rollout": "normaliser", "rollout_sum": "rollout_normaliser"}.get(scope, "local_normaliser")
             yield {"scope": scope}, code, "rl_scope", {"found": scope}
             if o.kl != "none" or o.entropy:
                 yield {"scope": scope, **own}, code, "rl_scope", {"found": scope}
@@ -94,7 +94,7 @@ def _advantages(o: Objective) -> Iterator[Change]:
             for ddof in (0, 1):
                 changes = {"scale": "group_std", "epsilon": epsilon, "ddof": ddof}
                 yield changes, "advantage_scale", "rl_advantage_scale", {"found": "group_std", "asked": o.scale}
-    yield from _choices(o, "baseline", "baseline")
+    yield from _choices(o, "baseline", "baseline", "rl_baseline")
     if o.scale != "none":
         other = 1 - o.ddof
         yield {"ddof": other}, "advantage_scale", "rl_ddof", {"found": other}
@@ -115,7 +115,7 @@ def _ratios(o: Objective) -> Iterator[Change]:
         if value != o.surrogate:
             code = "clip" if value in ("clip_both", "clip_wrong") else "surrogate"
             yield {"surrogate": value}, code, "rl_surrogate", {"found": value, "asked": o.surrogate}
-    yield from _choices(o, "level", "ratio_level")
+    yield from _choices(o, "level", "ratio_level", "rl_level")
     yield from _choices(o, "old", "old_logprobs", "rl_old")
     pairs = [(low, high) for low in CLIPS for high in CLIPS if (low, high) != (o.clip_low, o.clip_high)]
     for low, high in pairs:

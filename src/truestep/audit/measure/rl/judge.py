@@ -46,6 +46,7 @@ def judge(
         return replace(nothing, verdict=verdict, reasons=tuple(hidden[:1]))
     seen = [Seen(name, s, run.batch(i)) for name, run in usable.items() for i, s in enumerate(run.steps)]
     asked = ran.asked
+    nothing = replace(nothing, asked=asked.to_json() if asked else {"reference": "float64"})
     causes, error = _causes(asked, seen) if seen else ((), 0.0)
     lost = tuple(c for why in faulty.values() for c in why)
     finding = _verdict(nothing, causes, lost, documented)

@@ -85,6 +85,12 @@ class Objective:
             made[name] = tuple(map(float, value)) if types[name] is tuple else types[name](value)
         return cls(**made)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that say what the objective is, without those that have no effect."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = ("normaliser", "baseline", "scale", "surrogate", "level")
+        return {k: v for k, v in found.items() if k in shown or v != getattr(type(self), k, None)}
+
 
 @dataclass(frozen=True)
 class Parts:

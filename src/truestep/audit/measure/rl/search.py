@@ -20,6 +20,11 @@ from truestep.audit.measure.rl.observed import Fit, RLStep
 FIT = 5e-4  # relative; a correct step in float32 misses less than 1e-4, the smallest known fault more than 1e-3
 NOISE_FACTOR = 3.0
 CLOSE = 0.01  # relative: two factors this close are the same
+# A term was not asked for; it has the wrong sign; it is missing; it has a different weight.
+WEIGHTS = {
+    "kl": ("rl_kl_added", "rl_kl_sign", "rl_kl_missing", "rl_kl_weight"),
+    "entropy": ("rl_entropy_added", "rl_entropy_sign", "rl_entropy_missing", "rl_entropy_weight"),
+}
 UNNAMED = {"split_factor", "unknown_weights"}
 
 
@@ -179,14 +184,13 @@ def _named_weights(o: Objective, asked: Objective, weights: list[np.ndarray], se
             continue
         amount = weight * (o.beta if name == "kl" else o.entropy)
         values = {"found": amount, "asked": given, "estimate": o.kl, "anchor": o.anchor}
-        if was_asked and abs(weight + 1) <= CLOSE:
-            causes.append(cause("sign", f"rl_{name}_sign", **values))
-        elif was_asked and abs(weight) <= CLOSE:
-            causes.append(cause(f"{name}_weight", f"rl_{name}_missing", **values))
-        elif not was_asked:
-            causes.append(cause(f"{name}_weight", f"rl_{name}_added", **values))
+        kinds = WEIGHTS[name]
+        if not was_asked:
+            causes.append(cause(f"{name}_weight", kinds[0], **values))
+        elif abs(weight + 1) <= CLOSE:
+            causes.append(cause("sign", kinds[1], **values))
         else:
-            causes.append(cause(f"{name}_weight", f"rl_{name}_weight", **values))
+            causes.append(cause(f"{name}_weight", kinds[2 if abs(weight) <= CLOSE else 3], **values))
     return tuple(causes) or None
 
 
