@@ -50,6 +50,11 @@ class RLRecorder(Recorder):
         self.expected: list[list[float]] = []  # per step: the K coefficients, if the subject knows them
         self.labels: list[str] = []  # per step: a name, if the subject's steps differ
 
+    def begin_again(self) -> None:
+        """End the step that was taken last. The parameters may then be set to other values."""
+        self._close_step()
+        self.before = None
+
     def finish(self, **versions: str) -> None:
         super().finish(**versions)
         path = self.spec.folder / f"rank-{self.spec.rank}.json"

@@ -1,9 +1,9 @@
-"""truestep's own optimizer step for every method of its table, one method after the other, under plain SGD.
+"""truestep's own optimizer step for every method of its table, each from the same parameters, under plain SGD.
 
 The expected coefficients come from the float64 reference (testing/reference), which does not share code with the
 objective: the papers' losses are differentiated by the log-probabilities of the tokens. The advantages are its own,
-too. Only the gate (which samples of a group are kept) is the method's in both. Every method's step has a proximal
-policy that is one step behind the policy, so ratios and clips count. Option: methods (sft, rl or mixed).
+too. Only the gate (which samples of a group are kept) is the method's in both. The proximal policy has slightly
+different parameters, so ratios and clips count. Option: methods (sft, rl or mixed).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def with_advantages(
 
 
 def expected(
-    spec: harness.Spec, name: str, rows: dict[int, TrainSequence], models: tuple[Any, Any, Any]
+    spec: harness.Spec, name: str, rows: dict[int, TrainSequence], models: tuple[Any, ...]
 ) -> list[float]:
     """Return the coefficients of all columns that the reference gives. ``models`` are the policy, the proximal policy
     and the frozen reference, in float64."""
@@ -166,7 +166,10 @@ def run_case(spec: harness.Spec) -> None:
         foreign = {"demonstration": num, "stored": num, "prefix": num // 2}.get(kind, 0)
         row["entropy_of"] = [0] * foreign + [1] * (num - foreign)  # the bonus is over the policy's tokens
     wide = copy.deepcopy(anchor).double().eval()
-    behind = copy.deepcopy(model)
+    start = harness.flat(harness.parameters_of(model))
+    spread = rl_harness.SPREAD * torch.randn(start.shape, generator=torch.Generator().manual_seed(8), dtype=start.dtype)
+    behind = copy_into(copy.deepcopy(model), start + spread / 2)
+    exact = tuple(copy_into(copy.deepcopy(wide), harness.flat(harness.parameters_of(m))) for m in (model, behind, anchor))
     policy, proximal, reference = policy_of(model), policy_of(behind), policy_of(anchor)
     recorder = rl_recorder.RLRecorder(spec, model)
     whole = [sequence(spec, i, [0.0] * sum(row["trained"])) for i, row in enumerate(spec.case["rows"])]
@@ -188,14 +191,14 @@ def run_case(spec: harness.Spec) -> None:
         statistics = measure(method.statistics, batches, 0, ranks)
         how: dict[str, Any] = {"max_length": spec.case["max_tokens"], "statistics": statistics, "temperature": temperature}
         how["controls"] = {term.control: 1.0 for term in method.terms if term.control}
-        before = recorder.snapshot()
         if spec.rank == 0:
-            models = tuple(copy_into(copy.deepcopy(wide), v) for v in (before, harness.flat(harness.parameters_of(behind))))
-            recorder.expected.append(expected(spec, name, theirs, (*models, wide)))
+            recorder.expected.append(expected(spec, name, theirs, exact))
             recorder.labels.append(name)
         policy.train()
         train_step(policy, optimizer, batches, StepPlan(step=0, terms=method.terms, learning_rate=spec.lr, ranks=ranks, **how))
-        copy_into(behind, before)
+        recorder.begin_again()
+        copy_into(model, start)
+        optimizer = MasterOptimizer(policy, settings)
     recorder.finish(truestep=__version__, **harness.versions("transformers"))
 
 
