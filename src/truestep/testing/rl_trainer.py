@@ -222,14 +222,18 @@ class GRPO:
                 replica.zero_grad()
                 loss = self.loss(rows, window, rank)
                 loss.backward()
-                zeros = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in replica.parameters()]
+                zeros = [
+                    torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in replica.parameters()
+                ]
                 found[rank].append(zeros)
         return found
 
     def train(self) -> None:
         for rollout in range(self.case.rollouts):
             engine = self.recorders[0].rollout()
-            updates = [[[self.collate(rows) for rows in rank] for rank in self.split(part)] for part in self.parts()]
+            updates = [
+                [[self.collate(rows) for rows in rank] for rank in self.split(part)] for part in self.parts()
+            ]
             every = [rows for update in updates for rank in update for rows in rank]
             for rows in every:
                 self.score(rows, engine, rollout)
@@ -243,7 +247,12 @@ class GRPO:
 
 
 def observe(
-    trainer: type[GRPO], folder: Path, asked: dict[str, Any], names: Sequence[str], num_ranks: int = 1, seed: int = 0
+    trainer: type[GRPO],
+    folder: Path,
+    asked: dict[str, Any],
+    names: Sequence[str],
+    num_ranks: int = 1,
+    seed: int = 0,
 ) -> dict[str, RLObservation]:
     """Train on every case and return what the recorders saw, read back as in every audit."""
     runs = {}

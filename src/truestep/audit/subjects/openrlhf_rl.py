@@ -164,7 +164,7 @@ def run_case(spec: harness.Spec) -> None:
     for _ in range(spec.case["rollouts"]):
         trainer.replay_buffer.clear()
         lines = recorder.rollout()
-        for sample in experiences(spec, *actors, lines):
+        for sample in experiences(spec, actors[0], actors[1], lines):
             trainer.replay_buffer.append(sample)
         trainer.ppo_train(args.algo.kl.init_coef)
     recorder.finish(**harness.versions("openrlhf", "deepspeed", "transformers"))

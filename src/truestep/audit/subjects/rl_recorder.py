@@ -96,7 +96,8 @@ class RLRecorder(Recorder):
         step |= {"square": float(used @ used), "finite": bool(torch.isfinite(after).all())}
         if not step["finite"]:
             return {**step, "square": 0.0}
-        fits, t = [], self.temperature
+        fits: list[dict[str, Any]] = []
+        t = self.temperature
         for temperature, shift in ((t, 1), (1.0, 1), (1 / t, 1), (t, 0), (t, 2)):
             fit, missed = self._fit(f"{index}-{len(fits)}", temperature, shift, used)
             fits.append(fit)

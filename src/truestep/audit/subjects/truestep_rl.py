@@ -58,6 +58,8 @@ ADVANTAGES = {
 RL = ("grpo_token_mean", "grpo", "dr_grpo", "dapo", "ppo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo",
       "cispo", "sapo", "nft")  # fmt: skip
 MIXED = ("own", "own", "demonstration", "own", "own", "demonstration", "own", "prefix", "own", "own", "stored", "own")
+# Methods whose groups have only samples; the demonstrations of the first two are a stream beside the groups.
+OWN_GROUPS = ("chord_mu", "chord_phi", "relift", "bread", "ghpo")
 SOLVED = 0.6  # a reward of at least this is a solved problem
 
 
@@ -98,6 +100,12 @@ def with_advantages(
     method, ours, theirs = build(name, {}), {}, {}
     for group in sorted({row["group"] for row in spec.case["rows"]}):
         members = [i for i, row in enumerate(spec.case["rows"]) if row["group"] == group]
+        if name in OWN_GROUPS:
+            beside = [i for i in members if kinds(spec)[i] == "demonstration"]
+            members = [i for i in members if kinds(spec)[i] not in ("demonstration", "stored")]
+            if name in OWN_GROUPS[:2]:
+                ours |= {i: sequence(spec, i, lines[i]) for i in beside}
+                theirs |= {i: sequence(spec, i, lines[i]) for i in beside}
         plain = [sequence(spec, i, lines[i]) for i in members]
         rewards = [s.reward for s in plain]
         own = [next(o for o in reversed(s.origin) if o is not Origin.CONTEXT) for s in plain]

@@ -61,7 +61,9 @@ def _denominators(o: Objective) -> Iterator[Change]:
     for scope in KNOWN["scope"]:
         if scope != o.scope:
             own = {"kl_scope": o.kl_scope or o.scope, "entropy_scope": o.entropy_scope or o.scope}
-            code = {"rollout": "normaliser", "rollout_sum": "rollout_normaliser"}.get(scope, "local_normaliser")
+            code = {"rollout": "normaliser", "rollout_sum": "rollout_normaliser"}.get(
+                scope, "local_normaliser"
+            )
             yield {"scope": scope}, code, "rl_scope", {"found": scope}
             if o.kl != "none" or o.entropy:
                 yield {"scope": scope, **own}, code, "rl_scope", {"found": scope}
@@ -93,7 +95,12 @@ def _advantages(o: Objective) -> Iterator[Change]:
         for epsilon in EPSILONS:
             for ddof in (0, 1):
                 changes = {"scale": "group_std", "epsilon": epsilon, "ddof": ddof}
-                yield changes, "advantage_scale", "rl_advantage_scale", {"found": "group_std", "asked": o.scale}
+                yield (
+                    changes,
+                    "advantage_scale",
+                    "rl_advantage_scale",
+                    {"found": "group_std", "asked": o.scale},
+                )
     yield from _choices(o, "baseline", "baseline", "rl_baseline")
     if o.scale != "none":
         other = 1 - o.ddof

@@ -60,7 +60,9 @@ class RLCase:
     temperature: float = TEMPERATURE
     vocabulary: int = VOCABULARY
     max_tokens: int = MOST_TOKENS
-    engine_gap: float = 0.0  # spread of the differences between the sampler's log-probabilities and the policy's
+    engine_gap: float = (
+        0.0  # spread of the differences between the sampler's log-probabilities and the policy's
+    )
     rate: float = 1.0  # share of the learning rate
     epochs: int = 1
 

@@ -37,7 +37,9 @@ def judge(
     seconds = {k: sum(r.seconds.get(k, 0.0) for r in runs.values()) for k in ("run", "reference")}
     nothing = replace(nothing, versions=ran.versions, location=ran.location, seconds=seconds)
     broken = {name: why for name, run in runs.items() if (why := _unusable(run))}
-    hidden = [replace(why[0], values={**why[0].values, "case": n}) for n, why in broken.items() if not why[0].code]
+    hidden = [
+        replace(why[0], values={**why[0].values, "case": n}) for n, why in broken.items() if not why[0].code
+    ]
     faulty = {name: why for name, why in broken.items() if why[0].code}
     usable = {name: run for name, run in runs.items() if name not in broken}
     hidden += [cause("", "case_left_out", case=name, why=why) for name, why in without.items()]

@@ -7,7 +7,7 @@ Sources: docs/objective.md, which names the paper of every formula.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,15 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "anchor": ("reference", "old", "initial", "engine"),
     "truncated": ("trained", "masked"),
     "normaliser": ("tokens", "sequences", "sequence_sums", "max_length", "longest", "groups"),
-    "counted": ("trained", "all", "padded", "with_prompts", "with_prompt_targets", "untruncated_rows", "rewarded_rows"),
+    "counted": (
+        "trained",
+        "all",
+        "padded",
+        "with_prompts",
+        "with_prompt_targets",
+        "untruncated_rows",
+        "rewarded_rows",
+    ),
     "scope": ("step", "micro_batch", "micro_batch_sum", "rank", "rollout", "rollout_sum"),
 }
 
@@ -77,19 +85,18 @@ class Objective:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Objective:
         """Return the objective that a subject wrote. Raises ValueError or TypeError if it is not one."""
-        types = {f.name: type(f.default) for f in fields(cls)}
-        made: dict[str, Any] = {}
+        usual, made = vars(cls()), dict[str, Any]()
         for name, value in found.items():
-            if name not in types:
+            if name not in usual:
                 raise ValueError(f"{name} is not a field of an objective")
-            made[name] = tuple(map(float, value)) if types[name] is tuple else types[name](value)
+            kind = type(usual[name])
+            made[name] = tuple(map(float, value)) if kind is tuple else kind(value)
         return cls(**made)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields that say what the objective is, without those that have no effect."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        shown = ("normaliser", "baseline", "scale", "surrogate", "level")
-        return {k: v for k, v in found.items() if k in shown or v != getattr(type(self), k, None)}
+        """Return the most important fields, and those that do not have their usual value."""
+        usual, shown = vars(type(self)()), ("normaliser", "baseline", "scale", "surrogate", "level")
+        return {k: v for k, v in vars(self).items() if k in shown or v != usual[k]}
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,9 @@ class Parts:
     policy: np.ndarray
     kl: np.ndarray
     entropy: np.ndarray
-    edge: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # M: tokens too close to a clip to tell
+    edge: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, bool)
+    )  # M: tokens too close to a clip to tell
 
     @property
     def whole(self) -> np.ndarray:
@@ -127,7 +136,9 @@ def coefficients(o: Objective, b: Batch) -> Parts:
     pad = np.zeros(b.size - len(mask))
     tail = np.concatenate([np.zeros(b.size - len(bonus)), bonus])
     zero = np.zeros(b.size)
-    return Parts(np.concatenate([policy, pad]), np.concatenate([kl, pad]), tail if o.entropy else zero, edge & mask)
+    return Parts(
+        np.concatenate([policy, pad]), np.concatenate([kl, pad]), tail if o.entropy else zero, edge & mask
+    )
 
 
 def trained_tokens(o: Objective, b: Batch) -> np.ndarray:
@@ -269,7 +280,10 @@ def weights(o: Objective, b: Batch, mask: np.ndarray, scope: str, normaliser: st
     if scope == "rank":
         ranks = [(b.rank == rank) & b.present for rank in range(b.num_ranks)]
         parts = [(here, here, 1 / b.num_ranks) for here in ranks]
-    if scope in ("rollout", "rollout_sum"):  # the mean over the whole rollout batch; ``rollout``: times its parts
+    if scope in (
+        "rollout",
+        "rollout_sum",
+    ):  # the mean over the whole rollout batch; ``rollout``: times its parts
         parts = [(b.present, np.ones(len(rows), bool), float(b.case.parts) if scope == "rollout" else 1.0)]
     found = np.zeros(len(rows))
     for here, counted, share in parts:
@@ -300,9 +314,7 @@ def _absent(o: Objective, b: Batch) -> np.ndarray:
     return np.asarray(absent)
 
 
-def _divisors(
-    o: Objective, b: Batch, counts: np.ndarray, here: np.ndarray, normaliser: str
-) -> np.ndarray:
+def _divisors(o: Objective, b: Batch, counts: np.ndarray, here: np.ndarray, normaliser: str) -> np.ndarray:
     """Return the divisor of a token of each row [R]; ``here`` has the rows that are counted."""
     number = float(here.sum())
     if o.counted == "untruncated_rows":

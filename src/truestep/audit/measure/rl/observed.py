@@ -105,7 +105,9 @@ class RLObservation:
 
         def logps(number: int) -> np.ndarray:
             fits = self.steps[number].fits
-            return next((f for f in fits if f.temperature == wanted and f.shift == step.fit.shift), fits[0]).logps
+            return next(
+                (f for f in fits if f.temperature == wanted and f.shift == step.fit.shift), fits[0]
+            ).logps
 
         engine = self.engine[min(index // size, len(self.engine) - 1)] if self.engine else logps(start)
         return Batch(

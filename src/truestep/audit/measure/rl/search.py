@@ -17,7 +17,9 @@ from truestep.audit.measure.rl.batch import Batch
 from truestep.audit.measure.rl.objective import Objective, Parts, coefficients
 from truestep.audit.measure.rl.observed import Fit, RLStep
 
-FIT = 5e-4  # relative; a correct step in float32 misses less than 1e-4, the smallest known fault more than 1e-3
+FIT = (
+    5e-4  # relative; a correct step in float32 misses less than 1e-4, the smallest known fault more than 1e-3
+)
 NOISE_FACTOR = 3.0
 CLOSE = 0.01  # relative: two factors this close are the same
 # A term was not asked for; it has the wrong sign; it is missing; it has a different weight.
@@ -102,7 +104,9 @@ def _merged(found: Sequence[tuple[Objective, Cause, float]]) -> Explanation:
 
 
 def _one_change(asked: Objective, single: list, seen: Sequence[Seen]) -> Explanation | None:
-    fitting = [(a.objective, a.cause, error) for a in single if (error := _exact(a.objective, seen)) is not None]
+    fitting = [
+        (a.objective, a.cause, error) for a in single if (error := _exact(a.objective, seen)) is not None
+    ]
     return _merged(fitting) if fitting else None
 
 
@@ -145,7 +149,9 @@ def _added(asked: Objective) -> Iterator[Objective]:
             yield replace(asked, entropy=1.0, entropy_scope=scope)
 
 
-def _named_weights(o: Objective, asked: Objective, weights: list[np.ndarray], seen: Sequence[Seen]) -> Causes | None:
+def _named_weights(
+    o: Objective, asked: Objective, weights: list[np.ndarray], seen: Sequence[Seen]
+) -> Causes | None:
     """Return causes for weights that are the same in all steps, or that follow the split."""
     table = np.array(weights)
     steady = []
