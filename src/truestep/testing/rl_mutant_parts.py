@@ -144,7 +144,9 @@ def no_baseline(self: GRPO) -> Tensor:
 
 def median_baseline(self: GRPO) -> Tensor:
     groups = self.rewards().view(-1, cases.GROUP)
-    return ((groups - groups.median(1, keepdim=True).values) / (groups.std(1, keepdim=True) + self.epsilon)).flatten()
+    return (
+        (groups - groups.median(1, keepdim=True).values) / (groups.std(1, keepdim=True) + self.epsilon)
+    ).flatten()
 
 
 def local_groups(self: GRPO, numbers: Sequence[int]) -> Rows:

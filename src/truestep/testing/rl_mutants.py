@@ -44,7 +44,9 @@ CORRECTED: dict[str, Any] = {
     "settings": {"correct_high": 1.5}, "asked": {"correction": "truncate", "correction_high": 1.5},
     "cases": ("whole", "split", "mismatch"),
 }  # fmt: skip
-GSPO: dict[str, Any] = {key: {"level": "sequence", "normaliser": "sequences"} for key in ("settings", "asked")}
+GSPO: dict[str, Any] = {
+    key: {"level": "sequence", "normaliser": "sequences"} for key in ("settings", "asked")
+}
 
 
 M = RLMutant
@@ -139,6 +141,7 @@ MUTANTS: tuple[RLMutant, ...] = (
       {"advantages": p.biased, "share": p.micro_mean}),
     M("epsilon clip_range", "another epsilon and another clip", {"epsilon": 1e-6, "clip_high": 0.28}),
 )  # fmt: skip
+
 
 def clean(ranks: int, parts: dict[str, Any]) -> dict[str, Any]:
     return {"ranks": ranks, "cases": SPLIT if ranks == 2 else ONE} | parts

@@ -34,7 +34,11 @@ BASELINES = {
     "group_mean": "the group's mean", "leave_one_out": "the mean of the other samples", "batch_mean": "the batch's mean",
     "group_median": "the group's median", "group_min": "the group's smallest reward", "none": "0",
 }  # fmt: skip
-SPREADS = {"group_std": "the group's standard deviation", "batch_std": "the batch's standard deviation", "none": "nothing"}
+SPREADS = {
+    "group_std": "the group's standard deviation",
+    "batch_std": "the batch's standard deviation",
+    "none": "nothing",
+}
 GROUPS = {
     "group": "the samples of a prompt", "strided": "samples of different prompts (every n-th one)",
     "shifted": "groups that begin one sample late", "micro_batch": "the part of a group in one micro-batch",
@@ -92,6 +96,7 @@ RL_SENTENCES: dict[str, Form] = {
     "rl_stop": lambda v: f"the stop token is {_ends(v)}",
     "rl_first": lambda v: f"the first token of every completion is {_ends(v)}",
     "rl_kl": "the KL estimate is {found}; asked: {asked}",
+    "rl_kl_cap": "the KL estimate of a token is capped at {found:.3g}, beyond which it has no gradient",
     "rl_anchor": lambda v: f"the KL divergence is taken from {OLD[v['found']]}; asked: {OLD[v['asked']]}",
     "rl_policy_weight": "the policy term is multiplied by {scale:.4g}",
     "rl_kl_sign": "the KL term has the wrong sign",

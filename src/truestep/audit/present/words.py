@@ -263,7 +263,11 @@ def found_in_words(row: Row) -> str:
     """Return what was found, or why nothing was found."""
     if is_right(row):
         unseen = f"; not observed: {row['reason']}" if row.get("reason") else ""
-        right = "the coefficients are those of the configured objective" if row.get("asked") else "every token counts once"
+        right = (
+            "the coefficients are those of the configured objective"
+            if row.get("asked")
+            else "every token counts once"
+        )
         return line(f"{right}{unseen}", 600)
     return line(row.get("fault") or row.get("reason") or "", 600)
 

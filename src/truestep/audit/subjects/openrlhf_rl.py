@@ -7,13 +7,15 @@ needs Ray and vLLM. Ray and vLLM are replaced by empty modules: they start proce
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import types
 from types import SimpleNamespace
 from typing import Any
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its entropy is compiled, which takes a C++ compiler
 
 import deepspeed
 import harness
@@ -37,6 +39,15 @@ SUBJECTS = [{
     ],
 }]  # fmt: skip
 EPSILON = 1e-9
+UNUSED = (
+    "ray",
+    "vllm",
+    "aiohttp",
+    "fastapi",
+    "uvicorn",
+    "httpx",
+    "datasets",
+)  # imported, but not called here
 
 
 class Anything:
@@ -49,7 +60,14 @@ class Anything:
         return self
 
 
-class Empty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+def attribute(name: str) -> Anything:
+    """Return an attribute of an empty module, except those that Python and torch look for in every module."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Anything()
+
+
+class Empty:
     """Finds all modules of packages that are not installed, as empty ones."""
 
     def __init__(self, *names: str) -> None:
@@ -57,12 +75,12 @@ class Empty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         mine = name.partition(".")[0] in self.names
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if mine else None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if mine else None  # type: ignore[arg-type]
 
     def create_module(self, spec: Any) -> Any:
         module = types.ModuleType(spec.name)
         module.__path__ = []
-        module.__getattr__ = lambda key: Anything()  # type: ignore[method-assign]
+        module.__getattr__ = attribute  # type: ignore[method-assign]
         return module
 
     def exec_module(self, module: Any) -> None:
@@ -136,7 +154,7 @@ def experiences(spec: harness.Spec, actor: Any, anchor: Any, lines: list[list[fl
 
 def run_case(spec: harness.Spec) -> None:
     openrlhf_sft.without_flash_attention()
-    sys.meta_path.append(Empty("ray", "vllm", "aiohttp", "fastapi", "uvicorn", "httpx", "datasets"))
+    sys.meta_path.append(Empty(*UNUSED))
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     if not torch.cuda.is_available():
         torch.cuda.current_device = lambda: 0

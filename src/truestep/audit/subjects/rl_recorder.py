@@ -59,14 +59,21 @@ class RLRecorder(Recorder):
         super().finish(**versions)
         path = self.spec.folder / f"rank-{self.spec.rank}.json"
         found = json.loads(path.read_text(encoding="utf-8"))
-        found |= {"asked": self.asked, "engine": self.engine, "expected": self.expected, "labels": self.labels}
+        found |= {
+            "asked": self.asked,
+            "engine": self.engine,
+            "expected": self.expected,
+            "labels": self.labels,
+        }
         if self.reference is not None and self.spec.rank == 0:
             found["reference"] = self._all_logps(self.reference)
         path.write_text(json.dumps(found), encoding="utf-8")
 
     def _all_logps(self, model: nn.Module) -> list[float]:
         with torch.no_grad():
-            return [float(x) for row in self.spec.rows for x in completion_logps(model, row, self.temperature)]
+            return [
+                float(x) for row in self.spec.rows for x in completion_logps(model, row, self.temperature)
+            ]
 
     def rollout(self) -> list[list[float]]:
         """Return the sampler's log-probabilities of every row: the policy's, plus the case's known differences."""
@@ -86,7 +93,10 @@ class RLRecorder(Recorder):
 
     def _write_step(self, index: int, before: Tensor, after: Tensor, lines: Any) -> dict[str, Any]:
         micro = [[row for line in batch for row in line] for batch in lines]
-        step: dict[str, Any] = {"microbatches": micro, "after": self._write(f"after-{self.spec.rank}-{index}", after)}
+        step: dict[str, Any] = {
+            "microbatches": micro,
+            "after": self._write(f"after-{self.spec.rank}-{index}", after),
+        }
         if self.spec.rank:
             return step
         own = parameters_of(self.copy)
@@ -113,14 +123,19 @@ class RLRecorder(Recorder):
         solution = torch.linalg.lstsq(gram, projection[:, None], driver="gelsd").solution[:, 0]
         rest = used - columns.T @ solution
         fit = {"temperature": temperature, "shift": shift, "logps": logps.tolist()}
-        fit |= {"gram": self._write(f"gram-{name}", gram), "projection": self._write(f"projection-{name}", projection)}
+        fit |= {
+            "gram": self._write(f"gram-{name}", gram),
+            "projection": self._write(f"projection-{name}", projection),
+        }
         # The same coefficients in the subject's own precision show the rounding of a correct step.
         rough = self._weighted(copy.deepcopy(self.copy).to(self.spec.dtype), temperature, shift, solution)
         fit["rounding"] = float((rough - columns.T @ solution).norm())
         fit["residual"] = float(rest.norm())
         return fit, float(rest.norm() / used.norm()) if float(used.norm()) else 0.0
 
-    def _outputs(self, model: nn.Module, number: int, temperature: float, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(
+        self, model: nn.Module, number: int, temperature: float, shift: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return log p of the completion's and the prompt's tokens, and the sum of the completion's entropies."""
         row = self.spec.rows[number]
         ids, start = row["ids"], row["trained"].index(1)
@@ -161,7 +176,9 @@ class RLRecorder(Recorder):
         model.zero_grad()
         for number, row in enumerate(rows):
             lps, prompt, entropy = self._outputs(model, number, temperature, shift)
-            loss = (lps * weights[at : at + len(lps)].to(lps.dtype)).sum() + entropy[0] * float(weights[entropy_at + number])
+            loss = (lps * weights[at : at + len(lps)].to(lps.dtype)).sum() + entropy[0] * float(
+                weights[entropy_at + number]
+            )
             at += len(lps)
             if row["group"] not in seen:
                 seen.add(row["group"])

@@ -79,7 +79,8 @@ class Completions:
             self.prompts.setdefault(tuple(rl_harness.prompt(row)), []).append(number)
         ends = (0, 2)
         self.by_text = {
-            trl_sft.words([t for t in rl_harness.completion(row) if t not in ends]): row["reward"] for row in self.rows
+            trl_sft.words([t for t in rl_harness.completion(row) if t not in ends]): row["reward"]
+            for row in self.rows
         }
 
     def next_row(self, prompt: list[int]) -> int:

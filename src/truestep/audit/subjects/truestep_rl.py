@@ -57,7 +57,20 @@ ADVANTAGES = {
 }  # fmt: skip
 RL = ("grpo_token_mean", "grpo", "dr_grpo", "dapo", "ppo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gspo",
       "cispo", "sapo", "nft")  # fmt: skip
-MIXED = ("own", "own", "demonstration", "own", "own", "demonstration", "own", "prefix", "own", "own", "stored", "own")
+MIXED = (
+    "own",
+    "own",
+    "demonstration",
+    "own",
+    "own",
+    "demonstration",
+    "own",
+    "prefix",
+    "own",
+    "own",
+    "stored",
+    "own",
+)
 # Methods whose groups have only samples; the demonstrations of the first two are a stream beside the groups.
 OWN_GROUPS = ("chord_mu", "chord_phi", "relift", "bread", "ghpo")
 SOLVED = 0.6  # a reward of at least this is a solved problem
@@ -97,7 +110,9 @@ def with_advantages(
     spec: harness.Spec, name: str, lines: list[list[float]]
 ) -> tuple[dict[int, TrainSequence], dict[int, TrainSequence]]:
     """Return the rows that the gate keeps, with truestep's advantages, and with those of the reference."""
-    method, ours, theirs = build(name, {}), {}, {}
+    method = build(name, {})
+    ours: dict[int, TrainSequence] = {}
+    theirs: dict[int, TrainSequence] = {}
     for group in sorted({row["group"] for row in spec.case["rows"]}):
         members = [i for i, row in enumerate(spec.case["rows"]) if row["group"] == group]
         if name in OWN_GROUPS:
@@ -131,7 +146,9 @@ def expected(
     scored, leaves = [], {}
     for number, item in rows.items():
         with torch.no_grad():
-            (now, spread), (old, old_spread), (anchor, _) = (trained_tokens(m, item, spec.case["temperature"]) for m in models)
+            (now, spread), (old, old_spread), (anchor, _) = (
+                trained_tokens(m, item, spec.case["temperature"]) for m in models
+            )
         logps = [x.clone().requires_grad_() for x in now]
         entropies = [x.clone().requires_grad_() for x in spread]
         leaves[number] = (logps, entropies)
@@ -175,14 +192,21 @@ def run_case(spec: harness.Spec) -> None:
         row["entropy_of"] = [0] * foreign + [1] * (num - foreign)  # the bonus is over the policy's tokens
     wide = copy.deepcopy(anchor).double().eval()
     start = harness.flat(harness.parameters_of(model))
-    spread = rl_harness.SPREAD * torch.randn(start.shape, generator=torch.Generator().manual_seed(8), dtype=start.dtype)
+    spread = rl_harness.SPREAD * torch.randn(
+        start.shape, generator=torch.Generator().manual_seed(8), dtype=start.dtype
+    )
     behind = copy_into(copy.deepcopy(model), start + spread / 2)
-    exact = tuple(copy_into(copy.deepcopy(wide), harness.flat(harness.parameters_of(m))) for m in (model, behind, anchor))
+    exact = tuple(
+        copy_into(copy.deepcopy(wide), harness.flat(harness.parameters_of(m)))
+        for m in (model, behind, anchor)
+    )
     policy, proximal, reference = policy_of(model), policy_of(behind), policy_of(anchor)
     recorder = rl_recorder.RLRecorder(spec, model)
     whole = [sequence(spec, i, [0.0] * sum(row["trained"])) for i, row in enumerate(spec.case["rows"])]
     needles = [bytes(s.token_ids[: last_needed(s)]) for s in whole]
-    recorder.watch(model.base_model, needles, ignored=bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist()))
+    recorder.watch(
+        model.base_model, needles, ignored=bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist())
+    )
     lines = recorder.rollout()
     settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=0.0)
     optimizer = MasterOptimizer(policy, settings)
@@ -190,20 +214,35 @@ def run_case(spec: harness.Spec) -> None:
     for name in [m for m in METHODS if kind_of(m) == spec.options["methods"]]:
         ours, theirs = with_advantages(spec, name, lines)
         method = build(name, {})
-        scorer = Scorer(policy=proximal, reference=reference, temperature=temperature, tokens_per_microbatch=limit, ranks=ranks)
+        scorer = Scorer(
+            policy=proximal,
+            reference=reference,
+            temperature=temperature,
+            tokens_per_microbatch=limit,
+            ranks=ranks,
+        )
         mine = [s for i, s in ours.items() if i % spec.world_size == spec.rank]
         # Without shared prompts, every row is in one piece in the model's input.
         apart: dict[str, Any] = {"share_prefix": False, "first_sequence": spec.rank * len(spec.rows)}
         packed = pack(mine, tokens_per_microbatch=limit, **apart)
         batches = scorer.with_proximal(scorer.with_reference(packed, 0), 0)
         statistics = measure(method.statistics, batches, 0, ranks)
-        how: dict[str, Any] = {"max_length": spec.case["max_tokens"], "statistics": statistics, "temperature": temperature}
+        how: dict[str, Any] = {
+            "max_length": spec.case["max_tokens"],
+            "statistics": statistics,
+            "temperature": temperature,
+        }
         how["controls"] = {term.control: 1.0 for term in method.terms if term.control}
         if spec.rank == 0:
             recorder.expected.append(expected(spec, name, theirs, exact))
             recorder.labels.append(name)
         policy.train()
-        train_step(policy, optimizer, batches, StepPlan(step=0, terms=method.terms, learning_rate=spec.lr, ranks=ranks, **how))
+        train_step(
+            policy,
+            optimizer,
+            batches,
+            StepPlan(step=0, terms=method.terms, learning_rate=spec.lr, ranks=ranks, **how),
+        )
         recorder.begin_again()
         copy_into(model, start)
         optimizer = MasterOptimizer(policy, settings)

@@ -35,7 +35,14 @@ SUBJECTS = [{
 }]  # fmt: skip
 NORMALISERS = {"token-mean": "tokens", "seq-mean-token-mean": "sequences", "seq-mean-token-sum": "sequence_sums",
                "seq-mean-token-sum-norm": "max_length"}  # fmt: skip
-SURROGATES = {"vanilla": "clip", "gspo": "clip", "sapo": "sapo", "cispo": "cispo", "gpg": "reinforce", "geo_mean": "clip"}
+SURROGATES = {
+    "vanilla": "clip",
+    "gspo": "clip",
+    "sapo": "sapo",
+    "cispo": "cispo",
+    "gpg": "reinforce",
+    "geo_mean": "clip",
+}
 KINDS = {"low_var_kl": "k3", "k3+": "k2"}  # the gradient of "+" is that of k2
 
 
@@ -64,7 +71,9 @@ def asked(spec: harness.Spec, config: ActorConfig) -> dict[str, Any]:
         found |= {"kl": KINDS[kind], "beta": options["kl_loss_coef"]}
     if options["loss_mode"] == "sapo":
         found["tau"] = [config.tau_pos, config.tau_neg]
-    found["entropy_normaliser"] = found["normaliser"] if found["normaliser"] in ("tokens", "sequences") else "tokens"
+    found["entropy_normaliser"] = (
+        found["normaliser"] if found["normaliser"] in ("tokens", "sequences") else "tokens"
+    )
     return found
 
 
@@ -116,7 +125,10 @@ def run_case(spec: harness.Spec) -> None:
         for number in range(spec.case["parts"] * spec.case["passes"]):
             first = number % spec.case["parts"] * size
             window = list(range(first, first + size))
-            counts = {"batch_num_tokens": sum(sum(rows[i]["trained"]) for i in window), "global_batch_size": len(window)}
+            counts = {
+                "batch_num_tokens": sum(sum(rows[i]["trained"]) for i in window),
+                "global_batch_size": len(window),
+            }
             config.global_batch_info.update(dp_size=spec.world_size, loss_scale_factor=None, **counts)
             mine = window[spec.rank * size // spec.world_size : (spec.rank + 1) * size // spec.world_size]
             for start in range(0, len(mine), spec.rows_per_microbatch):

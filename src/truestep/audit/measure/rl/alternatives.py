@@ -157,3 +157,5 @@ def _terms(o: Objective) -> Iterator[Change]:
         kinds = _choices(o, "kl", "kl_estimate", "rl_kl")
         yield from (change for change in kinds if change[0]["kl"] != "none")
         yield from _choices(o, "anchor", "kl_anchor", "rl_anchor")
+        for cap in (5.0, 10.0, 20.0):
+            yield {"kl_cap": cap}, "kl_estimate", "rl_kl_cap", {"found": cap}

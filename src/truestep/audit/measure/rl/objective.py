@@ -64,6 +64,7 @@ class Objective:
     kl: str = "none"
     beta: float = 0.0
     anchor: str = "reference"
+    kl_cap: float = 0.0  # a token whose KL estimate is larger has no gradient; 0: no cap
     kl_scope: str = ""  # "": that of the policy term
     entropy: float = 0.0
     entropy_scope: str = ""
@@ -259,9 +260,14 @@ def _kl(o: Objective, b: Batch, ratio: np.ndarray) -> np.ndarray:
     """Return the derivative by log π of the KL estimate [M]."""
     anchor = {"reference": b.reference, "old": b.old, "initial": b.initial, "engine": b.engine}[o.anchor]
     d = b.now - anchor
-    return np.asarray({
-        "k1": np.ones_like(d), "k2": d, "k3": 1 - np.exp(-d), "k3_ratio": ratio * d, "abs": np.sign(d),
-    }[o.kl])  # fmt: skip
+    slope = {"k1": np.ones_like(d), "k2": d, "k3": 1 - np.exp(-d), "k3_ratio": ratio * d, "abs": np.sign(d)}[
+        o.kl
+    ]
+    if o.kl_cap:
+        k3 = np.exp(-d) + d - 1
+        size = {"k1": np.abs(d), "k2": d**2 / 2, "abs": np.abs(d)}.get(o.kl, k3)
+        slope = np.where(size > o.kl_cap, 0.0, slope)
+    return np.asarray(slope)
 
 
 # ------------------------------------------------------------------------------------------------- normalisers

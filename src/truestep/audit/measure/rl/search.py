@@ -73,7 +73,7 @@ def explain(asked: Objective, seen: Sequence[Seen]) -> Explanation | None:
     single = list(alternatives(asked))
     if all(len(one.step.sizes) == 1 for one in seen):  # then a rank has the whole batch
         single = [a for a in single if a.objective.grouping != "rank"]
-    plain = (_one_change, _free_weights, _lost, _change_and_weights, _two_changes, _change_and_lost)
+    plain = (_one_change, _free_weights, _lost, _two_changes, _change_and_weights, _change_and_lost)
     for named in (True, False):  # first only if all factors are known ones
         for stage in plain if named else (_free_weights, _lost, _change_and_weights):
             found = stage(asked, single, seen)
@@ -238,7 +238,9 @@ def _two_changes(asked: Objective, single: list, seen: Sequence[Seen]) -> Explan
     for first in few:
         clips = bool(unclipped) and _exact(first.objective, unclipped) is not None
         for second in alternatives(first.objective):
-            if "rl_clip_range" in second.cause.kinds and not clips:
+            if second.cause.kinds == first.cause.kinds or (
+                "rl_clip_range" in second.cause.kinds and not clips
+            ):
                 continue
             error = _exact(second.objective, seen)
             if error is not None:
