@@ -47,19 +47,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "verl-0.9.1": ("verl==0.9.1",),
     "trl-1.16.0": ("trl==1.16.0",),
     "trl-1.16.0+deepspeed-0.18.9": ("trl==1.16.0+deepspeed==0.18.9",),
-    **{
-        f"trl-{v}-rl": (f"trl=={v}", "--only", "GRPO")
-        for v in ("0.15.2", "0.17.0", "0.21.0", "0.24.0", "0.29.1", "1.16.0")
-    },
-    "openrlhf-0.11.2-rl": ("openrlhf==0.11.2", "--only", "ActorPPO"),
-    "verl-0.9.1-rl": ("verl==0.9.1", "--only", "policy"),
 }
 
 
 def run(name: str, words: tuple[str, ...]) -> None:
     extra = ["--remedy", "--reproduce", "results/audit/reproducers", "--json"]
-    if name.endswith("-rl"):  # remedies and reproducers are those of an SFT step
-        extra = ["--json", "--timeout", "900"]
     command = [sys.executable, "-m", "truestep", "audit", *words, *extra]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if not done.stdout:
