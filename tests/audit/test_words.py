@@ -32,7 +32,7 @@ def strings(room: str) -> Iterator[tuple[str, str]]:
                 yield path.name, node.value
 
 
-@pytest.mark.parametrize("room", ["measure", "postmortem"])
+@pytest.mark.parametrize("room", ["measure", "measure/rl", "postmortem"])
 def test_no_sentence_is_made_where_something_is_found(room: str) -> None:
     """But for what makes a file unreadable."""
     told = [pair for pair in strings(room) if not pair[1].startswith("https://")]
@@ -41,7 +41,9 @@ def test_no_sentence_is_made_where_something_is_found(room: str) -> None:
 
 
 def test_every_kind_has_its_sentence_and_every_sentence_its_kind() -> None:
-    measured = {text for room in ("measure", "environments", "../guard") for _, text in strings(room)}
+    measured = {
+        text for room in ("measure", "measure/rl", "environments", "../guard") for _, text in strings(room)
+    }
     looked_back = {text for _, text in strings("postmortem")}
     command = (AUDIT.parent / "cli" / "audit_actions.py").read_text(encoding="utf-8")
     resumes = {kind for kind in SENTENCES if kind.startswith("resume_")}  # put together from their parts

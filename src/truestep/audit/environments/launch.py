@@ -18,21 +18,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from truestep.audit.measure import cases
-from truestep.audit.measure.cases import Case
 from truestep.audit.measure.findings import Differences, Finding, Verdict, cause
-from truestep.audit.measure.observations import Observation, ObservationError, load, read_plain
+from truestep.audit.measure.observations import ObservationError, load, read_plain
+from truestep.audit.measure.rl import cases as rl_cases
+from truestep.audit.measure.rl.judge import judge as judge_rl
+from truestep.audit.measure.rl.observed import load as load_rl
 from truestep.audit.measure.verdict import judge
 from truestep.audit.subjects import FOLDER, Configuration, Subject
 from truestep.rundir import redact
 
 # A large SGD step gives a more exact gradient; the size of AdamW's step does not depend on its gradient.
 LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-2}
+RL_LEARNING_RATE = 0.5  # after one step, about half of the ratios are outside the usual clip range
 SCRIPT_TIMEOUT = 180.0  # seconds for a reproducer
 MEMORY = 12 << 30  # bytes of address space that a rank may map; torch alone maps several GiB
 MOST_WRITTEN = 1 << 30  # bytes, of one file and of all files of an audit together
@@ -50,11 +53,12 @@ class Job:
 
     script: str
     python: Path
-    cases: Sequence[Case]
+    cases: Sequence[Any]  # Case or RLCase
     options: Mapping[str, Any]
     learning_rate: float = 0.5
     world_size: int = 1
     timeout: float = 120.0
+    load: Callable[..., Any] = load  # reads what a case has written
 
 
 def child_environment(world_size: int, home: Path, rank: int, port: int) -> dict[str, str]:
@@ -83,14 +87,24 @@ def audit_one(
     """Run all cases of one subject in one configuration. A subject that cannot run also gets a finding."""
     began, options, ranks = time.monotonic(), configuration.options, configuration.world_size
     size = {"world_size": ranks, "accumulation": int(options.get("accumulation", 4)), "seed": seed}
-    built = [cases.build(name, **size) for name in configuration.only]
     rate = LEARNING_RATE[str(options.get("optimizer", "sgd"))]
-    job = Job(subject.script, python, built, options, learning_rate=rate, world_size=ranks, timeout=timeout)
+    how: dict[str, Any] = {"learning_rate": rate, "world_size": ranks, "timeout": timeout}
+    verdict_of: Callable[..., Finding] = judge
+    if subject.trains_rl:
+        built: Sequence[Any] = [
+            rl_cases.build(name, world_size=ranks, seed=seed) for name in configuration.only
+        ]
+        how |= {"learning_rate": RL_LEARNING_RATE, "load": load_rl}
+        verdict_of = judge_rl
+    else:
+        built = [cases.build(name, **size) for name in configuration.only]
+    job = Job(subject.script, python, built, options, **how)
     nothing = Finding(subject=subject.name, configuration=configuration.to_json())
     known: dict[str, Any] = {"documented": configuration.documented, "without": dict(configuration.without)}
-    known["objective"] = str(options.get("objective", "token_mean"))
+    if not subject.trains_rl:
+        known["objective"] = str(options.get("objective", "token_mean"))
     try:
-        finding = judge(subject.name, nothing.configuration, run(job), **known)
+        finding = verdict_of(subject.name, nothing.configuration, run(job), **known)
     except SubjectFailed as error:
         finding = replace(nothing, reasons=(cause("", "said", text=str(error)),))
     except ObservationError as error:
@@ -104,7 +118,7 @@ def audit_one(
     return replace(finding, seconds={**finding.seconds, "total": time.monotonic() - began})
 
 
-def run(job: Job) -> dict[str, Observation]:
+def run(job: Job) -> dict[str, Any]:
     """Run the job and return case → observation. Raises SubjectFailed, or the error of ``load``."""
     with tempfile.TemporaryDirectory(prefix="truestep-audit-") as name:
         folder = Path(name)
@@ -115,7 +129,7 @@ def run(job: Job) -> dict[str, Observation]:
         spec = {"cases": asked, "options": dict(job.options), "learning_rate": rate}
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         _run_ranks(job, folder, folder / "home")
-        return {case.name: load(folder / case.name, case, learning_rate=rate) for case in job.cases}
+        return {case.name: job.load(folder / case.name, case, learning_rate=rate) for case in job.cases}
 
 
 def _run_all(

@@ -12,7 +12,8 @@ COMPANIONS: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
     # An undeclared dependency; later torchao releases lack what torchtune imports.
     ("torchtune", (999,), ("torchao==0.9.0",)),
     ("trl", (0, 12), ("transformers==4.45.2", "peft==0.13.2")),
-    ("trl", (0, 20), ("datasets<4",)),
+    ("trl", (0, 20), ("datasets<4", "transformers==4.51.3")),
+    ("trl", (1,), ("transformers==4.57.6",)),
     ("transformers", (4, 48), ("accelerate==1.0.1", "huggingface-hub<1")),
     ("transformers", (999,), ("accelerate",)),
 )

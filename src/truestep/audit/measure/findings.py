@@ -66,6 +66,7 @@ class Finding:
     codes: Sequence[str] = ()  # of all cases, the main one first
     documented: str = ""  # the option that requests the difference
     reasons: Causes = ()  # for NOT RUN and NOT OBSERVABLE, and for anything else that was not observed
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the objective of an RL step
     versions: Mapping[str, str] = field(default_factory=dict)
     cases: Mapping[str, Differences] = field(default_factory=dict)
     tokens: Sequence[Sequence[int]] = ()  # of the step that is shown, per rank

@@ -13,6 +13,7 @@ from typing import Any
 
 from truestep.audit.measure.findings import Cause, Differences, Finding, Verdict
 from truestep.audit.present.objective_words import OBJECTIVES
+from truestep.audit.present.rl_words import RL_SENTENCES
 from truestep.faults import FAULTS
 from truestep.pages import visible
 from truestep.rundir import redact
@@ -225,6 +226,7 @@ SENTENCES: dict[str, Form] = {
     "said": "{text}",
     "interrupted": "interrupted before it was run",
     "not_installed": lambda v: f"not installed: {', '.join(v['packages'])}",
+    **RL_SENTENCES,
 }  # fmt: skip
 
 
@@ -232,6 +234,7 @@ def sentence(cause: Cause, forms: Mapping[str, Form] = SENTENCES) -> str:
     """Return a cause as text, with the name of its case. Several possible readings are joined by "or"."""
     found, values = [forms[kind] for kind in cause.kinds], cause.values
     readings = [form.format(**values) if isinstance(form, str) else form(values) for form in found]
+    readings += [sentence(other, forms) for other in values.get("others", ())]
     case = f"{values['case']}: " if values.get("case") else ""
     return case + " or ".join(readings)
 
@@ -289,7 +292,12 @@ def found_in_words(row: Row) -> str:
     """Return what was found, or why nothing was found."""
     if is_right(row):
         unseen = f"; not observed: {row['reason']}" if row.get("reason") else ""
-        return line(f"every token counts once{unseen}", 600)
+        right = (
+            "the coefficients are those of the configured objective"
+            if row.get("asked")
+            else "every token counts once"
+        )
+        return line(f"{right}{unseen}", 600)
     return line(row.get("fault") or row.get("reason") or "", 600)
 
 

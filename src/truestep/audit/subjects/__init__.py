@@ -27,7 +27,8 @@ ENGINE = (
 )  # a loop feeds an engine, which never sees the end of an epoch
 # A step function, whose micro-batches the audit makes itself.
 OWN = (*CASES, "reordered", "padded", "masked_unsplit", "repeated")
-GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed")}
+RL = ("whole", "split", "reused", "minibatches")
+GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed"), "RL": RL}
 ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 
 
@@ -58,6 +59,11 @@ class Subject:
     needs: tuple[str, ...]
     configurations: Sequence[Configuration]
     brings: tuple[str, ...] = ()
+
+    @property
+    def trains_rl(self) -> bool:
+        """Whether its cases are those of RL steps; such adapters have names that end in _rl."""
+        return self.script.endswith("_rl")
 
 
 def read(folder: Path) -> tuple[Subject, ...]:
