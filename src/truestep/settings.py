@@ -248,7 +248,8 @@ class EvaluateSettings(Frozen):
     """The checker of your own benchmarks, instead of a row's. "auto": the row's, "exact" for choices,
     otherwise "math". Example: ``benchmark_checker = "exact"``"""
     benchmark_columns: dict[str, str] = Field(default_factory=dict)
-    """Names of columns of your own benchmarks: our name = the file's, as in [data.NAME].
+    """Names of columns of your own benchmarks: our name = the file's, as in [data.NAME]. A file without the column is
+    read without the name.
     Example: ``benchmark_columns = { problem = "prompt_text", answer = "label" }``"""
     scorers: tuple[RewardSettings, ...] = ()
     """Rewards that every sample of a benchmark gets, next to its verdict.

@@ -484,3 +484,67 @@ def test_unknown_prompts_are_named(tmp_path: Path) -> None:
         chosen(["gone.toml"])
     with pytest.raises(UserError, match=r'"plian" is not one of .*; did you mean "plain"'):
         chosen(["plian"])
+
+
+@pytest.mark.parametrize(
+    ("answers", "letters", "said"),
+    [
+        ([0, 2, 1], "ACB", "3 answers are read as the number of a choice, counted from 0"),
+        ([1, 3, 2], "ACB", "3 answers are read as the number of a choice, counted from 1"),
+        (["0", "z", "B"], "ACB", "1 answer is read as the number of a choice, counted from 0; 1 answer is read as the text"),
+        (["A", "C", "B"], "ACB", ""),
+        ([1, 2, 1], "answer: the answers of this file are numbers, which can count from 0 or from 1", ""),
+        ([0, 3, 1], "which can count from 0 or from 1, because both", ""),
+        ([0, 4, 1], r"x\.jsonl:2: answer: expected the number of one of the 3 choices \(0 to 2", ""),
+        (["A", "F", "B"], r'x\.jsonl:2: answer: expected the label of one of the 3 choices \(A to C\), got "F"', ""),
+        (["A", True, "B"], r"x\.jsonl:2: answer: expected text, got bool", ""),
+    ],
+)  # fmt: skip
+def test_answers_are_letters_numbers_or_texts(
+    tmp_path: Path, answers: list[Any], letters: str, said: str
+) -> None:
+    rows = [{"question": "q", "choices": ["x", "y", "z"], "answer": answer} for answer in answers]
+    jsonl(tmp_path / "x.jsonl", *rows)
+    if len(letters) > 3:
+        with pytest.raises(UserError, match=letters):
+            load_own("x.jsonl", tmp_path, "auto")
+        return
+    ((own, problems),) = load_own("x.jsonl", tmp_path, "auto")
+    texts = [dict(zip("xyz", "ABC", strict=True))[_text_of(p.question, p.answer)] for p in problems]
+    assert "".join(texts) == letters
+    assert own.mind.startswith(said)
+    assert bool(said) == bool(own.mind)
+
+
+def _text_of(question: str, letter: str) -> str:
+    return question.partition(f"{letter}) ")[2][0]
+
+
+def test_numbers_that_are_labels_or_texts(tmp_path: Path) -> None:
+    """Choices with numbers as labels keep them; a number that is the text of a different choice is refused."""
+    jsonl(tmp_path / "a.jsonl", {"question": "q", "choices": ["1) x", "2) y"], "answer": 1})
+    ((own, (problem,)),) = load_own("a.jsonl", tmp_path, "auto")
+    assert (_text_of(problem.question, problem.answer), own.mind) == ("x", "")
+    jsonl(tmp_path / "b.jsonl", {"question": "q", "choices": ["2", "1"], "answer": "2"})
+    with pytest.raises(UserError, match="the text of choice A and can be the number of another"):
+        load_own("b.jsonl", tmp_path, "auto")
+    jsonl(tmp_path / "c.jsonl", {"question": "q", "choices": ["7", "9"], "answer": "9"})
+    ((own, (problem,)),) = load_own("c.jsonl", tmp_path, "auto")
+    assert _text_of(problem.question, problem.answer) == "9"
+
+
+def test_a_named_column_applies_to_the_files_that_have_it(tmp_path: Path) -> None:
+    jsonl(tmp_path / "free.jsonl", {"q": "1+1?", "answer": "2"})
+    jsonl(tmp_path / "mc.jsonl", {"question": "2?", "choices": ["x", "y"], "answer": "A"})
+    both = ["free.jsonl", "mc.jsonl"]
+    read = [load_own(file, tmp_path, "auto", {"problem": "q"}, both) for file in both]
+    assert [problems[0].question[:2] for ((_, problems),) in read] == ["1+", "2?"]
+    ((_, whole), (_, other)) = load_own(".", tmp_path, "auto", {"problem": "q"})
+    assert [whole[0].question[:2], other[0].question[:2]] == ["1+", "2?"]
+    with pytest.raises(
+        UserError, match=r'none of the 2 files has the column that columns\.problem = "qu" names'
+    ):
+        load_own("free.jsonl", tmp_path, "auto", {"problem": "qu"}, both)
+    with pytest.raises(UserError, match=r"free\.jsonl:1: qu: the row has no such column") as caught:
+        load_own("mc=free.jsonl", tmp_path, "auto", {"problem": "qu"})
+    assert "correct the row" not in str(caught.value)

@@ -34,6 +34,10 @@ class RowError(ValueError):
         self.field, self.message = field, message
 
 
+class ColumnError(RowError):
+    """Error for a named column that a row does not have. The names must be corrected, not the row."""
+
+
 def shown(value: Any) -> str:
     """Return a value as messages quote it, in one line of at most 60 characters."""
     if value is None:
