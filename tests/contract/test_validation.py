@@ -177,6 +177,9 @@ def test_a_stage_ends_early_and_exports_its_best_weights(
         said for said in reporter.said if f"ended early after step {last}/40: validation/loss" in said
     ]
     assert "pass --change stages.sft.early_stopping.patience=" in early
+    assert "by more than 0.05 (min_change)" in early
+    card = (stage / "export/README.md").read_text()
+    assert f"step {best} of {last} (ended early; 40 were planned), the lowest validation loss" in card
     kept = read_checkpoint(stage / "best" / f"step_{best:08d}", every_row).tensors["parameters"]
     exported = LlamaForCausalLM.from_pretrained(stage / "export").state_dict()
     assert all(torch.equal(exported[name.removeprefix("model.")], tensor) for name, tensor in kept.items())

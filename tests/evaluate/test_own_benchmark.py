@@ -548,3 +548,24 @@ def test_a_named_column_applies_to_the_files_that_have_it(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"free\.jsonl:1: qu: the row has no such column") as caught:
         load_own("mc=free.jsonl", tmp_path, "auto", {"problem": "qu"})
     assert "correct the row" not in str(caught.value)
+
+
+def test_a_comparison_names_its_sides(tmp_path: Path) -> None:
+    for run, checkpoint in (("x", "base"), ("x", "rl"), ("y", "base")):
+        (tmp_path / run / "evaluations").mkdir(parents=True, exist_ok=True)
+        rewarded(tmp_path / run / "evaluations" / checkpoint, [[1.0, 3.0], [5.0, 5.0]])
+
+    def told(a: str, b: str) -> str:
+        return CliRunner().invoke(_app(), ["eval", "compare", str(tmp_path / a), str(tmp_path / b)]).stdout
+
+    assert "(truestep, x, base) → " in (said := told("x/evaluations/base", "y/evaluations/base"))
+    assert "(truestep, y, base): " in said
+    assert "(truestep, base) → " in (said := told("x/evaluations/base", "x/evaluations/rl"))
+    assert "(truestep, rl): " in said
+    assert told("y", "y").count("(truestep, base)") == 2
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"bare contains no .*pass a run directory"):
+        compare(tmp_path / "bare", tmp_path / "y")
+    (tmp_path / "bare/resolved.toml").touch()
+    with pytest.raises(UserError, match=r"the run .*bare has no evaluation; run truestep eval .*bare --benchmark"):
+        compare(tmp_path / "bare", tmp_path / "y")

@@ -121,8 +121,9 @@ def model_card(
     stages: Sequence[Mapping[str, Any]],
     scores: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any],
+    weights: str = "",
 ) -> str:
-    """Return the README.md of an export: Markdown with YAML front matter.
+    """Return the README.md of an export: Markdown with YAML front matter. ``weights`` says which step they are of.
 
     It shows the name, kind, method, data, seed, steps and flops of each stage, and the data, metric, score,
     low, high, num_problems and n of each score. A missing value is shown as "–". ``provenance`` is what
@@ -141,6 +142,7 @@ def model_card(
     front += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", ""]
     body = [f"# {_cell(name)}", "", f"Trained with truestep from {_cell(base_model)}.", "", "## Training", ""]
     body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs"), training)
+    body += ["", f"Weights: {_cell(weights)}."] if weights else []
     head = ("data", "metric", "value", "95 % interval", "problems", "samples")
     body += ["", "## Evaluation", "", *(_table(head, tested) if tested else [NOT_EVALUATED])]
     return "\n".join([*front, *body, "", "## Provenance", "", *_provenance_lines(provenance), ""])

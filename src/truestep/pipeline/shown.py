@@ -71,3 +71,12 @@ def exported(spec: StageSpec, step: int, best: Mapping[str, Any]) -> tuple[int, 
         return int(best["step"]), f"the best dev score, {best['score']:.3f}"
     measured = ", ".join(f"{name}.select_best" for name in spec.settings.watched_data)
     return step, f"the last, because {measured} is off" if measured else "the last"
+
+
+def weights(done: Mapping[str, Any]) -> str:
+    """Say which weights a finished stage exported, for its model card ("" for a stage of an older version)."""
+    if "exported" not in done:
+        return ""
+    planned = done.get("ended_early", {}).get("planned_steps")
+    early = f" (ended early; {planned} were planned)" if planned else ""
+    return f"step {done['exported']['step']} of {done['steps']}{early}, {done['exported']['why']}"
