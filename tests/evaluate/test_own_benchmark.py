@@ -274,8 +274,15 @@ def test_a_model_that_is_not_here_is_named_before_the_hub_is_asked(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(
-        UserError, match=r"no such folder, and the hub http://127\.0\.0\.1:9 cannot be reached"
+        UserError, match=r"no such folder \(beside .*\), and the hub http://127\.0\.0\.1:9 cannot be reached"
     ):
+        load_tokenizer(ModelSettings(path="org/name"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"= 'org/name': no such folder \(beside .* from the hub: "):
+        load_tokenizer(ModelSettings(path="org/name"))
+    (tmp_path / "org/name").mkdir(parents=True)
+    (tmp_path / "org/name/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"= 'org/name' cannot be loaded: "):
         load_tokenizer(ModelSettings(path="org/name"))
 
 

@@ -141,7 +141,7 @@ def model_card(
     tags = ["truestep", "reasoning", *dict.fromkeys(str(s["kind"]) for s in stages if s.get("kind"))]
     front += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", ""]
     body = [f"# {_cell(name)}", "", f"Trained with truestep from {_cell(base_model)}.", "", "## Training", ""]
-    body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs"), training)
+    body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs (paper)"), training)
     body += ["", f"Weights: {_cell(weights)}."] if weights else []
     head = ("data", "metric", "value", "95 % interval", "problems", "samples")
     body += ["", "## Evaluation", "", *(_table(head, tested) if tested else [NOT_EVALUATED])]

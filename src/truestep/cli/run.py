@@ -33,7 +33,8 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 _DRY_RUN = "Check the recipe, models and data, and print the plan; do not train."
 DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN)]
 _STRICT = (
-    "Stop, after saving, if a stage turns out to be worthless: all rewards equal, a collapsed entropy, ..."
+    "Stop, after saving, at the first warning that a stage learns nothing or gets worse: all rewards are equal, the "
+    "entropy has collapsed, ..."
 )
 Strict = Annotated[bool, typer.Option("--strict", help=_STRICT)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout instead of text.")]
@@ -255,7 +256,8 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
     model = plan["model"]
     reporter.say(
         f"{model['path']}: {model['num_parameters']:,} parameters, context {model['context_length']}, RoPE theta "
-        f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs (fuller count {plan['flops_full']:.3g}) on "
+        f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs by the paper's formula "
+        f"({plan['flops_full']:.3g} by the fuller count) on "
         f"{plan['num_gpus']} GPUs; from [declared], without weights and data"
     )
     document = {"recipe": str(recipe), "run_dir": str(folder), **plan}
