@@ -574,5 +574,7 @@ def test_a_comparison_names_its_sides(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bare contains no .*pass a run directory"):
         compare(tmp_path / "bare", tmp_path / "y")
     (tmp_path / "bare/resolved.toml").touch()
-    with pytest.raises(UserError, match=r"the run .*bare has no evaluation; run truestep eval .*bare --benchmark"):
+    with pytest.raises(
+        UserError, match=r"the run .*bare has no evaluation; run truestep eval .*bare --benchmark"
+    ):
         compare(tmp_path / "bare", tmp_path / "y")

@@ -169,8 +169,9 @@ def _sentence(row: dict[str, Any]) -> str:
     p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}{exact}"
     name = row["task"] if is_share else f"{row['task']}, mean {row['metric']}"
     more, less = ("better", "worse") if is_share else ("higher", "lower")
+    a, b = side(row["a"], row["b"]), side(row["b"], row["a"])
     return (
-        f"{name}: {side(row['a'], row['b'])} → {side(row['b'], row['a'])}: {scale * row['difference']:+{form}}{' points' * is_share}"
+        f"{name}: {a} → {b}: {scale * row['difference']:+{form}}{' points' * is_share}"
         f"{ends(row, '+')}{p_value}, detectable with 80 % power: {least}; {count(row['num_problems'], 'problem')}, "
         f"{row['num_better']} {more}, {row['num_worse']} {less}, paired by {row['paired_by']}"
     )

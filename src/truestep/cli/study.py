@@ -185,7 +185,16 @@ def show_plan(study: Any, checked: Any, path: Path, folder: Path, as_json: bool)
     if as_json:
         echo(json.dumps(plan))
         return
-    heads = ["arm", "stages", "cells", "trials", "FLOPs per cell (fuller)", "CPU s per cell", "GiB", "equal FLOPs"]
+    heads = [
+        "arm",
+        "stages",
+        "cells",
+        "trials",
+        "FLOPs per cell (fuller)",
+        "CPU s per cell",
+        "GiB",
+        "equal FLOPs",
+    ]
     rows = [
         [r["arm"], " ".join(r["stages"]), str(r["cells"]), str(r["trials"]), f"{r['flops_full']:.2e}",
          str(r["cpu_seconds_per_cell"]), f"{r['gib']:.2f}", r["matched"]]
