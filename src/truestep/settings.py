@@ -41,7 +41,8 @@ Pinned = Literal["benchmark"]  # the value in the table of benchmarks
 
 
 class TinySettings(Frozen):
-    """The built-in model, a newly initialized Llama of about 1 M parameters with a character tokenizer."""
+    """The built-in model, a newly initialized Llama of about 1 M parameters. Each printable ASCII character and the
+    line break is one token; rows with other characters are refused."""
 
     hidden_size: int = Field(128, ge=8, multiple_of=8)
     """Width of the model. Example: ``hidden_size = 96``"""

@@ -14,7 +14,7 @@ from truestep.data.demonstrations import Encoded, encode_demonstrations
 from truestep.data.describe import describe, needs_of, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
-from truestep.data.problems import load_problems
+from truestep.data.problems import each_row, load_problems
 from truestep.data.templates import choose_template
 from truestep.device import world
 from truestep.errors import Faults, UserError, count, verb
@@ -320,7 +320,9 @@ def _encode(prepared: Prepared, name: str, problems: list[Problem], wanted: set[
     ]
     prepared.notes += [f"data.{name}: {said}" for said in remarks if said]
     if wanted & {"answer", "problem"}:
-        prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
+        prepared.prompts[name] = [
+            made for _, made in each_row(problems, lambda p: encode_prompt(tokenizer, p, settings.chat))
+        ]
     if "solution" in wanted:
         made = encode_demonstrations(tokenizer, problems, settings.chat, context)
         prepared.demonstrations[name] = made.kept
