@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 
+class Measured(str):
+    """A note with a measurement, such as a validation loss, which is shown also if others are left out."""
+
+
 class Reporter(Protocol):
     def say(self, text: str) -> None:
         """Report one line of information."""

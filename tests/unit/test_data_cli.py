@@ -260,7 +260,7 @@ def test_answers_that_no_checker_reads_are_said_to_be_unused() -> None:
     described = {"columns": read, "unused_columns": columns, "num_dialogues": 0, "num_context_turns": 0}
     others = "not used (only your own reward functions get them): level (1 row)"
     assert not_used(described, needs={"problem", "solution"}) == [
-        "no stage uses the answers (number, 2 rows), because no stage's reward has the checker; your own reward "
+        "the answers (number, 2 rows) are not graded, because no stage's reward has the checker; your own reward "
         "functions get them",
         others,
     ]
@@ -281,11 +281,11 @@ def test_answers_are_neither_graded_nor_counted_as_used_if_no_reward_has_the_che
     recipe.write_text(text)
     checked = run("check", recipe)
     assert checked.exit_code == 1
-    assert "no stage uses the answers" not in checked.stdout
+    assert "are not graded" not in checked.stdout
     recipe.write_text(text.replace("[evaluate]", OWN_REWARD + "[evaluate]"))
     checked = run("check", recipe)
     assert checked.exit_code == 0
-    assert "rl: no stage uses the answers (answer, 1 row), because no stage's reward has" in checked.stdout
+    assert "rl: the answers (answer, 1 row) are not graded, because no stage's reward has" in checked.stdout
     assert "gold" not in document(run("check", recipe, "--json"))["data"]["rl"]
 
 
@@ -321,7 +321,6 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     for example in examples.values():
         trained = [span for span in example["spans"] if span["trained"]]
         assert all(span["role"] == "assistant" and span["text"].endswith("<|end|>") for span in trained)
-    assert "pass a recipe" in str(run("show", recipe.parent / "test.jsonl").exception)
 
 
 @pytest.mark.parametrize(("method", "trained"), [("", False), ('method = "luffy"', True)])

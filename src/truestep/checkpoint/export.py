@@ -173,7 +173,7 @@ def _interval(score: Mapping[str, Any]) -> str:
     return "–" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
-def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
+def changes_in_words(changes: Sequence[Mapping[str, Any]]) -> str:
     """Say which settings were changed after which step of which stage."""
     return "; ".join(
         f"{key} from {before} to {after}" + (f" after step {change['step']}" if change["stage"] else "")
@@ -190,7 +190,7 @@ def _provenance_lines(provenance: Mapping[str, Any]) -> list[str]:
     shown = {
         "Commit": str(provenance.get("commit") or "") + changed,
         "Seed": provenance.get("seed"),
-        "Changed while training": _changes(provenance.get("changes") or []),
+        "Changed while training": changes_in_words(provenance.get("changes") or []),
         "Command": " ".join(provenance.get("command") or []),
         "Python": provenance.get("python"),
         "Versions": pairs("versions"),

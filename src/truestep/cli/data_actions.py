@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 EXPLAINED = (
     "repeated: rows whose text an earlier row has; characters: of problems + solutions, shortest-longest; refused: gold "
-    "answers that the checker does not accept as their own answer"
+    "answers that the checker does not accept when they are given as the answer"
 )
 CHUNK = 2_000  # gold answers that are graded at once
 
@@ -289,7 +289,10 @@ def _print_check(
         counts = [str(d[f"num_{key}"]) for key in ("problems", "answers", "solutions", "duplicate_texts")]
         characters = " + ".join(f"{found['min']}-{found['max']}" for found in lengths)
         table.add_row(name, *counts, characters, refused, str(d["bad_rows"]["count"]))
-    console.print(table)
+    for column in table.columns:  # a name or a range that is cut or split cannot be read; a long line can
+        column.no_wrap = True
+    wide = console.options.update(max_width=1000)
+    console.print(table, width=console.measure(table, options=wide).maximum, crop=False)
     console.print(EXPLAINED, markup=False)
     for name, d in described.items():
         for fault in d["bad_rows"]["first"]:

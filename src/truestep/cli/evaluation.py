@@ -36,7 +36,7 @@ def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any
 
 _MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
 _IDS = "Comma-separated ids (truestep eval list shows them all), or files and folders of your own: PATH or NAME=PATH."
-_OWN_FILE = "A benchmark of your own: a file or folder, PATH or NAME=PATH. Can be repeated."
+_OWN_FILE = "One benchmark, with the same meaning as in --benchmarks. Can be repeated; needed for a path with a comma."
 _COLUMN = "Name a column of your own benchmarks, such as answer=label. It applies to the files that have it. Can be repeated."
 _SCORER = (
     "Also score every sample with a reward: FILE.py:FUNCTION, or a name such as format. Can be repeated."

@@ -9,6 +9,7 @@ import time
 from rich import progress as bars
 
 from truestep.cli.output import PlainConsole, echo, plain
+from truestep.progress import Measured
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -76,7 +77,8 @@ class ConsoleReporter:
                 return
         now = time.monotonic()
         is_first = self.has_rows and done == self.first + 1
-        if done == self.total or is_first or now - self.spoke >= HEARTBEAT_SECONDS:
+        is_shown = is_first or (self.has_rows and isinstance(note, Measured))
+        if done == self.total or is_shown or now - self.spoke >= HEARTBEAT_SECONDS:
             self.spoke = now
             rate = (done - self.first) / max(1e-9, now - self.began)
             left = (self.total - done) / rate if rate > 0 else 0.0

@@ -14,7 +14,7 @@ from truestep.data.demonstrations import Encoded, encode_demonstrations
 from truestep.data.describe import describe, needs_of, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
-from truestep.data.problems import each_row, load_problems
+from truestep.data.problems import BadRows, each_row, load_problems
 from truestep.data.templates import choose_template
 from truestep.device import world
 from truestep.errors import Faults, UserError, count, verb
@@ -104,7 +104,10 @@ def prepare(
     needs = needs_of(settings, _guided(settings, methods))
     for name, of_set in problems.items():
         with faults.caught():
-            _encode(prepared, name, of_set, needs[name])
+            try:
+                _encode(prepared, name, of_set, needs[name])
+            except BadRows as error:
+                raise _of_set(name, error) from None
     check_golds(prepared, [n for n in prepared.problems if "answer" in needs[n]], faults)
     for stage in usable:
         if all(name in prepared.problems for name in stage.data_names):
@@ -171,11 +174,17 @@ def read_problems(
                 found[name] = load_problems(name, data, seed=seed, base_dir=base_dir, needs=sorted(wanted))
             except UserError as error:
                 if name not in guided or "solution" not in str(error):
-                    raise
+                    raise _of_set(name, error) from None
                 method = methods[guided[name]].name
                 reason = f'stages.{guided[name]}.method = "{method}" trains on solutions'
                 raise UserError(f"{error} ({reason})") from None
     return found
+
+
+def _of_set(name: str, error: UserError) -> UserError:
+    """Return an error about a file with the name of the data set that reads it."""
+    named = f"data.{name}"
+    return UserError(*(f if named in f else f"{named}: {f}" for f in error.faults))
 
 
 def _guided(settings: Settings, methods: Mapping[str, Method]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from truestep.device import peak_memory_bytes
+from truestep.progress import Measured
 from truestep.train.loop import StageSpec
 from truestep.train.policy import Policy
 
@@ -45,7 +46,8 @@ def head(kind: str, measured: Iterable[str]) -> str:
 
 def row(kind: str, measured: Iterable[str], metrics: Metrics, seconds: float) -> str:
     """Return a step's numbers. tok/s: trained tokens by the seconds of the whole step. memory: the largest so far."""
-    return " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, measured))
+    text = " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, measured))
+    return Measured(text) if {"dev/score", "validation/loss"} & metrics.keys() else text
 
 
 def stage_line(spec: StageSpec) -> str:
