@@ -535,6 +535,9 @@ def test_numbers_that_are_labels_or_texts(tmp_path: Path) -> None:
     jsonl(tmp_path / "b.jsonl", {"question": "q", "choices": ["2", "1"], "answer": "2"})
     with pytest.raises(UserError, match="the text of choice A and can be the number of another"):
         load_own("b.jsonl", tmp_path, "auto")
+    jsonl(tmp_path / "d.jsonl", {"question": "q", "choices": ["1", "0"], "answer": "1"})
+    with pytest.raises(UserError, match="the text of choice A and can be the number of another"):
+        load_own("d.jsonl", tmp_path, "auto")
     jsonl(tmp_path / "c.jsonl", {"question": "q", "choices": ["7", "9"], "answer": "9"})
     ((own, (problem,)),) = load_own("c.jsonl", tmp_path, "auto")
     assert _text_of(problem.question, problem.answer) == "9"

@@ -26,23 +26,31 @@ def lettered(rows: Sequence[Numbered]) -> tuple[list[Numbered], str]:
     made: list[Numbered] = []
     num_texts = 0
     for n, row in rows:
-        if n in numbers:
+        if isinstance(row, RowError):
+            made.append((n, row))
+        elif n in numbers:
             value, size = numbers[n]
-            if has_zero == has_last or not first <= value < first + size:
-                row = _refused(value, size, has_zero, has_last)
-            else:
-                row = {**row, _key(row): LETTERS[value - first]}  # type: ignore[dict-item]
-        elif isinstance(row, dict) and (place := _place_of_text(row)) is not None:
-            text, num_texts = str(row[_key(row)]), num_texts + 1
-            if text.strip().isdecimal() and int(text) <= len(_choices_of(row)) and int(text) != place:
-                also = f"got {shown(text)}, which is the text of choice {LETTERS[place]} and can be the number of another"
-                row = RowError("answer", f"expected the letter of one choice, {also}")
-            else:
-                row = {**row, _key(row): LETTERS[place]}
-        made.append((n, row))
+            is_known = has_zero != has_last and first <= value < first + size
+            letter = {_key(row): LETTERS[value - first]} if is_known else {}
+            made.append((n, {**row, **letter} if is_known else _refused(value, size, has_zero, has_last)))
+        elif (place := _place_of_text(row)) is not None:
+            num_texts += 1
+            made.append((n, _of_text(row, place)))
+        else:
+            made.append((n, row))
     ways = ((len(numbers), f"number of a choice, counted from {first}"), (num_texts, "text of a choice"))
     said = [f"{count(num, 'answer')} {verb(num, 'are')} read as the {way}" for num, way in ways if num]
     return made, "; ".join(said)
+
+
+def _of_text(row: Row, place: int) -> Row | RowError:
+    """Return the row with the letter of the choice whose text is the answer, unless that can be another's number."""
+    text, size = str(row[_key(row)]), len(_choices_of(row))
+    number = int(text) if text.strip().isdecimal() else -1
+    if {n for n in (number, number - 1) if 0 <= n < size} - {place}:
+        also = f"got {shown(text)}, which is the text of choice {LETTERS[place]} and can be the number of another"
+        return RowError("answer", f"expected the letter of one choice, {also}")
+    return {**row, _key(row): LETTERS[place]}
 
 
 def _refused(value: int, size: int, has_zero: bool, has_last: bool) -> RowError:
@@ -71,7 +79,7 @@ def _choices_of(row: Row) -> list[str]:
     if not isinstance(given, list | tuple) or not given or not all(isinstance(c, str) for c in given):
         return []
     bare, labels = labeled(given)
-    return bare if labels[0] == "A" else []
+    return bare if labels[:1] == ["A"] and len(bare) <= len(LETTERS) else []
 
 
 def _number(row: Row) -> tuple[int, int] | None:
