@@ -235,17 +235,17 @@ def _set_check(
     base_dir: Path,
     grader: Grader | None,
     needs: Collection[str],
-    made_of: Callable[[Problem, Collection[str]], object] | None,
+    made_of: Callable[[Collection[str], Problem], object] | None,
 ) -> _SetCheck:
     data, use = settings.data[name], use_of(settings, name)
-    encode = partial(made_of, needs=needs) if made_of else None
+    encode = partial(made_of, needs) if made_of else None
     if "problem" in needs and "answer" not in needs:
         grader = None  # no stage's reward has the checker
     named: dict[str, Any] = {"seed": settings.seed, "base_dir": base_dir, "needs": needs, "use": use}
     return _SetCheck(name, data, grader=grader, encode=encode, **named)
 
 
-def encoder(settings: Settings) -> Callable[[Problem, Collection[str]], object] | None:
+def encoder(settings: Settings) -> Callable[[Collection[str], Problem], object] | None:
     """Return a function that makes the tokens that a run makes of a row, and raises UserError as it does; None, and a
     line that says why, if the recipe's tokenizer cannot be loaded, because rows can be checked without it."""
     from truestep.data.chat import encode_prompt
@@ -261,7 +261,7 @@ def encoder(settings: Settings) -> Callable[[Problem, Collection[str]], object] 
         announce(f"the rows are not checked with the tokenizer: {error}")
         return None
 
-    def encode(problem: Problem, needs: Collection[str]) -> None:
+    def encode(needs: Collection[str], problem: Problem) -> None:
         if {"answer", "problem"} & {*needs}:
             encode_prompt(tokenizer, problem, settings.chat)
         if "solution" in needs:

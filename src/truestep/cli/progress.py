@@ -9,7 +9,7 @@ import time
 from rich import progress as bars
 
 from truestep.cli.output import PlainConsole, echo, plain
-from truestep.progress import Measured
+from truestep.progress import Measured, Note
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -67,7 +67,7 @@ class ConsoleReporter:
             return f"before the first {first}"
         return f"in {self.what}, {min(self.done + 1, self.total)}/{self.total}"
 
-    def advance(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: Note = "") -> None:
         self.done = done
         if self.quiet:
             return

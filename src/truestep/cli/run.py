@@ -124,8 +124,8 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, as_json: bool
     ranks = Ranks(rank=rank, world_size=world_size) if asked.dry_run else join()
     prepared, rows = checked(settings, recipe.parent, folder, asked, ranks, reporter)
     if asked.dry_run:
-        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
-        plan["overlap"] = prepared.overlap or None
+        plan: dict[str, Any] = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows}
+        plan |= {"notes": prepared.notes, "overlap": prepared.overlap or None}
         if changes := prepared.history.changes:
             plan["changes"] = [one.model_dump(mode="json", exclude={"command"}) for one in changes]
         echo(json.dumps(plan) if as_json else str(folder))

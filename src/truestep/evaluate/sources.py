@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truestep.data.rows import ColumnError, Row, RowError, read_rows, shown
+from truestep.data.rows import Row, RowError, read_rows, shown
 from truestep.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -146,7 +146,7 @@ def items_of(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) 
             if item.id in items:
                 raise RowError("id", "expected a unique id, got the id of an earlier row")
         except RowError as error:
-            remedy = "" if isinstance(error, ColumnError) else "; correct the row"
+            remedy = "" if error.is_of_names else "; correct the row"
             raise UserError(f"{label}:{number}: {error}{remedy}") from None
         items[item.id] = item
     return list(items.values())

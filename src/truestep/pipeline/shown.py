@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from truestep.device import peak_memory_bytes
-from truestep.progress import Measured
+from truestep.progress import Measured, Note
 from truestep.train.loop import StageSpec
 from truestep.train.policy import Policy
 
@@ -44,10 +44,10 @@ def head(kind: str, measured: Iterable[str]) -> str:
     return " ".join(f"{heading:>{width}}" for heading, width, _ in _columns(kind, measured))
 
 
-def row(kind: str, measured: Iterable[str], metrics: Metrics, seconds: float) -> str:
+def row(kind: str, measured: Iterable[str], metrics: Metrics, seconds: float) -> Note:
     """Return a step's numbers. tok/s: trained tokens by the seconds of the whole step. memory: the largest so far."""
-    text = " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, measured))
-    return Measured(text) if {"dev/score", "validation/loss"} & metrics.keys() else text
+    line = " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, measured))
+    return Measured(line) if {"dev/score", "validation/loss"} & metrics.keys() else line
 
 
 def stage_line(spec: StageSpec) -> str:
