@@ -258,11 +258,11 @@ def commands_page() -> str:
 # ----------------------------------------------------------------------------------------------------------- Python
 
 
-def _member(name: str, member: Any) -> tuple[str, str]:
+def _member(of: str, name: str, member: Any) -> tuple[str, str]:
     if isinstance(member, property):
-        return f"`run.{name}`", prose(member.__doc__)
+        return f"`{of}.{name}`", prose(member.__doc__)
     given = ", ".join(p for p in inspect.signature(member).parameters if p != "self")
-    return f"`run.{name}({given})`", prose(member.__doc__)
+    return f"`{of}.{name}({given})`", prose(member.__doc__)
 
 
 def python_page() -> str:
@@ -282,7 +282,7 @@ def python_page() -> str:
                 for k, v in vars(one).items()
                 if not k.startswith("_") and (callable(v) or isinstance(v, property))
             ]
-            rows = [_member(*member) for member in members]
+            rows = [_member(name.lower(), *member) for member in members]
             if gaps := [row[0] for row in rows if not row[1]]:
                 raise Incomplete(f"{gaps[0]}: write a docstring")
             parts += [table(("member", "meaning"), rows)]

@@ -140,14 +140,27 @@ class Run:
             raise UserError(f'{self.path} has no stage "{name}"; it has {", ".join(self.stages) or "none"}')
         return found[-1]
 
+    def _last_metrics(self) -> tuple[list[str], list[list[str]]]:
+        """Return headings and one row for each stage: its last step, and what it logged there."""
+        names = ("step", "loss", "reward", "validation/loss", "dev/score", "learning_rate")
+        found = []
+        for stage in self.stages:
+            values = self.metrics(stage)
+            # Without the steps that have no value, which are NaN.
+            last = {name: column[column == column] for name, column in values.items() if name in names}
+            found.append({name: f"{column[-1]:.6g}" for name, column in last.items() if len(column)})
+        used = [name for name in names if any(name in row for row in found)]
+        cells = [[s, *(row.get(n, "–") for n in used)] for s, row in zip(self.stages, found, strict=True)]
+        return ["stage", *used], cells
+
     def _repr_html_(self) -> str:
-        """For notebooks: the table of scores."""
+        """For notebooks: the table of scores or, without an evaluation, of the last metrics of each stage."""
         from html import escape
 
         from truestep.report import tables
 
         rows = tables.score_table(self.path)
-        headings, cells = tables.cells_of(rows, tables.score_columns(rows)) if rows else ([], [])
+        headings, cells = tables.cells_of(rows, tables.score_columns(rows)) if rows else self._last_metrics()
         head = "".join(f"<th>{escape(text)}</th>" for text in headings)
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in cells

@@ -41,7 +41,8 @@ Pinned = Literal["benchmark"]  # the value in the table of benchmarks
 
 
 class TinySettings(Frozen):
-    """The built-in model, a newly initialized Llama of about 1 M parameters with a character tokenizer."""
+    """The built-in model, a newly initialized Llama of about 1 M parameters. Each printable ASCII character and the
+    line break is one token; rows with other characters are refused."""
 
     hidden_size: int = Field(128, ge=8, multiple_of=8)
     """Width of the model. Example: ``hidden_size = 96``"""
@@ -248,7 +249,8 @@ class EvaluateSettings(Frozen):
     """The checker of your own benchmarks, instead of a row's. "auto": the row's, "exact" for choices,
     otherwise "math". Example: ``benchmark_checker = "exact"``"""
     benchmark_columns: dict[str, str] = Field(default_factory=dict)
-    """Names of columns of your own benchmarks: our name = the file's, as in [data.NAME].
+    """Names of columns of your own benchmarks: our name = the file's, as in [data.NAME]. A file without the column is
+    read without the name.
     Example: ``benchmark_columns = { problem = "prompt_text", answer = "label" }``"""
     scorers: tuple[RewardSettings, ...] = ()
     """Rewards that every sample of a benchmark gets, next to its verdict.

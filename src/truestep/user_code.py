@@ -151,5 +151,6 @@ def raised(error: BaseException) -> Raised:
         reason += f" ({error.filename}, line {error.lineno})"
     elif frames:
         reason += f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})"
-    detail = "".join([*traceback.format_list(frames), *only])
+    head = ["Traceback (most recent call last):\n"] if frames else []
+    detail = "".join([*head, *traceback.format_list(frames), *only])
     return Raised(reason=redact(reason)[:1000], detail=redact(detail)[-MAX_DETAIL:])

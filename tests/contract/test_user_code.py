@@ -267,3 +267,45 @@ def test_edited_code_is_what_runs(tmp_path: Path) -> None:
         row.write_text(ROW.replace('name="wide"', f'name="{name}"'))
         assert find_method("row.py:wide", {}, tmp_path).name == name
         assert not (tmp_path / "__pycache__").exists()
+
+
+TRIED = """
+def right(samples):
+    assert samples[0].completion and samples[0].completion_ids and samples[0].verdict == "correct"
+    return [1.0]
+
+def short(samples):
+    return [1 / (not s.completion) for s in samples]
+
+def never(samples):
+    return [s.solution for s in samples]
+
+def count(samples):
+    return 1.0
+
+def needy(samples):
+    return [float(s.verdict == "correct") / (s.verdict is not None) for s in samples]
+"""
+
+
+def test_a_reward_is_tried_before_anything_is_sampled(folder: Path) -> None:
+    """One that fails on the solution and on an empty completion is refused, unless all samples may fail."""
+    (folder / "tried.py").write_text(TRIED)
+    faults = {}
+    for name in ("right", "short", "never", "count", "needy"):
+        for share in ("0.05", "1.0") if name == "never" else ("0.05",):
+            reward = f'{{ function = "tried.py:{name}", max_failure_share = {share} }}'
+            settings = load_settings(
+                folder / "recipe.toml", [f'stages.rl.rewards=[{{ function = "checker" }}, {reward}]']
+            )
+            try:
+                prepare(settings, base_dir=folder)
+            except UserError as error:
+                faults[name, share] = str(error)
+    assert {name for name, _ in faults} == {"never", "count"}
+    assert ("never", "1.0") not in faults
+    told = faults["never", "0.05"]
+    assert 'reward "never" failed on a trial with ' in told
+    assert "has no attribute 'solution'" in told
+    assert "Traceback (most recent call last):\n  File " in told
+    assert "expected a list with one value for each of 1 sample" in faults["count", "0.05"]

@@ -19,6 +19,7 @@ from truestep.checkpoint.layout import Checkpoint, every_row
 from truestep.checkpoint.reader import read_checkpoint
 from truestep.cli.main import main
 from truestep.model.tiny import tiny_model, tiny_tokenizer
+from truestep.pipeline.sizes import batch_table
 from truestep.settings import TinySettings
 
 torch.set_num_threads(1)
@@ -177,12 +178,28 @@ def test_a_stage_ends_early_and_exports_its_best_weights(
         said for said in reporter.said if f"ended early after step {last}/40: validation/loss" in said
     ]
     assert "pass --change stages.sft.early_stopping.patience=" in early
+    assert "by more than 0.05 (min_change)" in early
+    card = (stage / "export/README.md").read_text()
+    assert f"step {best} of {last} (ended early; 40 were planned), the lowest validation loss" in card
     kept = read_checkpoint(stage / "best" / f"step_{best:08d}", every_row).tensors["parameters"]
     exported = LlamaForCausalLM.from_pretrained(stage / "export").state_dict()
     assert all(torch.equal(exported[name.removeprefix("model.")], tensor) for name, tensor in kept.items())
     assert any(place == "validation" for place in looks)
     places = range(3, looks.index("proximal") if "proximal" in looks else len(looks), 9)
     assert_continues(made, tmp_path / "whole", places, monkeypatch)
+
+
+def test_the_plan_says_what_is_measured(recipe: Path) -> None:
+    sft, rl = batch_table(prepared(recipe, *SHARED, *STOPPING), 1)
+    assert sft["validation"] == "held, every 2 steps, exports the best"
+    assert (
+        sft["early stopping"]
+        == "after 2 measurements of validation/loss in a row that are not better by more than 0.05"
+    )
+    assert (rl["validation"], rl["early stopping"]) == ("–", "–")
+    assert "dev" not in sft
+    plain = batch_table(prepared(recipe, *SHARED), 1)
+    assert not {"validation", "dev", "early stopping"} & plain[0].keys()
 
 
 @pytest.mark.parametrize(

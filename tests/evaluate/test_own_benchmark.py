@@ -274,8 +274,15 @@ def test_a_model_that_is_not_here_is_named_before_the_hub_is_asked(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(
-        UserError, match=r"no such folder, and the hub http://127\.0\.0\.1:9 cannot be reached"
+        UserError, match=r"no such folder \(beside .*\), and the hub http://127\.0\.0\.1:9 cannot be reached"
     ):
+        load_tokenizer(ModelSettings(path="org/name"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"= 'org/name': no such folder \(beside .* from the hub: "):
+        load_tokenizer(ModelSettings(path="org/name"))
+    (tmp_path / "org/name").mkdir(parents=True)
+    (tmp_path / "org/name/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"= 'org/name' cannot be loaded: "):
         load_tokenizer(ModelSettings(path="org/name"))
 
 
@@ -484,3 +491,93 @@ def test_unknown_prompts_are_named(tmp_path: Path) -> None:
         chosen(["gone.toml"])
     with pytest.raises(UserError, match=r'"plian" is not one of .*; did you mean "plain"'):
         chosen(["plian"])
+
+
+@pytest.mark.parametrize(
+    ("answers", "letters", "said"),
+    [
+        ([0, 2, 1], "ACB", "3 answers are read as the number of a choice, counted from 0"),
+        ([1, 3, 2], "ACB", "3 answers are read as the number of a choice, counted from 1"),
+        (["0", "z", "B"], "ACB", "1 answer is read as the number of a choice, counted from 0; 1 answer is read as the text"),
+        (["A", "C", "B"], "ACB", ""),
+        ([1, 2, 1], "answer: the answers of this file are numbers, which can count from 0 or from 1", ""),
+        ([0, 3, 1], "which can count from 0 or from 1, because both", ""),
+        ([0, 4, 1], r"x\.jsonl:2: answer: expected the number of one of the 3 choices \(0 to 2", ""),
+        (["A", "F", "B"], r'x\.jsonl:2: answer: expected the label of one of the 3 choices \(A to C\), got "F"', ""),
+        (["A", True, "B"], r"x\.jsonl:2: answer: expected text, got bool", ""),
+    ],
+)  # fmt: skip
+def test_answers_are_letters_numbers_or_texts(
+    tmp_path: Path, answers: list[Any], letters: str, said: str
+) -> None:
+    rows = [{"question": "q", "choices": ["x", "y", "z"], "answer": answer} for answer in answers]
+    jsonl(tmp_path / "x.jsonl", *rows)
+    if len(letters) > 3:
+        with pytest.raises(UserError, match=letters):
+            load_own("x.jsonl", tmp_path, "auto")
+        return
+    ((own, problems),) = load_own("x.jsonl", tmp_path, "auto")
+    texts = [dict(zip("xyz", "ABC", strict=True))[_text_of(p.question, p.answer)] for p in problems]
+    assert "".join(texts) == letters
+    assert own.mind.startswith(said)
+    assert bool(said) == bool(own.mind)
+
+
+def _text_of(question: str, letter: str) -> str:
+    return question.partition(f"{letter}) ")[2][0]
+
+
+def test_numbers_that_are_labels_or_texts(tmp_path: Path) -> None:
+    """Choices with numbers as labels keep them; a number that is the text of a different choice is refused."""
+    jsonl(tmp_path / "a.jsonl", {"question": "q", "choices": ["1) x", "2) y"], "answer": 1})
+    ((own, (problem,)),) = load_own("a.jsonl", tmp_path, "auto")
+    assert (_text_of(problem.question, problem.answer), own.mind) == ("x", "")
+    jsonl(tmp_path / "b.jsonl", {"question": "q", "choices": ["2", "1"], "answer": "2"})
+    with pytest.raises(UserError, match="the text of choice A and can be the number of another"):
+        load_own("b.jsonl", tmp_path, "auto")
+    jsonl(tmp_path / "d.jsonl", {"question": "q", "choices": ["1", "0"], "answer": "1"})
+    with pytest.raises(UserError, match="the text of choice A and can be the number of another"):
+        load_own("d.jsonl", tmp_path, "auto")
+    jsonl(tmp_path / "c.jsonl", {"question": "q", "choices": ["7", "9"], "answer": "9"})
+    ((own, (problem,)),) = load_own("c.jsonl", tmp_path, "auto")
+    assert _text_of(problem.question, problem.answer) == "9"
+
+
+def test_a_named_column_applies_to_the_files_that_have_it(tmp_path: Path) -> None:
+    jsonl(tmp_path / "free.jsonl", {"q": "1+1?", "answer": "2"})
+    jsonl(tmp_path / "mc.jsonl", {"question": "2?", "choices": ["x", "y"], "answer": "A"})
+    both = ["free.jsonl", "mc.jsonl"]
+    read = [load_own(file, tmp_path, "auto", {"problem": "q"}, both) for file in both]
+    assert [problems[0].question[:2] for ((_, problems),) in read] == ["1+", "2?"]
+    ((_, whole), (_, other)) = load_own(".", tmp_path, "auto", {"problem": "q"})
+    assert [whole[0].question[:2], other[0].question[:2]] == ["1+", "2?"]
+    with pytest.raises(
+        UserError, match=r'none of the 2 files has the column that columns\.problem = "qu" names'
+    ):
+        load_own("free.jsonl", tmp_path, "auto", {"problem": "qu"}, both)
+    with pytest.raises(UserError, match=r"free\.jsonl:1: qu: the row has no such column") as caught:
+        load_own("mc=free.jsonl", tmp_path, "auto", {"problem": "qu"})
+    assert "correct the row" not in str(caught.value)
+
+
+def test_a_comparison_names_its_sides(tmp_path: Path) -> None:
+    for run, checkpoint in (("x", "base"), ("x", "rl"), ("y", "base")):
+        (tmp_path / run / "evaluations").mkdir(parents=True, exist_ok=True)
+        rewarded(tmp_path / run / "evaluations" / checkpoint, [[1.0, 3.0], [5.0, 5.0]])
+
+    def told(a: str, b: str) -> str:
+        return CliRunner().invoke(_app(), ["eval", "compare", str(tmp_path / a), str(tmp_path / b)]).stdout
+
+    assert "(truestep, x, base) → " in (said := told("x/evaluations/base", "y/evaluations/base"))
+    assert "(truestep, y, base): " in said
+    assert "(truestep, base) → " in (said := told("x/evaluations/base", "x/evaluations/rl"))
+    assert "(truestep, rl): " in said
+    assert told("y", "y").count("(truestep, base)") == 2
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"bare contains no .*pass a run directory"):
+        compare(tmp_path / "bare", tmp_path / "y")
+    (tmp_path / "bare/resolved.toml").touch()
+    with pytest.raises(
+        UserError, match=r"the run .*bare has no evaluation; run truestep eval .*bare --benchmark"
+    ):
+        compare(tmp_path / "bare", tmp_path / "y")

@@ -280,7 +280,7 @@ def test_ranks_end_together_and_continue(
     assert any("killed by SIGKILL" in line and "started again" in line for line in made.said), made.said
     assert made.failures == {}
     # If a rank had gone on without its parent, it would have finished the stage.
-    assert any("sft: resuming at step" in log.read_text() for log in made.out.glob("cells/*/run.log"))
+    assert any("sft: continuing after step" in log.read_text() for log in made.out.glob("cells/*/run.log"))
     assert cells.contents(made.out) == on_two_ranks[0]
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from truestep.cli.data import app
 from truestep.data.describe import not_used
 from truestep.errors import UserError, count, verb
+from truestep.pipeline.prepare import prepare
 from truestep.settings import load_settings
 
 RECIPE = """
@@ -259,7 +260,7 @@ def test_answers_that_no_checker_reads_are_said_to_be_unused() -> None:
     described = {"columns": read, "unused_columns": columns, "num_dialogues": 0, "num_context_turns": 0}
     others = "not used (only your own reward functions get them): level (1 row)"
     assert not_used(described, needs={"problem", "solution"}) == [
-        "no stage uses the answers (number, 2 rows), because no stage's reward has the checker; your own reward "
+        "the answers (number, 2 rows) are not graded, because no stage's reward has the checker; your own reward "
         "functions get them",
         others,
     ]
@@ -280,11 +281,11 @@ def test_answers_are_neither_graded_nor_counted_as_used_if_no_reward_has_the_che
     recipe.write_text(text)
     checked = run("check", recipe)
     assert checked.exit_code == 1
-    assert "no stage uses the answers" not in checked.stdout
+    assert "are not graded" not in checked.stdout
     recipe.write_text(text.replace("[evaluate]", OWN_REWARD + "[evaluate]"))
     checked = run("check", recipe)
     assert checked.exit_code == 0
-    assert "rl: no stage uses the answers (answer, 1 row), because no stage's reward has" in checked.stdout
+    assert "rl: the answers (answer, 1 row) are not graded, because no stage's reward has" in checked.stdout
     assert "gold" not in document(run("check", recipe, "--json"))["data"]["rl"]
 
 
@@ -320,7 +321,6 @@ def test_show_prints_what_is_trained(recipe: Path) -> None:
     for example in examples.values():
         trained = [span for span in example["spans"] if span["trained"]]
         assert all(span["role"] == "assistant" and span["text"].endswith("<|end|>") for span in trained)
-    assert "pass a recipe" in str(run("show", recipe.parent / "test.jsonl").exception)
 
 
 @pytest.mark.parametrize(("method", "trained"), [("", False), ('method = "luffy"', True)])
@@ -376,3 +376,51 @@ def test_a_validation_set_needs_solutions_and_shows_what_is_measured(recipe: Pat
 )  # fmt: skip
 def test_one_thing_is_not_several(said: str, expected: str) -> None:
     assert said == expected
+
+
+def test_check_refuses_what_the_tokenizer_refuses(recipe: Path) -> None:
+    """With a recipe, rows are checked with its tokenizer; the fault has the row's own column, the turn, and the count."""
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "a — b"}]
+    good = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    rows = [good, {"messages": turns}, {"messages": [{"role": "system", "content": "é"}, *good["messages"]]}]
+    (recipe.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("check", recipe, "--json", "--no-gold")
+    train = document(result)["data"]["train"]
+    assert (train["num_problems"], train["bad_rows"]["count"]) == (1, 2)
+    second, third = train["bad_rows"]["first"]
+    assert (
+        "train.jsonl:2: messages: turn 2 (assistant): the tokenizer does not know the character '—'" in second
+    )
+    assert "train.jsonl:3: messages: turn 1 (system): the tokenizer does not know the character 'é'" in third
+    assert "(and 1 more bad row)" in str(result.exception)
+    with pytest.raises(UserError, match=r"turn 2 \(assistant\).*\(and 1 more bad row\)"):
+        prepare(load_settings(recipe), base_dir=recipe.parent)
+    assert run("check", recipe.parent / "train.jsonl").exit_code == 0, "a file has no tokenizer"
+    (recipe.parent / "train.jsonl").write_text('{"question": "é", "solution": "y"}\n')
+    assert "train.jsonl:1: question: the tokenizer does not know" in str(run("check", recipe).exception)
+    (recipe.parent / "train.jsonl").write_text('{"problem": "x", "solution": "y"}\n')
+    told = str(run("check", recipe, "--set", "chat.system=é").exception)
+    assert "train.jsonl:1: chat.system: the tokenizer does not know" in told
+    (recipe.parent / "gone").mkdir()
+    offline = run("check", recipe, "--no-gold", "--set", "model.path=./gone")
+    assert offline.exit_code == 0, offline.output
+    assert "the rows are not checked with the tokenizer: model.path" in offline.stderr
+
+
+def test_show_a_file(recipe: Path) -> None:
+    """As texts, or as tokens with a model; a recipe has its own model and columns."""
+    file = recipe.parent / "train.jsonl"
+    shown = run("show", file).stdout
+    assert "user: 1+1=?\nassistant: ⟦#### 2⟧" in shown
+    assert shown.count("⟦") == 2
+    (plain, _) = document(run("show", file, "--json"))["examples"]
+    assert [(s["role"], s["trained"]) for s in plain["spans"]] == [("user", False), ("assistant", True)]
+    (tokens, _) = document(run("show", file, "--model", "tiny", "--json"))["examples"]
+    assert tokens["num_trained"] == len("#### 2") + 1
+    file.write_text('{"q": "1", "gold": "2"}\n')
+    assert "user: 1" in run("show", file, "--column", "problem=q", "--column", "answer=gold").stdout
+    for words, said in (
+        (["--model", "tiny"], "--model is for data files"),
+        (["--column", "a=b"], "--column applies"),
+    ):
+        assert said in str(run("show", recipe, *words).exception)

@@ -121,8 +121,9 @@ def model_card(
     stages: Sequence[Mapping[str, Any]],
     scores: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any],
+    weights: str = "",
 ) -> str:
-    """Return the README.md of an export: Markdown with YAML front matter.
+    """Return the README.md of an export: Markdown with YAML front matter. ``weights`` says which step they are of.
 
     It shows the name, kind, method, data, seed, steps and flops of each stage, and the data, metric, score,
     low, high, num_problems and n of each score. A missing value is shown as "–". ``provenance`` is what
@@ -140,7 +141,8 @@ def model_card(
     tags = ["truestep", "reasoning", *dict.fromkeys(str(s["kind"]) for s in stages if s.get("kind"))]
     front += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", ""]
     body = [f"# {_cell(name)}", "", f"Trained with truestep from {_cell(base_model)}.", "", "## Training", ""]
-    body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs"), training)
+    body += _table(("stage", "kind", "method", "data", "seed", "steps", "FLOPs (paper)"), training)
+    body += ["", f"Weights: {_cell(weights)}."] if weights else []
     head = ("data", "metric", "value", "95 % interval", "problems", "samples")
     body += ["", "## Evaluation", "", *(_table(head, tested) if tested else [NOT_EVALUATED])]
     return "\n".join([*front, *body, "", "## Provenance", "", *_provenance_lines(provenance), ""])
@@ -171,7 +173,7 @@ def _interval(score: Mapping[str, Any]) -> str:
     return "–" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
-def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
+def changes_in_words(changes: Sequence[Mapping[str, Any]]) -> str:
     """Say which settings were changed after which step of which stage."""
     return "; ".join(
         f"{key} from {before} to {after}" + (f" after step {change['step']}" if change["stage"] else "")
@@ -188,7 +190,7 @@ def _provenance_lines(provenance: Mapping[str, Any]) -> list[str]:
     shown = {
         "Commit": str(provenance.get("commit") or "") + changed,
         "Seed": provenance.get("seed"),
-        "Changed while training": _changes(provenance.get("changes") or []),
+        "Changed while training": changes_in_words(provenance.get("changes") or []),
         "Command": " ".join(provenance.get("command") or []),
         "Python": provenance.get("python"),
         "Versions": pairs("versions"),

@@ -20,12 +20,13 @@ _SOURCE = (
     "A recipe (.toml), a file (.jsonl, .json, .csv, .parquet, also .gz), a pattern (*.jsonl) or a folder."
 )
 _COLUMN = "Name a column of a file, such as answer=label. Can be repeated. In a recipe: data.NAME.columns."
+_MODEL = "The model (folder or hub id) whose tokenizer and template the rows of a file are shown with."
 _DATA = "The data set of the recipe to convert."
 _OUT = "The file to write, .jsonl or .parquet."
 _DRY = "Convert and count the rows, and print the first one; write nothing."
 _GOLD = "Grade every gold answer against itself, and report those that the grader refuses."
 Source = Annotated[str, typer.Argument(help=_SOURCE, show_default=False)]
-Recipe = Annotated[str, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
+Model = Annotated[str, typer.Option("--model", help=_MODEL, show_default=False)]
 Num = Annotated[int, typer.Option("--num", min=1, help="How many examples of each data set to print.")]
 Gold = Annotated[bool, typer.Option(help=_GOLD)]
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="OURS=THEIRS", help=_COLUMN)]
@@ -54,11 +55,19 @@ def check(
 
 
 @app.command()
-def show(recipe: Recipe, num: Num = 2, overrides: Set = None, as_json: Json = False) -> None:
-    """Print examples as the model sees them. Tokens that are trained on are bold green, between ⟦ and ⟧."""
-    from truestep.cli import data_actions
+def show(
+    source: Source,
+    num: Num = 2,
+    overrides: Set = None,
+    columns: Columns = None,
+    model: Model = "",
+    as_json: Json = False,
+) -> None:
+    """Print examples as the model sees them. What is trained on is bold green, between ⟦ and ⟧. The rows of a
+    file are shown as texts or, with --model, as tokens."""
+    from truestep.cli import data_show_actions
 
-    data_actions.show(recipe, overrides or (), num=num, as_json=as_json)
+    data_show_actions.show(source, overrides or (), columns or (), model, num=num, as_json=as_json)
 
 
 @app.command()

@@ -1,15 +1,13 @@
-"""The actions of ``truestep data check`` and ``truestep data show``, imported only if one of them runs."""
+"""The actions of ``truestep data check`` and ``convert``, imported only if one of them runs."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from itertools import groupby
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +20,19 @@ from truestep.data.convert import SUFFIXES, TARGETS, converted, write_rows
 from truestep.data.describe import TRAINED_ON, Description, describe, needs_of, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_lines, overlap_report
-from truestep.data.problems import SHOWN_FAULTS, BadRows, load_problems, stream_problems
+from truestep.data.problems import SHOWN_FAULTS, BadRows, each_row, load_problems, stream_problems
 from truestep.errors import UserError, verb
 from truestep.errors import count as counted
 from truestep.records import Problem, Verdict
 from truestep.settings import DataSettings, Settings, load_settings, parse
 
 if TYPE_CHECKING:
-    from rich.text import Text
-    from transformers import PreTrainedTokenizerBase
-
     from truestep.grade.score import Grader
     from truestep.pipeline.golds import Gold
 
 EXPLAINED = (
     "repeated: rows whose text an earlier row has; characters: of problems + solutions, shortest-longest; refused: gold "
-    "answers that the checker does not accept as their own answer"
+    "answers that the checker does not accept when they are given as the answer"
 )
 CHUNK = 2_000  # gold answers that are graded at once
 
@@ -47,10 +42,11 @@ class _SetCheck:
 
     def __init__(
         self, name: str, data: DataSettings, *, seed: int, base_dir: Path, needs: Collection[str],
-        grader: Grader | None, use: str = TRAINED_ON,
+        grader: Grader | None, use: str = TRAINED_ON, encode: Callable[[Problem], object] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.grader, self.use, self.needs = name, grader, use, needs
-        self.source = stream_problems(name, data, seed=seed, base_dir=base_dir, needs=needs)
+        read = stream_problems(name, data, seed=seed, base_dir=base_dir, needs=needs)
+        self.source = (problem for problem, _ in each_row(read, encode)) if encode else read
         self.files, self.left, self.said_of_files = files_of(name, data, base_dir)
         self.description = Description(needs)
         self.bad: BadRows | None = None
@@ -122,12 +118,13 @@ def check(
     with ExitStack() as stack:
         grader = stack.enter_context(Grader()) if gold else None
         if source.endswith(".toml"):
-            _require_no_columns(source, columns)
+            require_no_columns(source, columns)
             settings = load_settings(source, overrides)
             base_dir = Path(source).parent
-            needs = needs_of(settings)
+            needs, made_of = needs_of(settings), encoder(settings)
             checks = {
-                name: _set_check(settings, name, base_dir, grader, needs[name]) for name in settings.data
+                name: _set_check(settings, name, base_dir, grader, needs[name], made_of)
+                for name in settings.data
             }
             watched = [name for s in settings.stages for name in s.watched_data.values()]
             used = [*settings.evaluate.data, *watched]
@@ -137,7 +134,7 @@ def check(
             trained = {name: others.pop(name) for name in names if name in others}
             pairs = overlap_report(trained, judged)["pairs"]
         else:
-            name, data = _of_file(source, overrides, columns)
+            name, data = of_file(source, overrides, columns)
             made = _SetCheck(name, data, seed=0, base_dir=Path(), needs=(), grader=grader)
             checks, pairs = {name: made}, []
             others = {name: checks[name].problems()}
@@ -155,14 +152,14 @@ def check(
         raise typer.Exit(1)
 
 
-def _require_no_columns(recipe: str, columns: Sequence[str]) -> None:
+def require_no_columns(recipe: str, columns: Sequence[str]) -> None:
     if columns:
         raise UserError(
             f"--column applies only to data files, but {recipe} is a recipe; set data.NAME.columns in it"
         )
 
 
-def _of_file(source: str, overrides: Sequence[str], columns: Sequence[str]) -> tuple[str, DataSettings]:
+def of_file(source: str, overrides: Sequence[str], columns: Sequence[str]) -> tuple[str, DataSettings]:
     """Return the name and the settings of a data set that is a file, a pattern or a folder."""
     if overrides:
         raise UserError(f"--set applies only to recipes, but {source} is a data file; remove --set")
@@ -179,8 +176,8 @@ def data_of(
             raise UserError(
                 f"--data names a data set of a recipe, but {source} is a data file; remove --data"
             )
-        return *_of_file(source, overrides, columns), 0, Path()
-    _require_no_columns(source, columns)
+        return *of_file(source, overrides, columns), 0, Path()
+    require_no_columns(source, columns)
     settings = load_settings(source, overrides)
     name = name or (next(iter(settings.data)) if len(settings.data) == 1 else "")
     if name not in settings.data:
@@ -233,68 +230,44 @@ def convert(
 
 
 def _set_check(
-    settings: Settings, name: str, base_dir: Path, grader: Grader | None, needs: Collection[str]
+    settings: Settings,
+    name: str,
+    base_dir: Path,
+    grader: Grader | None,
+    needs: Collection[str],
+    made_of: Callable[[Collection[str], Problem], object] | None,
 ) -> _SetCheck:
     data, use = settings.data[name], use_of(settings, name)
+    encode = partial(made_of, needs) if made_of else None
     if "problem" in needs and "answer" not in needs:
         grader = None  # no stage's reward has the checker
-    return _SetCheck(name, data, seed=settings.seed, base_dir=base_dir, needs=needs, grader=grader, use=use)
+    named: dict[str, Any] = {"seed": settings.seed, "base_dir": base_dir, "needs": needs, "use": use}
+    return _SetCheck(name, data, grader=grader, encode=encode, **named)
 
 
-def show(recipe: str, overrides: Sequence[str], *, num: int, as_json: bool) -> None:
-    """Print the first examples of every data set as the model sees them. A solution is shown only if a stage trains
-    on it or measures its validation loss on it."""
-    announce(f"truestep data show: loading the tokenizer and the data of {recipe}")
-    from rich.text import Text
-
+def encoder(settings: Settings) -> Callable[[Collection[str], Problem], object] | None:
+    """Return a function that makes the tokens that a run makes of a row, and raises UserError as it does; None, and a
+    line that says why, if the recipe's tokenizer cannot be loaded, because rows can be checked without it."""
+    from truestep.data.chat import encode_prompt
+    from truestep.data.demonstrations import encode_row
     from truestep.data.templates import choose_template
     from truestep.model.load import load_tokenizer
     from truestep.pipeline.prepare import context_and_eos
 
-    if not recipe.endswith(".toml"):
-        raise UserError(f"{recipe} is not a recipe (.toml); pass a recipe, which names the tokenizer")
-    settings = load_settings(recipe, overrides)
-    tokenizer, (context, _) = load_tokenizer(settings.model), context_and_eos(settings)
-    choose_template(tokenizer, settings.chat.template, settings.model.path)
-    console = PlainConsole(soft_wrap=True)
-    documents = []
-    needs = needs_of(settings, _guided(settings, Path(recipe).parent))
-    for name, problems in _load_sets(settings, Path(recipe).parent, needs).items():
-        described = describe(problems, needs[name])
-        use, has_solutions = use_of(settings, name), "solution" in needs[name]
-        for said in () if as_json else (*read_as(described), *not_used(described, use, needs[name])):
-            console.print(f"{name}: {said}", markup=False)
-        for problem in problems[:num]:
-            problem = problem if has_solutions else replace(problem, solution="", dialogue=())
-            for spans, document in _example(tokenizer, problem, settings, context):
-                documents.append({"data": name, "layout": problem.layout, **document})
-                if not as_json:
-                    chosen, total = document["num_trained"], document["num_tokens"]
-                    counts = f"{counted(chosen, 'token', total)} {verb(chosen, 'are')} {use}"
-                    if not has_solutions:
-                        counts = f"a prompt of {counted(total, 'token')}"
-                    answer = f"; answer {problem.answer}" if problem.answer else ""
-                    console.print(Text(f"{name} {problem.id} ({problem.row}): {counts}{answer}", "bold"))
-                    console.print(spans, end="\n\n")
-    if as_json:
-        echo(json.dumps({"examples": documents}))
+    try:
+        tokenizer, (context, _) = load_tokenizer(settings.model), context_and_eos(settings)
+        choose_template(tokenizer, settings.chat.template, settings.model.path)
+    except UserError as error:
+        announce(f"the rows are not checked with the tokenizer: {error}")
+        return None
 
+    def encode(needs: Collection[str], problem: Problem) -> None:
+        if {"answer", "problem"} & {*needs}:
+            encode_prompt(tokenizer, problem, settings.chat)
+        if "solution" in needs:
+            encode_row(tokenizer, problem, settings.chat, context)
 
-def _load_sets(
-    settings: Settings, base_dir: Path, needs: Mapping[str, Collection[str]]
-) -> dict[str, list[Problem]]:
-    return {
-        name: load_problems(name, data, seed=settings.seed, base_dir=base_dir, needs=needs[name])
-        for name, data in settings.data.items()
-    }
-
-
-def _guided(settings: Settings, base_dir: Path) -> list[str]:
-    """Return the data sets whose solutions a stage that samples trains on."""
-    from truestep.pipeline.prepare import method_of
-
-    sampled = [s for s in settings.stages if s.kind == "rl" and method_of(s, base_dir).needs_demonstrations]
-    return [name for stage in sampled for name in stage.data_names]
+    return encode
 
 
 def _print_check(
@@ -316,7 +289,10 @@ def _print_check(
         counts = [str(d[f"num_{key}"]) for key in ("problems", "answers", "solutions", "duplicate_texts")]
         characters = " + ".join(f"{found['min']}-{found['max']}" for found in lengths)
         table.add_row(name, *counts, characters, refused, str(d["bad_rows"]["count"]))
-    console.print(table)
+    for column in table.columns:  # a name or a range that is cut or split cannot be read; a long line can
+        column.no_wrap = True
+    wide = console.options.update(max_width=1000)
+    console.print(table, width=console.measure(table, options=wide).maximum, crop=False)
     console.print(EXPLAINED, markup=False)
     for name, d in described.items():
         for fault in d["bad_rows"]["first"]:
@@ -342,48 +318,3 @@ def _print_check(
             console.print(f"{name}: {gold['row']}: answer {gold['answer']!r} is {words}", markup=False)
     for line in overlap_lines({"pairs": pairs}):
         console.print(line, markup=False)
-
-
-def _example(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, settings: Settings, context: int
-) -> Iterator[tuple[Text, dict[str, Any]]]:
-    """Yield one row's sequences as colored text and, for JSON, as counts and spans of tokens of the same kind."""
-    from rich.text import Text
-
-    from truestep.data.chat import encode_prompt, prompt_roles
-    from truestep.data.demonstrations import encode_row
-    from truestep.records import Origin, Role
-
-    styles = {
-        Role.SYSTEM: "magenta", Role.USER: "cyan", Role.ASSISTANT: "yellow", Role.TEMPLATE: "dim", Role.TOOL: "blue",
-    }  # fmt: skip
-    sequences: list[tuple[Sequence[int], Sequence[bool]]] = []
-    if problem.solution or problem.text or problem.dialogue:
-        for made in encode_row(tokenizer, problem, settings.chat, context):
-            sequences.append((made.token_ids, [o is Origin.EXPERT for o in made.origin]))
-    else:
-        prompt = encode_prompt(tokenizer, problem, settings.chat).token_ids
-        sequences.append((prompt, [False] * len(prompt)))
-    for ids, trained in sequences:
-        roles = [Role.ASSISTANT] * len(ids)
-        if not problem.text:
-            known = prompt_roles(tokenizer, problem, settings.chat)
-            # Of several sequences of a dialogue, only the last one has the problem's prompt.
-            end = next((i for i in reversed(range(len(ids))) if not trained[i]), -1) + 1
-            roles[:end] = known if len(known) == end else [Role.TEMPLATE] * end
-        spans = []
-        grouped = groupby(zip(ids, roles, trained, strict=True), key=itemgetter(1, 2))
-        for (role, is_trained), group in grouped:
-            words = str(
-                tokenizer.decode([token for token, _, _ in group], clean_up_tokenization_spaces=False)
-            )
-            spans.append({"role": role.name.lower(), "trained": is_trained, "text": words})
-        text = Text()
-        for is_trained, marked in groupby(spans, key=itemgetter("trained")):
-            if is_trained:
-                text.append(f"⟦{''.join(span['text'] for span in marked)}⟧", style="bold green")
-            else:
-                for span in marked:
-                    text.append(span["text"], style=styles[Role[span["role"].upper()]])
-        document = {"id": problem.id, "num_tokens": len(ids), "num_trained": sum(trained), "spans": spans}
-        yield text, document

@@ -36,8 +36,8 @@ def option(flag: str, text: str, default: bool | str = True, **more: Any) -> Any
 
 _MODEL = "A model (folder, hub id, or its name on a server), or a recipe (.toml)."
 _IDS = "Comma-separated ids (truestep eval list shows them all), or files and folders of your own: PATH or NAME=PATH."
-_OWN_FILE = "A benchmark of your own: a file or folder, PATH or NAME=PATH. Can be repeated."
-_COLUMN = "Name a column of your own benchmarks, such as answer=label. Can be repeated."
+_OWN_FILE = "One benchmark, with the same meaning as in --benchmarks. Can be repeated; needed for a path with a comma."
+_COLUMN = "Name a column of your own benchmarks, such as answer=label. It applies to the files that have it. Can be repeated."
 _SCORER = (
     "Also score every sample with a reward: FILE.py:FUNCTION, or a name such as format. Can be repeated."
 )
@@ -133,6 +133,17 @@ def compare(
     echo(json.dumps(found) if as_json else "\n".join(lines))
 
 
+def _differing(path: str, other: str) -> str:
+    """Return the part of a path that differs from the other, such as the run's name; the whole path if it has none."""
+    own, beside = Path(path).parts, Path(other).parts
+    same = [a == b for a, b in zip(own, beside, strict=False)]
+    first = same.index(False) if False in same else len(same)
+    own, beside = own[first:], beside[first:]
+    while own and beside and own[-1] == beside[-1]:
+        own, beside = own[:-1], beside[:-1]
+    return str(Path(*own)) if own else path
+
+
 def _sentence(row: dict[str, Any]) -> str:
     is_share = row["metric"] == "correct"
     scale, form = (100, ".1f") if is_share else (1, ".3g")
@@ -142,10 +153,10 @@ def _sentence(row: dict[str, Any]) -> str:
         known = f" [{scale * low:{sign}{form}}, {scale * high:{sign}{form}}]" if low is not None else ""
         return known or " [no interval]"
 
-    def side(s: dict[str, Any]) -> str:
-        made_by = ", ".join(
-            filter(None, [s["made_by"], s["of"], "" if s["seed"] is None else f"seed {s['seed']}"])
-        )
+    def side(s: dict[str, Any], other: dict[str, Any]) -> str:
+        which = "" if s["path"] == other["path"] else _differing(s["path"], other["path"])
+        seed = "" if s["seed"] is None else f"seed {s['seed']}"
+        made_by = ", ".join(dict.fromkeys(filter(None, [s["made_by"], which, s["of"], seed])))
         lost = "" if is_share or not s["unscored"] else f", {count(s['unscored'], 'sample')} without it"
         return f"{scale * s['score']:{form}}{' %' * is_share}{ends(s)} ({made_by}{lost})"
 
@@ -158,8 +169,9 @@ def _sentence(row: dict[str, Any]) -> str:
     p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}{exact}"
     name = row["task"] if is_share else f"{row['task']}, mean {row['metric']}"
     more, less = ("better", "worse") if is_share else ("higher", "lower")
+    a, b = side(row["a"], row["b"]), side(row["b"], row["a"])
     return (
-        f"{name}: {side(row['a'])} → {side(row['b'])}: {scale * row['difference']:+{form}}{' points' * is_share}"
+        f"{name}: {a} → {b}: {scale * row['difference']:+{form}}{' points' * is_share}"
         f"{ends(row, '+')}{p_value}, detectable with 80 % power: {least}; {count(row['num_problems'], 'problem')}, "
         f"{row['num_better']} {more}, {row['num_worse']} {less}, paired by {row['paired_by']}"
     )

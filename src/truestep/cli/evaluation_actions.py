@@ -151,7 +151,8 @@ def _plan_text(plan: dict[str, Any], folder: Path) -> str:
         lines.append(f"memory: at most about {size_in_words(total['memory_bytes_at_most'])}")
     if (hours := total.get("hours_if_all_run_to_the_limit")) is not None:
         lines.append(
-            f"time: {in_words(3600 * hours)} if every completion runs to its limit, at this machine's matmul rate"
+            f"time: {in_words(3600 * hours)} of matrix products if every completion runs to its limit; the start and the "
+            "overhead of every decoding step are not estimated, and take most of a small model's time"
         )
     return "\n".join([*lines, *plan["notes"], str(folder)])
 

@@ -9,6 +9,7 @@ import time
 from rich import progress as bars
 
 from truestep.cli.output import PlainConsole, echo, plain
+from truestep.progress import Measured, Note
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -66,7 +67,7 @@ class ConsoleReporter:
             return f"before the first {first}"
         return f"in {self.what}, {min(self.done + 1, self.total)}/{self.total}"
 
-    def advance(self, done: int, note: str = "") -> None:
+    def advance(self, done: int, note: Note = "") -> None:
         self.done = done
         if self.quiet:
             return
@@ -76,7 +77,8 @@ class ConsoleReporter:
                 return
         now = time.monotonic()
         is_first = self.has_rows and done == self.first + 1
-        if done == self.total or is_first or now - self.spoke >= HEARTBEAT_SECONDS:
+        is_shown = is_first or (self.has_rows and isinstance(note, Measured))
+        if done == self.total or is_shown or now - self.spoke >= HEARTBEAT_SECONDS:
             self.spoke = now
             rate = (done - self.first) / max(1e-9, now - self.began)
             left = (self.total - done) / rate if rate > 0 else 0.0

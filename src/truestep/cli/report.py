@@ -51,8 +51,13 @@ def _report(run: Path, as_json: bool) -> None:
         from truestep.report.study import write_study
 
         page = write_study(run)
-        document = json.dumps({"study_dir": str(run), "report": str(page)})
-        echo(document if as_json else f"report: {page}\n{run}")
+        if as_json:
+            echo(json.dumps({"study_dir": str(run), "report": str(page)}))
+            return
+        from truestep.cli.study import show
+        from truestep.rundir import read_json
+
+        show(run, read_json(run / "results.json"), page, as_json)
         return
     if not (run / "resolved.toml").is_file():
         fault = f"{run} is not a run directory (no resolved.toml)"

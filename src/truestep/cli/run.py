@@ -33,7 +33,8 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 _DRY_RUN = "Check the recipe, models and data, and print the plan; do not train."
 DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN)]
 _STRICT = (
-    "Stop, after saving, if a stage turns out to be worthless: all rewards equal, a collapsed entropy, ..."
+    "Stop, after saving, at the first warning that a stage learns nothing or gets worse: all rewards are equal, the "
+    "entropy has collapsed, ..."
 )
 Strict = Annotated[bool, typer.Option("--strict", help=_STRICT)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout instead of text.")]
@@ -123,7 +124,8 @@ def execute(settings: Settings, recipe: Path, out: Path | None, *, as_json: bool
     ranks = Ranks(rank=rank, world_size=world_size) if asked.dry_run else join()
     prepared, rows = checked(settings, recipe.parent, folder, asked, ranks, reporter)
     if asked.dry_run:
-        plan = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows, "notes": prepared.notes}
+        plan: dict[str, Any] = {"recipe": str(recipe), "run_dir": str(folder), "stages": rows}
+        plan |= {"notes": prepared.notes, "overlap": prepared.overlap or None}
         if changes := prepared.history.changes:
             plan["changes"] = [one.model_dump(mode="json", exclude={"command"}) for one in changes]
         echo(json.dumps(plan) if as_json else str(folder))
@@ -255,7 +257,8 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
     model = plan["model"]
     reporter.say(
         f"{model['path']}: {model['num_parameters']:,} parameters, context {model['context_length']}, RoPE theta "
-        f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs (fuller count {plan['flops_full']:.3g}) on "
+        f"{model['rope_theta']:g}; {plan['flops_paper_formula']:.3g} FLOPs by the paper's formula "
+        f"({plan['flops_full']:.3g} by the fuller count) on "
         f"{plan['num_gpus']} GPUs; from [declared], without weights and data"
     )
     document = {"recipe": str(recipe), "run_dir": str(folder), **plan}

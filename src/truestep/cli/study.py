@@ -176,6 +176,8 @@ def write_cell(path: Path, cell: dict[str, Any]) -> None:
 
 
 def show_plan(study: Any, checked: Any, path: Path, folder: Path, as_json: bool) -> None:
+    from truestep.cli.progress import in_words
+    from truestep.errors import count as counted
     from truestep.report.study_tables import left_out
     from truestep.study.estimate import estimate
 
@@ -183,18 +185,32 @@ def show_plan(study: Any, checked: Any, path: Path, folder: Path, as_json: bool)
     if as_json:
         echo(json.dumps(plan))
         return
-    heads = ("arm", "stages", "cells", "trials", "FLOPs per cell", "CPU s per cell", "GiB", "")
+    heads = [
+        "arm",
+        "stages",
+        "cells",
+        "trials",
+        "FLOPs per cell (fuller)",
+        "CPU s per cell",
+        "GiB",
+        "equal FLOPs",
+    ]
     rows = [
-        (r["arm"], " ".join(r["stages"]), str(r["cells"]), str(r["trials"]), f"{r['flops_full']:.2e}",
-         str(r["cpu_seconds_per_cell"]), f"{r['gib']:.2f}", r["matched"])
+        [r["arm"], " ".join(r["stages"]), str(r["cells"]), str(r["trials"]), f"{r['flops_full']:.2e}",
+         str(r["cpu_seconds_per_cell"]), f"{r['gib']:.2f}", r["matched"]]
         for r in plan["arms"]
     ]  # fmt: skip
+    if not any(row[-1] for row in rows):
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
     _print_table(f"{study.name}: estimated cost", heads, rows, left=(0, 1, 7))
     for line in left_out(plan):
         echo(line)
-    echo(f"{plan['cells']} cells and {plan['trials']} trials, {plan['flops_full']:.2e} FLOPs, "
-               f"{plan['cpu_hours']:.1f} CPU hours, {plan['hours']:.1f} hours with {study.workers} workers, "
-               f"{plan['gib']:.1f} GiB")  # fmt: skip
+    seconds = sum(row["cpu_seconds"] for row in plan["arms"])
+    echo(
+        f"{counted(plan['cells'], 'cell')} and {counted(plan['trials'], 'trial')}, {plan['flops_full']:.2e} FLOPs (fuller "
+        f"count), {in_words(seconds)} of CPU time, {in_words(seconds / study.workers)} with "
+        f"{counted(study.workers, 'worker')}, {plan['gib']:.1f} GiB"
+    )
     ranks, gpus = (max(row[key] for row in plan["arms"]) for key in ("ranks", "gpus"))
     if (ranks, gpus) != (1, 0):
         echo(

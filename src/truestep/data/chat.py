@@ -84,8 +84,9 @@ def encode_demonstration(
     if not solution.strip():
         raise UserError(f"{_where(problem)}: solution: expected a worked solution to train on, got none")
     solution_ids = _ids(tokenizer, solution)
+    field = field_of(problem, "solution", len(problem.messages) + 1, "assistant")
     for text in texts:
-        check_text(tokenizer, _where(problem), "solution", text, solution_ids, chat)
+        check_text(tokenizer, _where(problem), field, text, solution_ids, chat)
     token_ids = (*prompt_ids, *solution_ids, stop_id)
     return Demonstration(problem_id=problem.id, token_ids=token_ids, num_prompt_tokens=len(prompt_ids))
 
@@ -138,8 +139,10 @@ def _prompt(
             )
             raise UserError(f"{_where(problem)}: tools: {fault}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    for message in messages:
-        check_text(tokenizer, _where(problem), "problem", message.content, encoding["input_ids"], chat)
+    first = 1 - (len(messages) - len(problem.messages))  # the number of the first turn: 0 for chat.system
+    for number, message in enumerate(messages, start=first):
+        field = field_of(problem, "problem", number, message.role) if number else "chat.system"
+        check_text(tokenizer, _where(problem), field, message.content, encoding["input_ids"], chat)
     marked = [replace(m, content=m.content and f"{_MARK}{i}.") for i, m in enumerate(messages)]
     outline = prompt_text(tokenizer, marked, **asked)
     owners = _owners(text, outline, messages)
@@ -303,6 +306,14 @@ def check_text(
     if unknown is not None and unknown in ids and unknown in _ids(tokenizer, text):
         found = next((c for c in text if unknown in _ids(tokenizer, c)), text[:60])
         raise UserError(f"{where}: the tokenizer does not know the character {found!r}; replace it")
+
+
+def field_of(problem: Problem, ours: str, turn: int = 0, role: str = "") -> str:
+    """Return the row's name of a column, and of turns the number (from 1) and the role."""
+    turns = problem.sources.get("messages") or problem.sources.get("prompt")
+    if ours not in problem.sources and turns:
+        return f"{turns[0]}: turn {turn} ({role})" if problem.meta.get("turns_given") else turns[0]
+    return problem.sources.get(ours, (ours,))[0]
 
 
 def _where(problem: Problem) -> str:

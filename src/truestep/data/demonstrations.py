@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from truestep.data.chat import check_text, encode_demonstration
+from truestep.data.chat import check_text, encode_demonstration, field_of
+from truestep.data.problems import each_row
 from truestep.errors import UserError
 from truestep.records import Demonstration, Problem
 from truestep.settings import ChatSettings
@@ -37,8 +39,9 @@ def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], chat: ChatSettings, context_length: int
 ) -> Encoded:
     """Return the demonstrations of at most ``context_length`` tokens. Longer ones are left out and never cut, except
-    bare texts. Raises UserError if none fits."""
-    rows = [encode_row(tokenizer, problem, chat, context_length) for problem in problems]
+    bare texts. Raises UserError if none fits, and BadRows for rows that cannot be encoded."""
+    work = partial(encode_row, tokenizer, chat=chat, context_length=context_length)
+    rows = [made for _, made in each_row(problems, work)]
     made = [d for row in rows for d in row]
     kept = [d for d in made if len(d.token_ids) <= context_length]
     if made and not kept:
@@ -85,7 +88,7 @@ def _pieces(tokenizer: Any, problem: Problem, chat: ChatSettings, context_length
     tokenizer writes one, and ends with the eos token. Every token but the first is trained on once: a piece begins
     with the last token of the piece before."""
     ids = list(tokenizer(problem.text, add_special_tokens=False)["input_ids"])
-    check_text(tokenizer, problem.row or problem.id, "text", problem.text, ids, chat)
+    check_text(tokenizer, problem.row or problem.id, field_of(problem, "text"), problem.text, ids, chat)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     starts = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     ids = [*([bos] if starts else []), *ids, *([] if eos is None else [eos])]

@@ -169,7 +169,7 @@ def not_used(described: Mapping[str, Any], use: str = TRAINED_ON, needs: Collect
     if "problem" in needs and "answer" not in needs:
         answers = [name for name in columns if read.get(name) == "answer"]
         found += [
-            f"no stage uses the answers ({name}, {count(columns.pop(name), 'row')}), because no stage's reward has the "
+            f"the answers ({name}, {count(columns.pop(name), 'row')}) are not graded, because no stage's reward has the "
             "checker; your own reward functions get them"
             for name in answers
         ]

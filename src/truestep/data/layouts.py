@@ -166,7 +166,8 @@ def column_of(row: Row, path: str, ours: str) -> tuple[Any, str]:
         return value, head
     close = difflib.get_close_matches(path, list(row), n=1, cutoff=0.6)
     hint = f'; did you mean "{close[0]}"?' if close else ""
-    raise RowError(path, f'the row has no such column (columns.{ours} = "{path}"), only {listed(row)}{hint}')
+    fault = f'the row has no such column (columns.{ours} = "{path}"), only {listed(row)}{hint}'
+    raise RowError(path, fault, is_of_names=True)
 
 
 def listed(row: Mapping[str, Any]) -> str:

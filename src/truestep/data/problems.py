@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from truestep.data import gym, procedural
 from truestep.data.files import local_files, sources_of
@@ -14,6 +14,7 @@ from truestep.errors import UserError
 from truestep.records import Problem
 from truestep.settings import DataSettings
 
+T = TypeVar("T")
 SHOWN_FAULTS = 10  # different faults that are shown; all bad rows are counted
 
 
@@ -34,6 +35,27 @@ def load_problems(
     ``needs`` names what every row must have: "answer" (RL, evaluation), "solution" (SFT), or both; if it is
     empty, one of them is enough. Raises UserError that names file, row (1-based) and field, or setting."""
     return list(stream_problems(name, settings, seed=seed, base_dir=base_dir, needs=needs))
+
+
+def each_row(problems: Iterable[Problem], work: Callable[[Problem], T]) -> Iterator[tuple[Problem, T]]:
+    """Yield every problem with ``work`` of it. Raises BadRows at the end if it refuses some of them, or if some could
+    not be read. A fault that does not begin with the row is one of all rows, and is raised at once."""
+    first, num_bad = list[str](), 0
+    try:
+        for problem in problems:
+            try:
+                made = work(problem)
+            except UserError as error:
+                if not str(error).startswith(problem.row or problem.id):
+                    raise
+                num_bad += 1
+                first += [str(error)] if len(first) < SHOWN_FAULTS else []
+            else:
+                yield problem, made
+    except BadRows as error:
+        num_bad, first = num_bad + error.count, [*error.first, *first][:SHOWN_FAULTS]
+    if num_bad:
+        raise BadRows(num_bad, first)
 
 
 def stream_problems(

@@ -154,7 +154,8 @@ def choice_answer(value: Any, answer: str, field: str = "answer") -> tuple[list[
         )
     if not places and (letter or _ANY_NUMBER.fullmatch(text)):
         expected = f"expected a letter or a number (from 1) of one of the {len(value)} choices"
-        raise RowError(field, f"{expected}, got {shown(answer)}")
+        hint = "; if the numbers count from 0, write letters" if text == "0" else ""
+        raise RowError(field, f"{expected}, got {shown(answer)}{hint}")
     place = max(places, default=len(LETTERS))
     return list(value), answer if (place == named and letter) or place >= len(LETTERS) else LETTERS[place]
 

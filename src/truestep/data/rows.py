@@ -27,11 +27,12 @@ _ANSWERS = ("answer", "ground_truth", "gold", "pred")
 
 
 class RowError(ValueError):
-    """Error in one row: the field, what was expected there, and what was found."""
+    """Error in one row: the field, what was expected there, and what was found. ``is_of_names`` says that the named
+    columns must be corrected, not the row."""
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, *, is_of_names: bool = False) -> None:
         super().__init__(f"{field}: {message}")
-        self.field, self.message = field, message
+        self.field, self.message, self.is_of_names = field, message, is_of_names
 
 
 def shown(value: Any) -> str:

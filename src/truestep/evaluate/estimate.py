@@ -165,7 +165,8 @@ def reward_names(rows: Iterable[Row]) -> list[str]:
 def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     """Return the mean of every reward over problems (None if no sample has it), with its standard error (None for one
     problem) and 95 % interval, the number of samples with it, and of those without it, which are in no mean, with the
-    first reason. Rewards may have any size, so the interval is the mean ± 1.96 standard errors."""
+    first reason. Rewards may have any size, so the interval is the mean ± 1.96 standard errors. Means that are all the same
+    say nothing about their spread, so they have no interval."""
     groups = by_problem(rows)
     samples = [row for group in groups.values() for row in group]
     found: dict[str, dict[str, Any]] = {}
@@ -174,7 +175,7 @@ def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
         known = [[value for value in group if value is not None] for group in every]
         means = np.array([np.mean(group) for group in known if group])
         error = standard_error(means) if len(means) > 1 else None
-        width = None if error is None else NORMAL_QUANTILE * error
+        width = None if not error else NORMAL_QUANTILE * error
         mean = float(means.mean()) if len(means) else None
         scored = sum(map(len, known))
         found[name] = {

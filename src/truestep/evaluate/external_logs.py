@@ -52,6 +52,9 @@ def read_evaluations(path: Path, metric: str = "") -> list[Evaluation]:
     if path.is_dir():
         patterns = ("*.samples.jsonl", "samples_*.jsonl", "details_*.parquet", "*.eval")
         files = sorted({p for pattern in patterns for p in path.rglob(pattern) if p.is_file()})
+        if not files and (path / "resolved.toml").is_file():
+            remedy = f"run truestep eval {path} --benchmark ... and pass the folder that it writes"
+            raise UserError(f"the run {path} has no evaluation; {remedy}")
         if not files:
             raise UserError(f"{path} contains no {', '.join(patterns)}; pass a run directory or a log file")
         return [evaluation for file in files for evaluation in read_evaluations(file, metric)]

@@ -166,9 +166,9 @@ def _loaded(
             benchmark = benchmarks.find(id)
             found = [(benchmark, benchmarks.load(benchmark, folder))]
         else:
-            found = load_own(
-                id, base_dir, settings.evaluate.benchmark_checker, settings.evaluate.benchmark_columns
-            )
+            evaluate = settings.evaluate
+            own = [entry for entry in evaluate.benchmarks if is_own(entry)]
+            found = load_own(id, base_dir, evaluate.benchmark_checker, evaluate.benchmark_columns, own)
         for benchmark, every in found:
             if (other := seen.setdefault(benchmark.id, id)) != id:
                 raise UserError(
@@ -215,8 +215,12 @@ def changed(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
 
 
 def remarks(settings: Settings, jobs: Sequence[Job]) -> list[str]:
-    """Return notes for the user about settings that are not followed."""
+    """Return notes for the user about settings that are not followed, and about how own benchmarks are read."""
     wanted = settings.evaluate.samples_per_problem
     greedy = dict.fromkeys(j.benchmark.id for j in jobs if wanted != "benchmark" and j.samples < wanted)
     same = "at temperature 0 all samples are the same"
-    return [f"{id}: 1 sample per problem instead of {wanted}, because {same}" for id in greedy]
+    read = {j.benchmark.id: j.benchmark.mind for j in jobs if j.benchmark.id not in benchmarks.BY_ID}
+    return [
+        *(f"{id}: {note}" for id, note in read.items() if note),
+        *(f"{id}: 1 sample per problem instead of {wanted}, because {same}" for id in greedy),
+    ]

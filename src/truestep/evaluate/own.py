@@ -20,6 +20,7 @@ from truestep.data.problems import load_problems
 from truestep.data.rows import READ, Row, RowError, kind_of, read_rows
 from truestep.errors import UserError, did_you_mean
 from truestep.evaluate.benchmarks import BY_ID, Benchmark, problem_of
+from truestep.evaluate.choice_rows import lettered
 from truestep.evaluate.sources import Item, content_hash, items_of
 from truestep.records import Problem
 from truestep.settings import DataSettings, parse
@@ -40,13 +41,42 @@ def is_own(entry: str) -> bool:
 
 
 def load_own(
-    entry: str, base_dir: Path, checker: str, columns: Mapping[str, str] | None = None
+    entry: str,
+    base_dir: Path,
+    checker: str,
+    columns: Mapping[str, str] | None = None,
+    entries: Sequence[str] = (),
 ) -> list[tuple[Benchmark, list[Problem]]]:
     """Return the benchmarks of an entry, with all their problems. ``checker`` is one of settings.CHECKERS, or "auto":
-    a row's own, "exact" for choices and otherwise "math". ``columns`` are the file's names of columns by ours. A path
-    is relative to ``base_dir`` or the current folder.
+    a row's own, "exact" for choices and otherwise "math". ``columns`` are names of columns by ours; of several files
+    (those of all ``entries``), each is read with the ones that it has. A path is relative to ``base_dir`` or the
+    current folder.
 
     Raises UserError that names file, row and field."""
+    files, named = _files(entry, base_dir), columns or {}
+    together = [path for one in entries or (entry,) for path, _ in _files(one, base_dir)]
+    own = _own_columns(together, named) if named and len(together) > 1 else {}
+    return [_load(path, name, checker, own.get(path, named)) for path, name in files]
+
+
+def _own_columns(files: Sequence[Path], columns: Mapping[str, str]) -> dict[Path, dict[str, str]]:
+    """Return the named columns that each file has. Raises UserError if none has one of them."""
+    has = {
+        path: {key for _, row in read_rows(path) if isinstance(row, dict) for key in row} for path in files
+    }
+    found = {
+        path: {ours: of for ours, of in columns.items() if {of, of.partition(".")[0]} & keys}
+        for path, keys in has.items()
+    }
+    for ours in (name for name in columns if not any(name in of for of in found.values())):
+        hint = did_you_mean(columns[ours], sorted(set().union(*has.values())))
+        fault = f'none of the {len(files)} files has the column that columns.{ours} = "{columns[ours]}" names'
+        raise UserError(f"benchmarks: {fault}{hint or '; correct or remove it'}")
+    return found
+
+
+def _files(entry: str, base_dir: Path) -> list[tuple[Path, str]]:
+    """Return the files of an entry, each with its benchmark's name. Raises UserError."""
     name, _, place = entry.rpartition("=")
     path = _found(Path(place).expanduser(), base_dir)
     if name and not _NAME.fullmatch(name):
@@ -55,10 +85,10 @@ def load_own(
         files = sorted(f for f in path.iterdir() if kind_of(f))
         if not files:
             raise UserError(f"benchmarks: the folder {path} has no {', '.join(READ)} file")
-        return [_load(f, f"{name}-{_stem(f)}" if name else _stem(f), checker, columns or {}) for f in files]
+        return [(f, f"{name}-{_stem(f)}" if name else _stem(f)) for f in files]
     if not kind_of(path):
         raise UserError(f"benchmarks: {path}: expected a file with the ending {', '.join(READ)}")
-    return [_load(path, name or _stem(path), checker, columns or {})]
+    return [(path, name or _stem(path))]
 
 
 def _stem(path: Path) -> str:
@@ -87,15 +117,16 @@ def _load(path: Path, name: str, checker: str, columns: Mapping[str, str]) -> tu
     table = {"source": str(path), "checker": checker, "columns": dict(columns)}
     settings = parse(DataSettings, table, where="benchmarks")
     if "choices" in columns or any(isinstance(row, dict) and _OF_ITEMS & row.keys() for _, row in rows):
+        renamed, note = lettered([(n, _renamed(row, columns)) for n, row in rows])
         with _hinted(rows, columns):
-            items = items_of(str(path), name, [(n, _renamed(row, columns)) for n, row in rows])
+            items = items_of(str(path), name, renamed)
         is_choice = all(item.choices for item in items)
         if not is_choice and (mixed := [n for n, item in enumerate(items, start=1) if item.choices]):
             raise UserError(
                 f"{path}:{mixed[0]}: choices: some rows have choices and some have none; use two files"
             )
         scorer = ("exact" if is_choice else "math") if checker == "auto" else checker
-        own = _benchmark(name, items, "choice" if is_choice else "math", scorer)
+        own = replace(_benchmark(name, items, "choice" if is_choice else "math", scorer), mind=note)
         problems = [
             replace(problem_of(own, item, f"{path}:{number}"), columns=row)
             for item, (number, row) in zip(items, rows, strict=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truestep.data.rows import Row, RowError, read_rows
+from truestep.data.rows import Row, RowError, read_rows, shown
 from truestep.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -94,16 +94,23 @@ def _choices(given: Any, labels: Sequence[str], answer: str, key: str) -> tuple[
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) for c in given):
         raise RowError("choices", "expected a list of strings")
     if not labels:
-        marks, letters = [_LABEL.match(c) for c in given], list(LETTERS[: len(given)])
-        labels = [m[1] for m in marks if m]
-        if labels in (letters, [str(n + 1) for n in range(len(given))]):
-            given = [c[m.end() :] for c, m in zip(given, marks, strict=True) if m]
-        else:
-            labels = letters
+        given, labels = labeled(given)
     kept = [c for c in given if c != "N/A"]
     if answer not in labels or (place := labels.index(answer)) >= len(given):
-        raise RowError(key, f"expected the label of one of the {len(given)} choices")
+        # A private answer is a text; what is no longer than a label can be quoted.
+        got = shown(answer) if len(answer) <= 3 else f"a text of {len(answer)} characters"
+        span = f"{labels[0]} to {labels[len(given) - 1]}" if given and len(labels) >= len(given) else "none"
+        raise RowError(key, f"expected the label of one of the {len(given)} choices ({span}), got {got}")
     return kept, str(kept.index(given[place]) if len(kept) < len(given) else place)
+
+
+def labeled(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the bare texts of choices, and their labels: those that the texts begin with, or else A, B, C, …"""
+    marks, letters = [_LABEL.match(c) for c in given], list(LETTERS[: len(given)])
+    labels = [m[1] for m in marks if m]
+    if labels in (letters, [str(n + 1) for n in range(len(given))]):
+        return [c[m.end() :] for c, m in zip(given, marks, strict=True) if m], labels
+    return list(given), letters
 
 
 def file_items(path: Path) -> list[Item]:
@@ -139,6 +146,7 @@ def items_of(label: str, stem: str, rows: Iterable[tuple[int, Row | RowError]]) 
             if item.id in items:
                 raise RowError("id", "expected a unique id, got the id of an earlier row")
         except RowError as error:
-            raise UserError(f"{label}:{number}: {error}; correct the row") from None
+            remedy = "" if error.is_of_names else "; correct the row"
+            raise UserError(f"{label}:{number}: {error}{remedy}") from None
         items[item.id] = item
     return list(items.values())

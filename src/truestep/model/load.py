@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY_CONTEXT = 512
+NO_FOLDER = "no such folder (beside the recipe or in the current folder)"
 CONNECT_SECONDS = 5.0  # time to reach the hub
 _READ_BY_TRANSFORMERS = (
     ".json", ".safetensors", ".bin", ".model", ".jinja", ".txt", ".tiktoken", ".spm", ".vocab", ".bpe",
@@ -247,13 +248,19 @@ def num_used(module: torch.nn.Module, parameter: torch.Tensor, config: Any) -> i
     return parameter.numel() // count * min(used, count) if is_of_experts else parameter.numel()
 
 
+def _is_cached(source: str) -> bool:
+    """Return whether a model of the hub is in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source, "config.json"), str)
+
+
 @lru_cache
 def _require_hub(source: str) -> None:
     """Raise UserError if a model is neither here nor on a hub that can be reached, which transformers tries many times."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
-    is_here = isinstance(try_to_load_from_cache(source, "config.json"), str)
-    if is_here or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+    if _is_cached(source) or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return
     hub = urlsplit(constants.ENDPOINT)
     try:
@@ -261,7 +268,7 @@ def _require_hub(source: str) -> None:
             (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)), timeout=CONNECT_SECONDS
         ).close()
     except OSError as error:
-        fault = f"no such folder, and the hub {redact(constants.ENDPOINT)} cannot be reached"
+        fault = f"{NO_FOLDER}, and the hub {redact(constants.ENDPOINT)} cannot be reached"
         why = error.strerror or str(error)
         raise UserError(
             f"model.path = {source!r}: {fault} ({why}); set an existing folder, or check the network"
@@ -289,7 +296,11 @@ def _from_hub(auto_class: Any, source: str, **options: Any) -> Any:
             first = "its weights have Python objects in them, which are never run; use a model in .safetensors files"
         kind = "" if isinstance(error, OSError | ValueError) and first else f"{type(error).__name__}: "
         named = Path(source, options["gguf_file"]) if "gguf_file" in options else source
-        raise UserError(f"model.path = {str(named)!r} cannot be loaded: {kind}{first}") from None
+        if Path(source).is_dir() or _is_cached(source):
+            raise UserError(f"model.path = {str(named)!r} cannot be loaded: {kind}{first}") from None
+        raise UserError(
+            f"model.path = {source!r}: {NO_FOLDER}, and it cannot be loaded from the hub: {kind}{first}"
+        ) from None
 
 
 def _with_all_weights(auto_class: Any, source: str, **options: Any) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from truestep.data.demonstrations import Encoded, encode_demonstrations
 from truestep.data.describe import describe, needs_of, not_used, read_as, use_of
 from truestep.data.files import files_of
 from truestep.data.overlap import overlap_report
-from truestep.data.problems import load_problems
+from truestep.data.problems import BadRows, each_row, load_problems
 from truestep.data.templates import choose_template
 from truestep.device import world
 from truestep.errors import Faults, UserError, count, verb
@@ -28,11 +27,11 @@ from truestep.pipeline.code import code_of
 from truestep.pipeline.golds import check_golds
 from truestep.pipeline.history import History, as_named
 from truestep.pipeline.prompts import prompts_of_stage
+from truestep.pipeline.reward_check import check_rewards
 from truestep.pipeline.sizes import check_lengths, check_tested
 from truestep.pipeline.systems import notes_of_systems
 from truestep.pipeline.track import require_trackers
 from truestep.records import Demonstration, Problem, Prompt
-from truestep.rewards.scorer import RewardScorer
 from truestep.rollout.engine_vllm import client_of
 from truestep.rollout.vllm_server import installed_version, python_with_vllm
 from truestep.rollout.vllm_weights import require_server, require_version
@@ -89,12 +88,13 @@ def prepare(
     for check in (_check_engines, lambda given: require_trackers(given.trackers, base_dir)):
         with faults.caught():
             check(settings)
-    code = dict(_check_code(usable, base_dir, faults))
+    code = dict(_hashes(usable, base_dir, faults))
     if problems is None:
         problems = read_problems(settings, methods, base_dir, faults)
     prepared = None
     with faults.caught():
         prepared = _opened(settings, base_dir, history)
+    _check_rewards(prepared, settings, code, problems, base_dir, faults)
     if prepared is None:
         faults.refuse()
         raise AssertionError("without a fault, there is a tokenizer")
@@ -104,7 +104,10 @@ def prepare(
     needs = needs_of(settings, _guided(settings, methods))
     for name, of_set in problems.items():
         with faults.caught():
-            _encode(prepared, name, of_set, needs[name])
+            try:
+                _encode(prepared, name, of_set, needs[name])
+            except BadRows as error:
+                raise _of_set(name, error) from None
     check_golds(prepared, [n for n in prepared.problems if "answer" in needs[n]], faults)
     for stage in usable:
         if all(name in prepared.problems for name in stage.data_names):
@@ -171,11 +174,17 @@ def read_problems(
                 found[name] = load_problems(name, data, seed=seed, base_dir=base_dir, needs=sorted(wanted))
             except UserError as error:
                 if name not in guided or "solution" not in str(error):
-                    raise
+                    raise _of_set(name, error) from None
                 method = methods[guided[name]].name
                 reason = f'stages.{guided[name]}.method = "{method}" trains on solutions'
                 raise UserError(f"{error} ({reason})") from None
     return found
+
+
+def _of_set(name: str, error: UserError) -> UserError:
+    """Return an error about a file with the name of the data set that reads it."""
+    named = f"data.{name}"
+    return UserError(*(f if named in f else f"{named}: {f}" for f in error.faults))
 
 
 def _guided(settings: Settings, methods: Mapping[str, Method]) -> dict[str, str]:
@@ -196,23 +205,30 @@ def _check_engines(settings: Settings) -> None:
         require_version(version, f"{python} has vLLM {version}")
 
 
-def _check_code(
+def _hashes(
     stages: Sequence[StageSettings], base_dir: Path, faults: Faults
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Load every reward function once, in its worker, so that mistakes are found before training. Yield the hashes
-    of each stage's code."""
+    """Yield the hashes of each stage's code."""
     for stage in stages:
         with faults.caught():
-            if isinstance(stage, RlSettings) and world()[0] == 0:
-                with tempfile.TemporaryDirectory(prefix="truestep-rewards-") as folder:
-                    given: dict[str, Any] = {
-                        "grade": lambda pairs: [],
-                        "base": base_dir,
-                        "folder": Path(folder),
-                    }
-                    with RewardScorer(stage.reward_entries, **given):
-                        pass
             yield stage.name, code_of(stage, base_dir)
+
+
+def _check_rewards(
+    prepared: Prepared | None,
+    settings: Settings,
+    names: Collection[str],
+    problems: Mapping[str, list[Problem]],
+    base_dir: Path,
+    faults: Faults,
+) -> None:
+    """Load and try the rewards of every stage with a code hash, so that mistakes are found before training."""
+    tokenizer = prepared and prepared.tokenizer
+    for stage in settings.stages if world()[0] == 0 else ():
+        if isinstance(stage, RlSettings) and stage.name in names:
+            with faults.caught():
+                rows = problems.get(stage.data_names[0], ())
+                check_rewards(stage, rows, settings, base_dir, tokenizer)
 
 
 def _as_named(code: dict[str, str], stage: StageSettings, named: StageSettings) -> dict[str, str]:
@@ -313,7 +329,9 @@ def _encode(prepared: Prepared, name: str, problems: list[Problem], wanted: set[
     ]
     prepared.notes += [f"data.{name}: {said}" for said in remarks if said]
     if wanted & {"answer", "problem"}:
-        prepared.prompts[name] = [encode_prompt(tokenizer, p, settings.chat) for p in problems]
+        prepared.prompts[name] = [
+            made for _, made in each_row(problems, lambda p: encode_prompt(tokenizer, p, settings.chat))
+        ]
     if "solution" in wanted:
         made = encode_demonstrations(tokenizer, problems, settings.chat, context)
         prepared.demonstrations[name] = made.kept

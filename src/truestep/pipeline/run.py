@@ -224,7 +224,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         spec = make_stage(session, index, path, before, steps_before, stack)
         latest = latest_step(spec.folder / "checkpoints")
         if latest:
-            session.reporter.say(f"{spec.name}: resuming at step {latest}/{spec.num_steps}")
+            session.reporter.say(f"{spec.name}: continuing after step {latest}/{spec.num_steps}")
         session.reporter.say(shown.stage_line(spec))
         kind, measured = spec.settings.kind, spec.settings.watched_data
         what = spec.name if spec.name == kind else f"{spec.name} ({kind})"
@@ -232,10 +232,11 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
         state = run_stage(spec)
     if state.step < spec.num_steps:
         watch, stall = spec.settings.early_stopping.watch, state.stall
-        more = 2 * spec.settings.early_stopping.patience
+        more, least = 2 * spec.settings.early_stopping.patience, spec.settings.early_stopping.min_change
+        by = f" by more than {least:g} (min_change)" if least else ""
         session.reporter.say(
             f"{spec.name}: ended early after step {state.step}/{spec.num_steps}: {watch} was measured "
-            f"{count(round(stall['since']), 'time')} without a value better than {stall['best']:.6g}; "
+            f"{count(round(stall['since']), 'time')} without a value better than {stall['best']:.6g}{by}; "
             f"to go on, pass --change stages.{spec.name}.early_stopping.patience={more} (0: never ends early)"
         )
     if state.best:
@@ -298,7 +299,8 @@ def _card(session: Session, index: int, done: Mapping[str, Any]) -> str:
     """Return the model card of a stage's export, with only its own scores."""
     settings, rows = session.prepared.settings, [*stage_rows(session, index), stage_row(session, done)]
     scores = [score for score in score_rows(session) if score["checkpoint"] == done["name"]]
-    return model_card(settings.name, settings.model.path, rows, scores, _stamp(session.prepared))
+    weights = shown.weights(done)
+    return model_card(settings.name, settings.model.path, rows, scores, _stamp(session.prepared), weights)
 
 
 def _complete_card(session: Session, index: int, done: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from truestep.device import peak_memory_bytes
+from truestep.progress import Measured, Note
 from truestep.train.loop import StageSpec
 from truestep.train.policy import Policy
 
@@ -43,9 +44,10 @@ def head(kind: str, measured: Iterable[str]) -> str:
     return " ".join(f"{heading:>{width}}" for heading, width, _ in _columns(kind, measured))
 
 
-def row(kind: str, measured: Iterable[str], metrics: Metrics, seconds: float) -> str:
+def row(kind: str, measured: Iterable[str], metrics: Metrics, seconds: float) -> Note:
     """Return a step's numbers. tok/s: trained tokens by the seconds of the whole step. memory: the largest so far."""
-    return " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, measured))
+    line = " ".join(f"{text(metrics, seconds):>{width}}" for _, width, text in _columns(kind, measured))
+    return Measured(line) if {"dev/score", "validation/loss"} & metrics.keys() else line
 
 
 def stage_line(spec: StageSpec) -> str:
@@ -71,3 +73,12 @@ def exported(spec: StageSpec, step: int, best: Mapping[str, Any]) -> tuple[int, 
         return int(best["step"]), f"the best dev score, {best['score']:.3f}"
     measured = ", ".join(f"{name}.select_best" for name in spec.settings.watched_data)
     return step, f"the last, because {measured} is off" if measured else "the last"
+
+
+def weights(done: Mapping[str, Any]) -> str:
+    """Say which weights a finished stage exported, for its model card ("" for a stage of an older version)."""
+    if "exported" not in done:
+        return ""
+    planned = done.get("ended_early", {}).get("planned_steps")
+    early = f" (ended early; {planned} were planned)" if planned else ""
+    return f"step {done['exported']['step']} of {done['steps']}{early}, {done['exported']['why']}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from truestep.errors import UserError
+from truestep.errors import UserError, count, verb
 from truestep.pipeline.prompts import longest_of_stage, longest_sample
 from truestep.settings import RejectionSettings, RlSettings, SftSettings, StageSettings
 from truestep.train.order import Shares
@@ -100,7 +100,24 @@ def batch_table(prepared: Prepared, world_size: int) -> list[Mapping[str, Any]]:
             "ranks": world_size, "tokens per micro-batch": stage.tokens_per_microbatch,
             "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}",
         })  # fmt: skip
-    return rows
+    measured = [_measurements(stage) for stage in prepared.settings.stages]
+    used = [key for key in measured[0] if any(one[key] for one in measured)] if measured else []
+    return [
+        {**row, **{key: one[key] or "–" for key in used}} for row, one in zip(rows, measured, strict=True)
+    ]
+
+
+def _measurements(stage: StageSettings) -> dict[str, str]:
+    """Return what is measured while the stage trains, and what follows from it ("" for nothing)."""
+    found = {}
+    for name, of in (("validation", stage.validation), ("dev", stage.dev)):
+        best = ", exports the best" if of.select_best else ""
+        found[name] = f"{of.data}, every {count(of.every_steps, 'step')}{best}" if of.data else ""
+    early = stage.early_stopping
+    least = f" by more than {early.min_change:g}" if early.min_change else ""
+    num = count(early.patience, "measurement")
+    after = f"after {num} of {early.watch} in a row that {verb(early.patience, 'are')} not better"
+    return found | {"early stopping": f"{after}{least}" if early.patience else ""}
 
 
 def _epochs(stage: StageSettings, available: Sequence[int], num: int) -> float | str:

@@ -87,8 +87,17 @@ def _context(run: Path) -> dict[str, Any]:
         "compute": _compute(stages, rows), "stages": stages, "evaluations": list(_evaluations(run, rows)),
         "overlap": summary.get("overlap") or tables.read_object(run / "data" / "overlap.json"),
         "settings": redact(read_settings_text(run)),
-        "provenance": flat(tables.read_object(run / "provenance.json")),
+        "provenance": flat(_in_words(tables.read_object(run / "provenance.json"))),
     }  # fmt: skip
+
+
+def _in_words(stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the provenance with the changes of a run as a sentence."""
+    if not stamp.get("changes"):
+        return dict(stamp)
+    from truestep.checkpoint.export import changes_in_words
+
+    return {**stamp, "changes": changes_in_words(stamp["changes"])}
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

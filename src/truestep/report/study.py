@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,17 @@ def _context(folder: Path, table: Row, cells: Mapping[str, Row]) -> dict[str, An
             for arm in arms
             if (mean := arm["mean"])
         ],
-        "can_draw": can_draw(), "audit": stamp.pop("trainer_audit", ""), "provenance": flat(stamp),
+        "can_draw": can_draw(), "audit": stamp.pop("trainer_audit", ""), "provenance": _stamped(flat(stamp), arms),
         "machines": _machines(cells),
     }  # fmt: skip
+
+
+def _stamped(stamp: Mapping[str, str], arms: Sequence[Row]) -> dict[str, str]:
+    """Return the provenance with the seeds of all arms, and with the commit named as that of truestep."""
+    seeds = sorted({int(seed) for arm in arms for seed in arm["seeds"]})
+    named = {"seed": "seeds", "commit": "commit of truestep"}
+    values = {**stamp, **({"seed": ", ".join(map(str, seeds))} if "seed" in stamp else {})}
+    return {named.get(key, key): value for key, value in values.items()}
 
 
 def _dynamics(arm: str, cells: Mapping[str, Row]) -> dict[str, Any] | None:
@@ -88,5 +96,7 @@ def _machines(cells: Mapping[str, Row]) -> dict[str, int]:
     for stamp in (cell["provenance"] for cell in cells.values()):
         changes = " with uncommitted changes" if stamp["uncommitted_changes"] else ""
         torch = stamp["versions"].get("torch", "?")
-        names.append(f"commit {stamp['commit'][:12]}{changes}, torch {torch}, {stamp['hardware']['cpu']}")
+        names.append(
+            f"truestep at commit {stamp['commit'][:12]}{changes}, torch {torch}, {stamp['hardware']['cpu']}"
+        )
     return Counter(names)

@@ -71,7 +71,7 @@ def by_flops(arms: Sequence[Row], highlighted: str, benchmark: str) -> Markup:
         if name != highlighted:
             axes.plot(*zip(*path, strict=True), "-", color=LINE, linewidth=1.2)
     axes.plot(*zip(*paths[highlighted], strict=True), "-o", color=BLUE, markersize=4)
-    label_x(axes, "FLOPs", max(x for path in paths.values() for x, _ in path))
+    label_x(axes, "FLOPs (paper)", max(x for path in paths.values() for x, _ in path))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     spoken = "; ".join(f"{y:.1f} % at {x:.3g}" for x, y in paths[highlighted])
     return to_svg(figure, f"flops {highlighted} {benchmark}", f"{highlighted}, score against FLOPs: {spoken}")

@@ -192,6 +192,24 @@ class FunctionPool:
         """Load the function once, before anything is sampled. Raises UserError if that fails."""
         self._idle.append(self._take())
 
+    def rehearse(self, trials: Sequence[RewardInput]) -> None:
+        """Call the function on one sample after the other until it returns. Raises UserError with the first failure if
+        it fails on all, unless all samples of a run may fail, too."""
+        failures = list[Answer]()
+        for trial in trials:
+            reply = self._ask([trial])
+            found = reply[0] if isinstance(reply, list) else reply
+            if not found.failed:
+                return
+            failures.append(found)
+        if failures and self.entry.max_failure_share < 1:
+            tried = f"failed on a trial with {trials[0].problem.row or trials[0].problem.id}, before anything was sampled"
+            remedy = "correct it, or return None for a completion that it cannot score"
+            first = failures[0]
+            raise UserError(
+                f'reward "{self.entry.name}" {tried}: {first.reason}; {remedy}\n{first.detail}'.rstrip()
+            )
+
     def close(self) -> None:
         self._closed = True
         for worker in list(self._all):

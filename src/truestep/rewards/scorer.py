@@ -65,6 +65,12 @@ class RewardScorer:
         rows, graded = self._answered(inputs)
         return [self._sum(row, score) for row, score in zip(rows, graded, strict=True)]
 
+    def rehearse(self, trials: Sequence[RewardInput]) -> None:
+        """Call every function but the judge on made-up samples until it returns. Raises UserError if it fails on all."""
+        for pool in self._pools.values():
+            if pool.entry.function != "judge":
+                pool.rehearse(trials)
+
     def each(self, inputs: Sequence[RewardInput]) -> list[dict[str, Answer]]:
         """Return what every reward says about each sample, by the reward's name. Raises UserError as ``score``."""
         return self._answered(inputs)[0]
