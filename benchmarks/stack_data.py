@@ -19,6 +19,7 @@ CHANGES = {words: changes for changes, words in OPTIONS}
 # Sentences that are made from numbers or were worded differently: how a part begins → the cause's kind. Only
 # the main fault of a newer result has its causes.
 BEGINNINGS = (
+    ("the auxiliary loss has", "auxiliary_loss"),
     ("micro-batches are dropped", "dropped"),
     ("rank ", "dropped"),
     ("an unknown pattern of weights", "unknown_weights"),

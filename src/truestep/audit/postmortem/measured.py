@@ -59,7 +59,7 @@ KEYS: Mapping[str, Key] = {
         "loss_type", "beta", "scale_rewards", "mask_truncated_completions", "importance_sampling_level",
         "epsilon_high", "entropy_coef",
     )},
-    **{name: Key("") for name in ("adapter", "dataset", "parallel", "remove_padding", "shape", "wrap")},
+    **{name: Key("") for name in ("adapter", "dataset", "parallel", "remove_padding", "shape", "wrap", "coefficient", "stateful")},
 }  # fmt: skip
 ROUNDING = ("autocast", "dtype")  # of the audited step; the weights are judged by its measured noise
 HIDES = "optimizer"  # AdamW's updates hide most weights; the same configuration was audited with SGD
@@ -71,6 +71,10 @@ TRAINERS: Mapping[str, str] = {
     "TRL GRPOTrainer": "TRL GRPOTrainer",
     "LLaMA-Factory": "LLaMA-Factory",
     "PEFT in a torch loop": "",
+    "PEFT with transformers Trainer": "transformers Trainer",
+    "transformers Trainer, mixture of experts": "transformers Trainer",
+    "Lightning Trainer.fit": "",
+    "axolotl SFT": "",
     "accelerate": "",
     "OpenRLHF SFTTrainer": "OpenRLHF sft",
     "verl agg_loss (function level)": "verl main_ppo",
