@@ -24,6 +24,7 @@ from truestep.audit.environments.in_process import audit_function
 
 RIGHT, DEFAULT, FAULT = {"RIGHT"}, {"DEFAULT"}, {"FAULT"}
 EITHER = RIGHT | DEFAULT
+RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 LOOPS: dict[str, tuple[set[str], str]] = {
     "hf_num_items_in_batch": (RIGHT, "the mean over all trained tokens"),
@@ -86,14 +87,18 @@ def audit(name: str, objective: str | None) -> dict[str, Any]:
     """One row of the table: what is expected of the step and what the audit found."""
     expected = LOOPS[name][0] if objective is None else DECLARED[name, objective]
     started = time.monotonic()
-    finding = audit_function(step_of(name), **({} if objective is None else {"objective": objective}))
-    verdict = str(finding.verdict.value)
-    return {
-        "step": name, "objective": objective, "expected": sorted(expected), "found": verdict,
-        "as_expected": verdict in expected, "accused": verdict == "FAULT" and "FAULT" not in expected,
-        "missed": verdict != "FAULT" and expected == FAULT, "codes": list(finding.codes),
-        "reasons": list(finding.reasons), "weights": finding.weights, "seconds": round(time.monotonic() - started, 1),
-    }  # fmt: skip
+    row: dict[str, Any] = {"step": name, "objective": objective, "expected": sorted(expected)}
+    try:
+        finding = audit_function(step_of(name), **({} if objective is None else {"objective": objective}))
+    except RAISED as error:
+        row |= {"found": "NOT RUN", "codes": [], "reasons": [repr(error)], "weights": []}
+    else:
+        row |= {"found": str(finding.verdict.value), "codes": list(finding.codes), "reasons": list(finding.reasons),
+                "weights": finding.weights}  # fmt: skip
+    row["as_expected"] = row["found"] in expected
+    row["accused"] = row["found"] == "FAULT" and "FAULT" not in expected
+    row["missed"] = row["found"] != "FAULT" and expected == FAULT
+    return row | {"seconds": round(time.monotonic() - started, 1)}
 
 
 def main() -> int:
