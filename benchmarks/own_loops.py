@@ -94,7 +94,7 @@ def audit(name: str, objective: str | None) -> dict[str, Any]:
         row |= {"found": "NOT RUN", "codes": [], "reasons": [repr(error)], "weights": []}
     else:
         row |= {"found": str(finding.verdict.value), "codes": list(finding.codes), "reasons": [str(r) for r in finding.reasons],
-                "weights": finding.weights}  # fmt: skip
+                "weights": finding.weights, "causes": str(finding.found)}  # fmt: skip
     row["as_expected"] = row["found"] in expected
     row["accused"] = row["found"] == "FAULT" and "FAULT" not in expected
     row["missed"] = row["found"] != "FAULT" and expected == FAULT
