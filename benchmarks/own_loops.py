@@ -1,4 +1,4 @@
-"""Audits forty training steps in the styles that people write: is no right one accused, and every wrong one found?
+"""Audits forty training steps in the styles that people write. Are right ones accused, or wrong ones missed?
 
     python benchmarks/own_loops.py [--json FILE] [NAME ...]
 
