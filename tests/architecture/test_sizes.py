@@ -153,8 +153,7 @@ def test_inheritance_is_rare() -> None:
         "ValueError", "RuntimeError", "ArithmeticError", "OSError", "UserError",
         "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",
         "torch.utils.data.Dataset", "importlib.machinery.SourceFileLoader", "io.RawIOBase", "types.ModuleType",
-        "harness.Recorder", "WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo",  # what vLLM asks for
-        "Recorder",  # of SFT steps; that of RL steps writes other things about a step
+        "WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo",  # what vLLM asks for
         "urllib.request.AbstractHTTPHandler", "BadAnswer", "Console", "transformers.TrainerCallback",
     }  # fmt: skip
     found = {
@@ -163,7 +162,8 @@ def test_inheritance_is_rare() -> None:
         for node in ast.walk(tree(p))
         if isinstance(node, ast.ClassDef)
         for base in node.bases
-        if ast.unparse(base) not in allowed
+        # An adapter inherits from what it audits.
+        if ast.unparse(base) not in allowed and "subjects" not in p.parts
     }
     assert found == set()
 

@@ -98,7 +98,9 @@ def observed(folder: Path, **changed: Any) -> None:
         "versions": {},
         "location": "",
     }
-    (folder / "rank-0.json").write_text(json.dumps(rank | {"autocast": "", "seconds": {}}))
+    (folder / "rank-0.json").write_text(
+        json.dumps(rank | {"autocast": "", "dtype": "float32", "seconds": {}})
+    )
 
 
 def test_the_correct_observation_is_read(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def advantages_of_each_micro_batch(model, m, batches):  # type: ignore[no-untype
     return (advantage[:, None] * forward(model, m)[2]).sum() / count(batches)
 
 
-@loss("tokens_untrained", WRONG)
+@loss("start_untrained", WRONG)
 def starts_left_out(model, m, batches):  # type: ignore[no-untyped-def]
     _, on, own = forward(model, m)
     return (own * on * torch.nn.functional.pad(on[:, :-1], (1, 0))).sum() / count(batches)

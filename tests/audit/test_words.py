@@ -35,7 +35,10 @@ def strings(room: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("room", ["measure", "measure/rl", "postmortem"])
 def test_no_sentence_is_made_where_something_is_found(room: str) -> None:
     """But for what makes a file unreadable."""
-    told = [pair for pair in strings(room) if not pair[1].startswith("https://")]
+    subject_names = {subject.name for subject in subjects.TABLE}
+    told = [
+        pair for pair in strings(room) if not pair[1].startswith("https://") and pair[1] not in subject_names
+    ]
     found = [pair for pair in told if len(re.findall(r"\b[a-z]{2,}\b", pair[1])) > 3]
     assert [pair for pair in found if pair[0] not in ("run_files.py", "pins.py")] == []
 

@@ -123,7 +123,7 @@ def _named(subjects: Sequence[Subject], only: str, where: str) -> list[Subject]:
 def _on(arch: str, subjects: Sequence[Subject]) -> list[Subject]:
     if not arch:
         return list(subjects)
-    if not any("arch" in c.options for s in subjects for c in s.configurations):
+    if not any(registry.takes_arch(c) for s in subjects for c in s.configurations):
         names = ", ".join(s.name for s in subjects)
         raise UserError(f"--arch {arch} does not apply to {names}; remove it")
     return [registry.with_arch(s, arch) for s in subjects]

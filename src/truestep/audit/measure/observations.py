@@ -254,7 +254,7 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
         forwards_without_step=max(r["forwards_without_step"] for r in ranks),
         unmatched=sum(r["unmatched_lines"] for r in ranks),
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
-        num_calls=ranks[0]["about"].get("calls"),
+        num_calls=ranks[0].get("about", {}).get("calls"),
         **{key: ranks[0][key] for key in ("versions", "location", "autocast", "dtype", "seconds")},
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from truestep.audit.measure import objectives, thresholds
 from truestep.audit.measure.findings import Cause, cause
-from truestep.audit.measure.observations import Step
+from truestep.audit.measure.observations import Parts, Step
 from truestep.audit.measure.patterns import (
     CONSTANTS,
     Seen,
@@ -74,7 +74,11 @@ def other_mask(step: Step, dtype: str, found: Recovered, limit: float) -> Seen |
     rounding = step.control - step.expected * step.num_trained
     for name, batches in step.masks.items():
         control = rounding + np.sum([m.gradient for m in batches], axis=0)
-        seen = see(replace(step, microbatches=batches, control=control, extras={}, masks={}), None, dtype)
+        seen = see(
+            replace(step, microbatches=batches, control=control, extras={}, masks={}, parts=Parts()),
+            None,
+            dtype,
+        )
         left = seen.recovered.residual if seen.recovered else 1.0
         if (
             seen.recovered
@@ -123,10 +127,11 @@ def _rest(
 def _of_objective(step: Step, named: objectives.Named, found: Recovered, limit: float, dtype: str) -> Seen:
     """Add the pattern of the weights that the objective gives to rows, if its micro-batches have one row."""
     used = [m for m in step.microbatches if m.num_trained]
-    by_micro = [[named.weights[row] for row, n in zip(m.rows, m.row_counts, strict=True) if n] for m in used]
-    if named.cause.code == "token_weights" or any(len(rows) > 1 for rows in by_micro):
+    rows = [[row for row, n in zip(m.rows, m.row_counts, strict=True) if n] for m in used]
+    if named.cause.code == "token_weights" or any(len(several) > 1 for several in rows):
         return Seen(causes=(named.cause,), recovered=found)
-    own = replace(found, weights=np.array([w for (w,) in by_micro]), errors=np.maximum(found.errors, limit))
+    weights = np.array([named.weights[row] for (row,) in rows])
+    own = replace(found, weights=weights, errors=np.maximum(found.errors, limit))
     pattern = fit_pattern(own, dtype)
     more = pattern.causes if pattern else (unknown("unknown_weights", own.weights),)
     return Seen(causes=(named.cause, *more), recovered=own, scale=pattern.scale if pattern else 1.0)

@@ -110,6 +110,7 @@ class Recorder:
     def __init__(self, spec: Any, model: nn.Module, snapshot: Callable[[], Tensor] | None = None) -> None:
         self.spec, self.began = spec, time.perf_counter()
         self.copy = copy.deepcopy(model).double().eval()
+        self.names = [name for name, _ in named(self.copy)]  # a step may freeze more of them
         self.needles, self.ignored = [bytes(row["ids"]) for row in spec.rows], b""
         self.before: Tensor | None = None
         self.microbatches: Lines = []
@@ -206,7 +207,7 @@ class Recorder:
 
     def _write_step(self, index: int, before: Tensor, after: Tensor, lines: Lines) -> dict[str, Any]:
         micro = [[row for line in batch for row in line] for batch in lines]
-        own = parameters_of(self.copy)
+        own = self._own(self.copy)
         for parameter, part in zip(own, before.split([p.numel() for p in own]), strict=True):
             parameter.data.copy_(part.view_as(parameter))
         rows = sorted({row for batch in micro for row in batch})
@@ -250,7 +251,7 @@ class Recorder:
 
     def _parts(self, name: str, rows: Sequence[int]) -> dict[str, Any]:
         """Write the gradient of every token's −log p, and of the terms that other objectives add, by row."""
-        own, num = parameters_of(self.copy), sum(len(self.spec.rows[row]["ids"]) for row in rows)
+        own, num = self._own(self.copy), sum(len(self.spec.rows[row]["ids"]) for row in rows)
         tokens, terms, gradients, summed = [], [], list[Tensor](), list[Tensor]()
         with_tokens = num * sum(p.numel() for p in own) <= MOST_NUMBERS
         for row in rows:
@@ -290,7 +291,7 @@ class Recorder:
     def _control(self, micro: Sequence[Sequence[int]], exact: dict[int, Tensor]) -> Tensor:
         """Return the gradient sum in the subject's own precision or autocast, which shows its distance from
         float64. For a clip or a schedule in float32, return the exact sum; other cases show this distance."""
-        total = torch.zeros_like(flat(parameters_of(self.copy)))
+        total = torch.zeros_like(flat(self._own(self.copy)))
         if self.spec.is_relation and self.spec.dtype is not torch.bfloat16 and self.autocast is None:
             return sum((exact[row] for batch in micro for row in batch), total)
         wide = torch.promote_types(self.spec.dtype, torch.float32)
@@ -321,7 +322,7 @@ class Recorder:
         """Return what a wrong mask or a wrong shift would have added to the step's gradient sum."""
         wrong: dict[str, dict[str, Any]] = {"prompt": {"masked": True}, "shift_0": {"shift": 0}}
         wrong |= {"shift_2": {"shift": 2}, "stop": {"ends": True}}
-        nothing, how = torch.zeros_like(flat(parameters_of(self.copy))), wrong.items()
+        nothing, how = torch.zeros_like(flat(self._own(self.copy))), wrong.items()
         return {k: sum((self._gradient(self.copy, rows, **h)[1] for rows in micro), nothing) for k, h in how}
 
     def _masks(self, rows: Sequence[int]) -> dict[str, tuple[list[int], Tensor]]:
@@ -361,9 +362,13 @@ class Recorder:
             total += float(loss.detach())
         return total, self._gradients(model)
 
-    @staticmethod
-    def _gradients(model: nn.Module) -> Tensor:
-        return flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters_of(model)])
+    def _own(self, model: nn.Module) -> list[Tensor]:
+        """Return the parameters of the copy, or of a copy of it, in the order of all vectors."""
+        parameters = dict(model.named_parameters())
+        return [parameters[name] for name in self.names]
+
+    def _gradients(self, model: nn.Module) -> Tensor:
+        return flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self._own(model)])
 
     def _write(self, name: str, value: Tensor) -> dict[str, Any]:
         """Write a raw little-endian buffer, and return its header, which the JSON file contains."""

@@ -29,6 +29,7 @@ ENGINE = (
 OWN = (*CASES, "reordered", "padded", "masked_unsplit", "repeated")
 RL = ("whole", "split", "reused", "minibatches")
 GROUPS = {"CASES": CASES, "ENGINE": ENGINE, "RELATED": ("clipped", "scheduled", "resumed"), "RL": RL}
+OWN_MODELS = ("reused", "tied")  # in which a layer is used twice, or has the input table's weight
 ARCHS = ("plain", "llama", "qwen2", "gemma3", "gpt2", "neox", "opt")
 
 
@@ -113,14 +114,19 @@ def meant_by(names: Sequence[str]) -> list[Subject]:
     return [s for s in theirs if not (set(s.needs) & frameworks) - set(names)]
 
 
+def takes_arch(configuration: Configuration) -> bool:
+    """Return whether the configuration runs with any model class."""
+    return configuration.options.get("arch", OWN_MODELS[0]) not in OWN_MODELS
+
+
 def with_arch(subject: Subject, arch: str) -> Subject:
     """Return the subject with a different model class. Configurations that become the same are merged.
 
-    A configuration without a model class runs its own tiny model and is kept.
+    A configuration without a model class, or with a model made for it, is kept.
     """
     changed: list[Configuration] = []
     for c in subject.configurations:
-        new = replace(c, options={**c.options, "arch": arch}) if "arch" in c.options else c
+        new = replace(c, options={**c.options, "arch": arch}) if takes_arch(c) else c
         if new not in changed:
             changed.append(new)
     return replace(subject, configurations=changed)
