@@ -537,7 +537,7 @@ _NEWER: tuple[tuple[str, Any], ...] = (
     ("vllm", VllmSettings().model_dump(mode="json")),
     ("template", "model"), ("rope_scaling", "model"), ("freeze", []), ("no_decay", []), ("decay_fraction", 0.1),
     ("validation", ValidationSettings().model_dump(mode="json")),
-    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""),
+    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""), ("lora", None),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))
 

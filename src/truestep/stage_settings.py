@@ -4,6 +4,7 @@ The text below a key is its meaning and an example, for docs/reference/settings.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -138,6 +139,34 @@ class FaultSettings(Frozen):
         return self
 
 
+class LoraSettings(Frozen):
+    """Trains small matrices beside the frozen ones (LoRA). The stage exports the merged model, and the adapter in PEFT's
+    format."""
+
+    rank: int = Field(ge=1)
+    """The rank r of the trained product B·A. Example: ``rank = 16``"""
+    alpha: float = Field(32.0, gt=0)
+    """The product is scaled by alpha / rank. Example: ``alpha = 16``"""
+    rslora: bool = False
+    """Scale by alpha / √rank instead. Example: ``rslora = true``"""
+    targets: tuple[str, ...] = ("all-linear",)
+    """The linear layers with an adapter: "all-linear" (all but the output layer), last parts of names, or patterns of
+    names. Example: ``targets = ["q_proj", "v_proj", "model.layers.[0-3].mlp.*"]``"""
+    train_also: tuple[str, ...] = ()
+    """Patterns of parameters that are trained whole, beside the adapters.
+    Example: ``train_also = ["model.embed_tokens.*"]``"""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @model_validator(mode="after")
+    def _some_targets(self) -> Self:
+        if not self.targets:
+            raise ValueError('targets = [] trains no adapter; set targets = ["all-linear"], or remove lora')
+        return self
+
+
 class StageSettings(Frozen):
     kind: Literal["sft", "rl", "rejection"]
     """What the stage does: train on demonstrations, sample and train by the reward, or train on accepted samples.
@@ -153,6 +182,8 @@ class StageSettings(Frozen):
     """How the weights are updated. Example: ``optimizer = { lr = 1e-5 }``"""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained. Example: ``freeze = ["model.layers.[0-3].*"]``"""
+    lora: LoraSettings | None = None
+    """Train adapters instead of the whole model. Example: ``lora = { rank = 16, alpha = 32 }``"""
     save_every: int = Field(50, ge=1)
     """Save a checkpoint after every so many steps. Example: ``save_every = 20``"""
     save_every_minutes: float = Field(0, ge=0)
@@ -171,6 +202,14 @@ class StageSettings(Frozen):
     faults: FaultSettings = FaultSettings()
     """Known faults of other frameworks, injected on purpose. For studies.
     Example: ``faults = { micro_mean = true }``"""
+
+    @model_validator(mode="after")
+    def _frozen_once(self) -> Self:
+        if self.lora is not None and self.freeze:
+            raise ValueError(
+                "freeze and lora exclude each other: with lora, only adapters and train_also are trained"
+            )
+        return self
 
     @property
     def shares(self) -> tuple[DataShare, ...]:

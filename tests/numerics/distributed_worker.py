@@ -34,6 +34,7 @@ from transformers import Gemma2Config
 from truestep.objective.schedule import learning_rate
 from truestep.records import Origin, TrainSequence
 from truestep.settings import OptimizerSettings
+from truestep.stage_settings import LoraSettings
 from truestep.train.optim import MasterOptimizer
 from truestep.train.parallel import Ranks, full, join, leave, replicate, shard
 from truestep.train.step import count_totals
@@ -64,11 +65,12 @@ class Case:
     parallel: str = "ddp"
     model: str = "gqa"
     dtype: torch.dtype = torch.float64
+    lora: bool = False
 
     @property
     def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return "-".join([self.parallel, self.model, dtype, self.family, self.cut, self.optimizer])
+        dtype, adapted = str(self.dtype).removeprefix("torch."), ["lora"] * self.lora
+        return "-".join([self.parallel, self.model, dtype, self.family, self.cut, self.optimizer, *adapted])
 
 
 def cases() -> list[Case]:
@@ -85,9 +87,14 @@ def cases() -> list[Case]:
         found.append(Case(family="grpo", cut="uneven", optimizer="clipped", parallel=parallel))
         found.append(Case(family="dr_grpo", cut="one idle", optimizer="sgd", parallel=parallel, model="tied"))
         found.append(Case(family="sft", cut="uneven", optimizer="adamw", parallel=parallel, model=ONE_BY_ONE))
+        for family, cut in (("sft", "one idle"), ("grpo", "uneven")):
+            found.append(
+                Case(family=family, cut=cut, optimizer="adamw", parallel=parallel, model="tied", lora=True)
+            )
     return found
 
 
+LORA = LoraSettings(rank=3, alpha=4, targets=("all-linear", "lm_head"), train_also=("*norm.weight",))
 OPTIMIZERS = {"adamw": (ADAMW, 2), "sgd": (PLAIN_SGD, 1), "clipped": (CLIPPED_SGD, 2)}
 
 
@@ -110,7 +117,7 @@ def run_case(case: Case, ranks: Ranks) -> tuple[dict[str, Tensor], list[dict[str
     """What the parameters moved by (whole, on every rank), and what each step reported."""
     family = FAMILIES[case.family]
     # Every rank starts from other weights: replicate must make them rank 0's.
-    policy = make_policy(MODELS[case.model], case.dtype, seed=ranks.rank)
+    policy = make_policy(MODELS[case.model], case.dtype, seed=ranks.rank, lora=LORA if case.lora else None)
     if ranks.world_size > 1:
         replicate(policy, ranks)
         if case.parallel == "fsdp2":

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from truestep.model.load import LoadedModel, model_shape, prepare
+from truestep.model.lora import install, layers_of
 from truestep.objective.advantage import GroupView
 from truestep.objective.methods import Method, build
 from truestep.records import Origin, StepReport, TokenBatch, TrainSequence
 from truestep.settings import OptimizerSettings
+from truestep.stage_settings import LoraSettings
 from truestep.testing.reference.loss import exact_float64, group_advantages, reference_gradient
 from truestep.testing.reference.rows import named_part
 from truestep.train.optim import MasterOptimizer
@@ -126,13 +128,24 @@ def make_model(config: Any, seed: int = 0) -> nn.Module:
     return model
 
 
-def make_policy(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Policy:
+def make_policy(
+    config: Any,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    lora: LoraSettings | None = None,
+    **options: Any,
+) -> Policy:
     model = make_model(config, seed).to(dtype)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     prepare(model, torch.device("cpu"))
     shape = (
         model_shape(make_model(LLAMAS["tied"])) if not hasattr(model.config, "num_attention_heads") else None
     )
+    if lora is not None:
+        install(model, lora, seed)
+        drawn = torch.Generator().manual_seed(seed)
+        for layer in layers_of(model).values():  # of a size that matters, as after some steps
+            layer.lora_B.data.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=drawn))
     loaded = LoadedModel(
         model=model,
         tokenizer=None,  # type: ignore[arg-type]  # token ids only

@@ -104,14 +104,3 @@ def empty_model(settings: ModelSettings) -> PreTrainedModel:
         config = read_config(source)
         override(config, settings)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def check_patterns(
-    settings: ModelSettings, patterns: Sequence[tuple[str, Sequence[str], Sequence[str]]]
-) -> None:
-    """Raise UserError for a stage (its name, ``freeze`` and ``optimizer.no_decay``) whose patterns do not fit."""
-    for name, frozen, undecayed in patterns:
-        if frozen or undecayed:
-            model = empty_model(settings)
-            chosen(model, undecayed, f"stages.{name}.optimizer.no_decay")
-            freeze(model, frozen, f"stages.{name}.freeze")

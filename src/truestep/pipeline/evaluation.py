@@ -34,7 +34,8 @@ def dev_score(
         return None
     limits = prepared.settings.evaluate.data_sampling.model_copy(update={"temperature": dev.temperature})
     sampling = sampling_parameters(limits, prepared.stop_ids)
-    shared = engine or make_engine(session, policy, path, limits.max_running)
+    stage = prepared.settings.stages[index]
+    shared = engine or make_engine(session, policy, path, limits.max_running, stage)
 
     def score(step: int) -> float:
         if engine is None and is_sharded(policy):  # otherwise the engine samples from the policy itself

@@ -16,7 +16,8 @@ from truestep.device import compute_device, matmul_rate
 from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model
-from truestep.model.select import freeze, without_frozen
+from truestep.model.lora import choose_trained
+from truestep.model.select import without_frozen
 from truestep.pipeline.history import MEASURES, Change, begun_with
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.track import Trackers
@@ -29,6 +30,7 @@ from truestep.settings import (
     ChatSettings,
     RejectionSettings,
     RlSettings,
+    StageSettings,
     settings_hash,
 )
 from truestep.train.checkpoints import Earlier
@@ -71,11 +73,13 @@ def open_model(session: Session, path: str) -> LoadedModel:
     return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
 
 
-def make_policy(session: Session, path: str, frozen: Sequence[str] = ()) -> Policy:
-    """Make a policy from a folder, sharded or replicated over the ranks, without gradients for what is frozen."""
+def make_policy(session: Session, path: str, stage: StageSettings | None = None) -> Policy:
+    """Make a policy from a folder, sharded or replicated over the ranks, in which what the stage trains has gradients
+    (if there is no stage, everything)."""
     compute = session.prepared.settings.compute
     loaded = open_model(session, path)
-    freeze(loaded.model, frozen)
+    if stage is not None:
+        choose_trained(loaded.model, stage, session.prepared.settings.seed)
     loaded = replace(loaded, shape=without_frozen(loaded.model, loaded.shape))
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
     for note in policy.notes:
@@ -94,11 +98,16 @@ def make_policy(session: Session, path: str, frozen: Sequence[str] = ()) -> Poli
     return policy
 
 
-def make_engine(session: Session, policy: Policy | None, path: str, max_running: int) -> TorchEngine:
+def make_engine(
+    session: Session, policy: Policy | None, path: str, max_running: int, stage: StageSettings | None = None
+) -> TorchEngine:
     """Make an engine on the policy's module, or on a separate model if ``policy`` is None or sharded."""
     sharded = session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2"
     if policy is None or sharded:
-        policy = Policy(open_model(session, path))
+        loaded = open_model(session, path)
+        if stage is not None:  # with the same adapters, which are then published like all weights
+            choose_trained(loaded.model, stage, session.prepared.settings.seed)
+        policy = Policy(loaded)
     return TorchEngine(policy.model, max_running=max_running, packs=policy.packs and policy.plain_head)
 
 

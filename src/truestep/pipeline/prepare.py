@@ -19,8 +19,8 @@ from truestep.data.templates import choose_template
 from truestep.device import world
 from truestep.errors import Faults, UserError, count, verb
 from truestep.model.load import TINY_CONTEXT, load_tokenizer, model_content, read_config, resolve
+from truestep.model.lora import check_trained
 from truestep.model.rope import override
-from truestep.model.select import check_patterns
 from truestep.objective.corrections import REWEIGHTING
 from truestep.objective.methods import METHODS, Method, build, fits_older_samples
 from truestep.pipeline.code import code_of
@@ -158,7 +158,7 @@ def _opened(settings: Settings, base_dir: Path, history: History | None) -> Prep
         named=named,
     )  # fmt: skip
     check_special_tokens(tokenizer, settings.chat, prepared.stop_ids)
-    check_patterns(settings.model, [(s.name, s.freeze, s.optimizer.no_decay) for s in settings.stages])
+    check_trained(settings.model, settings.stages)
     return prepared
 
 

@@ -23,6 +23,7 @@ from truestep.evaluate.compare import compare
 from truestep.evaluate.files import ended, read_results, read_samples, results_file, samples_file, score_row
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
+from truestep.model.lora import merged_weights, save_adapter, with_weights
 from truestep.pipeline import shown
 from truestep.pipeline.code import with_absolute_paths
 from truestep.pipeline.evaluation import evaluate_checkpoint
@@ -257,7 +258,7 @@ def _train(session: Session, index: int, path: str, before: Ledger, steps_before
     }  # fmt: skip
     if state.step < spec.num_steps:
         done["ended_early"] = {"planned_steps": spec.num_steps, **state.stall}
-    _export(session, index, spec, done)
+    _export(session, index, spec, done, path)
     if session.ranks.rank == 0:
         mark = rundir.record_files(spec.folder, [spec.folder / "export" / rundir.EXPORT_MARK])
         done["files"] = {**spec.logs.seal(), **mark}
@@ -277,17 +278,19 @@ def _cost(spec: StageSpec) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, Any]) -> None:
-    """Export the stage's model as a Hugging Face folder. A sharded model is gathered in rank 0's memory."""
+def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, Any], path: str) -> None:
+    """Export the stage's model as a Hugging Face folder. A sharded model is gathered in rank 0's memory. Adapters are
+    merged into it, and exported beside it."""
     parameters = spec.policy.named_parameters()
     weights = {name.removeprefix("model."): full(p.detach()).cpu() for name, p in parameters}
     if session.ranks.rank != 0:
         return
     model, settings = spec.policy.model, session.prepared.settings
-    if is_sharded(spec.policy):
-        model = open_model(session, settings.model.path).model
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    if lora := spec.settings.lora:
+        save_adapter(spec.folder / "adapter", model, weights, lora, rundir.redact(path))
+        weights = merged_weights(model, weights)
+    if lora or is_sharded(spec.policy):
+        model = with_weights(open_model(session, settings.model.path).model, weights)
     problems = (p for name in spec.settings.data_names for p in session.prepared.problems[name])
     export_hf(
         spec.folder / "export", model, session.prepared.tokenizer, card=_card(session, index, done),

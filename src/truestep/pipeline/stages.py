@@ -49,11 +49,11 @@ def make_stage(
     prepared, ranks = session.prepared, session.ranks
     stage, method = prepared.settings.stages[index], prepared.methods[prepared.settings.stages[index].name]
     folder = stage_folder(session.folder, index, stage)
-    policy = make_policy(session, path, stage.freeze)
+    policy = make_policy(session, path, stage)
     sampling = getattr(stage, "sampling", None)
     scorer = Scorer(
         policy=policy,
-        reference=make_policy(session, path).requires_grad_(False) if method.needs_reference else None,
+        reference=_reference(session, stage, policy, path) if method.needs_reference else None,
         temperature=stage.sampling.temperature if isinstance(stage, RlSettings) else 1.0,
         tokens_per_microbatch=stage.tokens_per_microbatch, ranks=ranks,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def make_stage(
         if is_vllm:
             engine = open_vllm(session, stage, policy, stack)
         else:
-            engine = make_engine(session, policy, path, running)
+            engine = make_engine(session, policy, path, running, stage)
         base, grade = prepared.base_dir, session.grader.score_many
         rewards = RewardScorer(stage.reward_entries, grade=grade, base=base, folder=folder / "rewards")
         score = stack.enter_context(rewards).score
@@ -105,6 +105,13 @@ def make_stage(
         on_step=_on_step(session, stage, steps_before, folder, watch_of(session, index, policy, folder, steps)),
         warn=session.reporter.say, stop_reason=partial(strict_reason, session),
     )  # fmt: skip
+
+
+def _reference(session: Session, stage: StageSettings, policy: Policy, path: str) -> Policy:
+    """Return the policy that the stage starts from. If only adapters are trained, it has the same weights."""
+    if stage.lora and not stage.lora.train_also:
+        return policy
+    return make_policy(session, path).requires_grad_(False)
 
 
 def _validation_loss(session: Session, stage: StageSettings, policy: Policy) -> ValidationLoss | None:

@@ -24,6 +24,7 @@ from truestep.device import linear
 from truestep.flops import Ledger
 from truestep.model.attention import PackedLayout, count_pairs, visible
 from truestep.model.forward import hidden_states
+from truestep.model.lora import head_adapter
 from truestep.records import Rollout, Segment
 from truestep.rollout.engine import Receipt, SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.fingerprints import fingerprint
@@ -300,7 +301,10 @@ class TorchEngine:
     def _sample(self, hidden: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         """Append the next token and its log-probability to each sample. Shapes: hidden [R, D]."""
         head: Any = self.model.get_output_embeddings()
-        self._take(linear(hidden, head.weight, head.bias), rows, sampling)
+        logits = linear(hidden, head.weight, head.bias)
+        if adapter := head_adapter(head, hidden):
+            logits = logits + linear(*adapter, None)
+        self._take(logits, rows, sampling)
 
     def _take(self, logits: Tensor, rows: Sequence[_Row], sampling: SamplingParameters) -> None:
         forced = [row.forced[len(row.tokens)] if row.forced else -1 for row in rows]

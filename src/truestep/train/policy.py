@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from truestep.model import forward
 from truestep.model.attention import PackedLayout
 from truestep.model.load import LoadedModel
+from truestep.model.lora import head_adapter
 from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
 from truestep.records import Segment, TokenBatch
 
@@ -76,7 +77,8 @@ class Policy(nn.Module):
         else:
             hidden = forward.hidden_states_by_segment(*rows, _passes(batch))
         hidden, head = hidden.index_select(0, batch.source_index), self.model.get_output_embeddings()
-        return chunked_logprobs(hidden, head.weight, head.bias, batch.target_ids, temperature)
+        adapter = head_adapter(head, hidden)
+        return chunked_logprobs(hidden, head.weight, head.bias, batch.target_ids, temperature, adapter)
 
     def _from_whole_logits(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         rows = (self.model, batch.input_ids, batch.position_ids)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from truestep.flops import Ledger
 from truestep.model.attention import count_pairs
+from truestep.model.lora import switched_off
 from truestep.records import TokenBatch, TrainSequence
 from truestep.train.packing import pack
 from truestep.train.parallel import Ranks, reshard
@@ -19,7 +20,8 @@ from truestep.train.step import levelled, require_finite
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores sequences and packed micro-batches (collectives). ``reference`` is the frozen initial model."""
+    """Scores sequences and packed micro-batches (collectives). ``reference`` is the frozen initial model, or
+    the policy itself, whose adapters are then switched off."""
 
     policy: Policy
     temperature: float
@@ -49,7 +51,8 @@ class Scorer:
     def with_reference(self, batches: Sequence[TokenBatch], step: int) -> list[TokenBatch]:
         """Return the batches with the log-probabilities of the frozen reference policy."""
         assert self.reference is not None
-        scored = self._passed(self.reference, batches, step, "reference")
+        with switched_off(self.reference.model):
+            scored = self._passed(self.reference, batches, step, "reference")
         return [replace(batch, reference_logprobs=logprobs) for batch, logprobs, _ in scored]
 
     def entropy(self, sequences: Sequence[TrainSequence], step: int) -> tuple[list[float], Ledger]:
