@@ -70,7 +70,7 @@ class Elsewhere(TorchEngine):
     """An engine with its own copy of the weights, as one in other processes has. ``before`` is called in the
     thread that samples, before each rollout of a step (not of a comparison)."""
 
-    runs_beside_training = True
+    runs_beside_training, has_adapters = True, True
 
     def __init__(self, like: TorchEngine, before: Callable[[int], None] = lambda step: None) -> None:
         super().__init__(copy.deepcopy(like.model), max_running=like.max_running, packs=like.packs)

@@ -154,20 +154,27 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             layer.is_on = True
 
 
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter of this name belongs to an adapter."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+@torch.no_grad()
+def merged(scale: float, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return W + s·B·A [O, I], computed in at least float32 and rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + scale * (second.to(wide) @ first.to(wide))).to(weight.dtype)
+
+
 @torch.no_grad()
 def merged_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the same model without adapters. ``whole`` has all weights by name, not sharded.
-
-    W + s·B·A is computed in at least float32 and rounded once. An output layer that was tied to the input table has a
-    weight of its own if it had an adapter."""
+    """Return the weights of the same model without adapters. ``whole`` has all weights by name, not sharded. An output
+    layer that was tied to the input table gets a separate weight if it has an adapter."""
     layers, names = layers_of(model), {id(p): name for name, p in model.named_parameters()}
-    own = {f"{name}.{leaf}" for name in layers for leaf in ("lora_A", "lora_B")}
-    found = {name: tensor for name, tensor in whole.items() if name not in own}
+    found = {name: tensor for name, tensor in whole.items() if not is_adapter(name)}
     for name, layer in layers.items():
-        weight = whole[names[id(layer.weight)]]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        first, second = (whole[f"{name}.{leaf}"].to(wide) for leaf in ("lora_A", "lora_B"))
-        found[f"{name}.weight"] = (weight.to(wide) + layer.scale * (second @ first)).to(weight.dtype)
+        parts = (whole[key] for key in (names[id(layer.weight)], f"{name}.lora_A", f"{name}.lora_B"))
+        found[f"{name}.weight"] = merged(layer.scale, *parts)
     return found
 
 

@@ -31,9 +31,9 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     The first rank makes a model folder with the policy's weights, and starts servers from it or, with
     ``vllm.attach``, asks running ones what they can do. Raises UserError if they cannot be used."""
     own, ranks, is_first = session.prepared.settings.vllm, session.ranks, session.ranks.rank == 0
-    parameters = dict(policy.model.named_parameters())
+    weights = Gathered(policy.model, merges=True)
     device = next(policy.parameters()).device
-    copies, told = tied(policy.model), dict[str, Any]()
+    copies, told = {t: h for t, h in tied(policy.model).items() if h not in weights}, dict[str, Any]()
     hosts = set(ranks.exchange(socket.gethostname()))
     if len(hosts) > 1 and not own.attach:
         raise UserError(
@@ -42,12 +42,12 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
         )
     folder, servers = Path(), None
     if is_first:
-        sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
+        sizes = {name: p.numel() * p.element_size() for name, p in weights.data.items()}
         total = sum(sizes.values()) + sum(sizes[name] for name in copies)
         folder = stack.enter_context(weights_folder(own.folder, total, max(sizes.values())))
         untied_config(policy.model).save_pretrained(folder)
         session.prepared.tokenizer.save_pretrained(folder)
-    write_weights(folder, Gathered(parameters), copies, writes=is_first)
+    write_weights(folder, weights, copies, writes=is_first)
     if is_first:
         dtype, length = session.prepared.settings.compute.dtype, _context_length(session, stage)
         urls = [url.rstrip("/") for url in own.attach]
@@ -72,7 +72,7 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     delivery, broadcast = FileDelivery(told["folder"], abilities), None
     if own.transfer == "broadcast":
         broadcast = Broadcast(
-            delivery, device, {n: (p.dtype, p.shape) for n, p in parameters.items()}, copies
+            delivery, device, {n: (p.dtype, p.shape) for n, p in weights.data.items()}, copies
         )
     publisher = Publisher(
         delivery, folder, servers=servers, is_first=is_first, gather=ranks.exchange, sleeps=own.sleep, copies=copies,

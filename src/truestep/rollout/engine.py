@@ -117,10 +117,12 @@ class Engine(Protocol):
     """An engine samples completions from published weights. There are two implementations, torch and vLLM.
 
     ``runs_beside_training`` is True if it samples in other processes, from its own copy of the weights. Then
-    ``generate`` may run in a thread while the trainer updates the weights."""
+    ``generate`` may run in a thread while the trainer updates the weights. ``has_adapters`` says whether its model has
+    the adapters of LoRA; if not, it is given merged matrices."""
 
     policy_version: int
     runs_beside_training: bool
+    has_adapters: bool
 
     @property
     def parts(self) -> Sequence[Engine]:

@@ -135,7 +135,7 @@ class _DecodeLayout:
 class TorchEngine:
     """Samples from a model, or, if ``packs`` is False, one sample at a time with the model's own cache."""
 
-    runs_beside_training = False
+    runs_beside_training, has_adapters = False, True
 
     def __init__(self, model: PreTrainedModel, *, max_running: int = 64, packs: bool = True) -> None:
         self.model, self.max_running, self.packs = model, max_running, packs

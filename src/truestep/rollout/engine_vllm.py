@@ -155,7 +155,7 @@ class Publisher:
 class VllmEngine:
     """Samples through running servers. With a ``publisher``, it can be trained."""
 
-    runs_beside_training = True
+    runs_beside_training, has_adapters = True, False
 
     def __init__(self, urls: Sequence[str], concurrent: int, publisher: Publisher | None = None) -> None:
         self.clients = [client_of(url) for url in urls]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from truestep.model.lora import is_adapter, layers_of, merged
 from truestep.rollout.engine import Engine, Receipt, StaleWeightsError
 from truestep.rollout.fingerprints import PRIME, fingerprint
 from truestep.train.layout import share_of
@@ -16,10 +17,25 @@ from truestep.train.policy import Policy
 
 
 class Gathered(UserDict[str, Tensor]):
-    """Parameters by name, gathered one at a time if they are sharded."""
+    """Parameters by name, gathered one at a time if they are sharded. For an engine without adapters, the matrices of
+    layers with an adapter are merged."""
+
+    def __init__(self, model: nn.Module, *, merges: bool = False) -> None:
+        parameters = dict(model.named_parameters())
+        self.layers = {f"{n}.weight": layer for n, layer in layers_of(model).items()} if merges else {}
+        if self.layers:
+            parameters = {name: p for name, p in parameters.items() if not is_adapter(name)}
+        super().__init__(parameters | {name: layer.weight for name, layer in self.layers.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        return full(self.data[name].detach())
+        whole = full(self.data[name].detach())
+        if (layer := self.layers.get(name)) is None:
+            return whole
+        return merged(layer.scale, whole, full(layer.lora_A.detach()), full(layer.lora_B.detach()))
+
+    def part(self, name: str) -> Tensor:
+        """Return what this rank has of the tensor: its shard, or the whole if it is not sharded or is merged."""
+        return self[name] if name in self.layers else self.data[name].detach()
 
 
 def publish(policy: Policy, engine: Engine, version: int, ranks: Ranks | None = None) -> Receipt:
@@ -28,35 +44,38 @@ def publish(policy: Policy, engine: Engine, version: int, ranks: Ranks | None = 
     Raises StaleWeightsError on all ranks, naming the tensor, if on any rank a bit of a tensor, or the version,
     is not the trainer's. Held by: tests/contract/test_publish.py"""
     ranks = ranks or Ranks()
-    parameters = dict(policy.model.named_parameters())
-    receipt = engine.publish(Gathered(parameters), version)
+    weights = Gathered(policy.model, merges=not engine.has_adapters)
+    receipt = engine.publish(weights, version)
     mine = [] if receipt.version == engine.policy_version == version else ["the version"]
-    mine += different(parameters, receipt, ranks)
+    mine += different(weights, receipt, ranks)
     for rank, names in enumerate(ranks.gather(mine)):
         if names:
             told = f"{receipt.version}, {engine.policy_version}" if rank == ranks.rank else "?"
             raise StaleWeightsError(
                 f"version {version} was published, but the engine of rank {rank} does not have it: {len(names)} of "
-                f"{len(parameters)} tensors differ from the trainer's, the first is {names[0]} (the engine says "
+                f"{len(weights)} tensors differ from the trainer's, the first is {names[0]} (the engine says "
                 f"version {told})"
             )
     return receipt
 
 
-def different(parameters: Mapping[str, Tensor], receipt: Receipt, ranks: Ranks) -> list[str]:
+def different(weights: Gathered, receipt: Receipt, ranks: Ranks) -> list[str]:
     """Return the names of the tensors for which this rank's receipt is not that of the trainer's bits."""
-    compared = {name: p.detach() for name, p in parameters.items() if name not in receipt.addresses}
-    found = [n for n, address in receipt.addresses.items() if local(parameters[n]).data_ptr() != address]
+    names = [name for name in weights if name not in receipt.addresses]
+    found = [n for n, address in receipt.addresses.items() if local(weights.part(n)).data_ptr() != address]
     if receipt.unread:
         return found
-    own = fingerprints(compared, ranks)
-    return found + [name for name in compared if receipt.fingerprints.get(name) != own[name]]
+    own = fingerprints(weights, names, ranks)
+    return found + [name for name in names if receipt.fingerprints.get(name) != own[name]]
 
 
-def fingerprints(parameters: Mapping[str, Tensor], ranks: Ranks) -> dict[str, int]:
-    """Return the fingerprint of every whole tensor (a collective: shards are added over ranks)."""
-    parts = {name: fingerprint(local(p), _offset(p)) for name, p in parameters.items()}
-    sharded = [name for name, p in parameters.items() if local(p) is not p]
+def fingerprints(weights: Gathered, names: Sequence[str], ranks: Ranks) -> dict[str, int]:
+    """Return the fingerprints of whole tensors (a collective: shards are added over ranks)."""
+    parts, sharded = {}, []
+    for name in names:
+        part = weights.part(name)
+        parts[name] = fingerprint(local(part), _offset(part))
+        sharded += [name] if local(part) is not part else []
     summed = [sum(values) % PRIME for values in zip(*ranks.gather([parts[n] for n in sharded]), strict=True)]
     return parts | dict(zip(sharded, summed, strict=True))
 
