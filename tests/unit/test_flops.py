@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from truestep.flops import Ledger, ModelShape
 from truestep.model.load import model_shape
+from truestep.model.lora import install
 from truestep.model.select import freeze, without_frozen
+from truestep.stage_settings import LoraSettings
 
 PAPER = ModelShape(
     num_parameters=7_000_000_000, num_matmul_parameters=7_000_000_000, num_layers=28, attention_width=3584
@@ -115,6 +117,19 @@ def test_the_backward_pass_of_frozen_layers(frozen: list[str], layers: int) -> N
     assert shape.num_backward_layers in ({None, layers} if not frozen else {layers})
     demonstration = Ledger(demonstration_tokens=TOKENS).paper_flops(shape) / TOKENS / shape.num_parameters
     assert demonstration == (6 if not frozen else pytest.approx(2 + 4 * shape.backward_share))
+
+
+@pytest.mark.parametrize(
+    "targets", [("all-linear", "lm_head"), ("all-linear",), ("model.layers.1.self_attn.v_proj",)]
+)
+def test_the_products_of_adapters(targets: tuple[str, ...]) -> None:
+    model = model_of("llama")
+    install(model, LoraSettings(rank=3, targets=targets), seed=0)
+    shape = without_frozen(model, model_shape(model))
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    matrices = replace(shape, num_matmul_parameters=shape.num_matmul_parameters - vectors, attention_width=0)
+    work = Ledger(trained_pass_tokens=TOKENS)
+    assert work.full_flops(matrices) == pytest.approx(products(model)[0], rel=1e-12)
 
 
 EXPERTS: list[tuple[str, dict[str, int]]] = [

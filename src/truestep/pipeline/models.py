@@ -15,7 +15,7 @@ from truestep.data.chat import completion_text
 from truestep.device import compute_device, matmul_rate
 from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
-from truestep.model.load import LoadedModel, load_model
+from truestep.model.load import LoadedModel, load_model, model_shape
 from truestep.model.lora import choose_trained
 from truestep.model.select import without_frozen
 from truestep.pipeline.history import MEASURES, Change, begun_with
@@ -80,7 +80,7 @@ def make_policy(session: Session, path: str, stage: StageSettings | None = None)
     loaded = open_model(session, path)
     if stage is not None:
         choose_trained(loaded.model, stage, session.prepared.settings.seed)
-    loaded = replace(loaded, shape=without_frozen(loaded.model, loaded.shape))
+    loaded = replace(loaded, shape=without_frozen(loaded.model, model_shape(loaded.model)))
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
     for note in policy.notes:
         session.reporter.say(note)
