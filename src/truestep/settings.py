@@ -95,6 +95,8 @@ class ComputeSettings(Frozen):
     products. Example: ``gradient_checkpointing = "selective"``"""
     compile: bool = False
     """Compile the model's layers with torch.compile. Example: ``compile = true``"""
+    offload: Literal["none", "optimizer"] = "none"
+    """Keep the optimizer's float32 weights and moments in host memory. Example: ``offload = "optimizer"``"""
 
 
 PINNED_DATE = "2024-07-26"
@@ -143,7 +145,10 @@ OUTSIDE_RESULTS = {
     "keep_checkpoints": 1,
     "tokens_per_microbatch": 1,
 }
-OUTSIDE_COMPUTE = {"threads": 1, "parallel": "auto", "gradient_checkpointing": False, "compile": False}
+OUTSIDE_COMPUTE = {
+    "threads": 1, "parallel": "auto", "gradient_checkpointing": False, "compile": False,
+    "offload": "none",
+}  # fmt: skip
 
 
 class VllmSettings(Frozen):
@@ -537,7 +542,7 @@ _NEWER: tuple[tuple[str, Any], ...] = (
     ("vllm", VllmSettings().model_dump(mode="json")),
     ("template", "model"), ("rope_scaling", "model"), ("freeze", []), ("no_decay", []), ("decay_fraction", 0.1),
     ("validation", ValidationSettings().model_dump(mode="json")),
-    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""), ("lora", None),
+    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""), ("lora", None), ("offload", "none"),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))
 

@@ -90,7 +90,8 @@ def make_stage(
     )  # fmt: skip
     gaps = GapTest(getattr(torch, prepared.settings.compute.dtype)) if engine is not None else None
     updater = Updater(
-        policy=policy, scorer=scorer, method=method, optimizers=optimizers_of(policy, stage, method),
+        policy=policy, scorer=scorer, method=method, 
+        optimizers=optimizers_of(policy, stage, method, offload=prepared.settings.compute.offload == "optimizer"),
         learning_rate=rate, updates_per_step=updates, faults=stage.faults,
         max_length=sampling.max_new_tokens if sampling else prepared.context_length,
         observe=Comparison(source, gaps) if isinstance(source, RolloutSource) and source.is_ahead else gaps,
@@ -123,9 +124,11 @@ def _validation_loss(session: Session, stage: StageSettings, policy: Policy) -> 
     )  # fmt: skip
 
 
-def optimizers_of(policy: Policy, stage: StageSettings, method: Method) -> dict[str, MasterOptimizer]:
+def optimizers_of(
+    policy: Policy, stage: StageSettings, method: Method, *, offload: bool = False
+) -> dict[str, MasterOptimizer]:
     """Return the stage's optimizer, and a second one for a method with a buffer."""
-    main = MasterOptimizer(policy, stage.optimizer)
+    main = MasterOptimizer(policy, stage.optimizer, offload=offload)
     buffer = method.part(DemonstrationBuffer)
     if buffer is None:
         return {"optimizer": main}

@@ -24,10 +24,18 @@ class MasterOptimizer:
     that neither small updates nor small gradients are lost to rounding. A frozen parameter (without
     ``requires_grad``) has no master, gradient or moments. An optimizer created with ``beside``
     shares the masters and gradient sums of that other optimizer of the same module, but has separate moments.
-    Held by: tests/numerics/test_optim.py"""
+
+    With ``offload``, masters and moments are in host memory. Gradients are summed where the parameters are, and their
+    sum is copied to the host once per step, so that no micro-batch can be lost on the way.
+    Held by: tests/numerics/test_optim.py, tests/numerics/test_offload.py"""
 
     def __init__(
-        self, module: nn.Module, settings: OptimizerSettings, *, beside: MasterOptimizer | None = None
+        self,
+        module: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        beside: MasterOptimizer | None = None,
+        offload: bool = False,
     ) -> None:
         self.settings = settings
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -37,9 +45,13 @@ class MasterOptimizer:
             self.masters, self._wide_grads = beside.masters, beside._wide_grads
         else:
             for name, parameter in self.parameters.items():
-                if parameter.dtype in _LOW_PRECISION:
-                    self.masters[name] = parameter.detach().to(torch.float32, copy=True)
+                is_low = parameter.dtype in _LOW_PRECISION
+                if is_low:
                     parameter.register_post_accumulate_grad_hook(partial(self._accumulate, name))
+                if is_low or offload:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    where = "cpu" if offload else None
+                    self.masters[name] = parameter.detach().to(where, wide, copy=True)
                 else:
                     self.masters[name] = parameter
         s, masters = settings, list(self.masters.values())
@@ -77,7 +89,8 @@ class MasterOptimizer:
         found = {}
         for name, parameter in self.parameters.items():
             grad = self._wide_grads.get(name) if parameter.dtype in _LOW_PRECISION else parameter.grad
-            found[name] = torch.zeros_like(self.masters[name]) if grad is None else grad
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            found[name] = torch.zeros_like(parameter, dtype=wide) if grad is None else grad
         return found
 
     @torch.no_grad()
@@ -86,7 +99,7 @@ class MasterOptimizer:
         for group in self._inner.param_groups:
             group["lr"] = learning_rate
         for name, master in self.masters.items():
-            master.grad = gradients[name]
+            master.grad = gradients[name].to(master.device)
         self._inner.step()
         for name, parameter in self.parameters.items():
             master = self.masters[name]
@@ -100,7 +113,7 @@ class MasterOptimizer:
         like the parameters."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            if master is not self.parameters[name]:
+            if master.dtype != self.parameters[name].dtype:  # otherwise they are equal
                 tensors[f"master/{name}"] = master
             for key, value in self._inner.state.get(master, {}).items():
                 tensors[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
@@ -147,6 +160,8 @@ class MasterOptimizer:
         for name, master in self.masters.items():
             if f"master/{name}" in tensors:
                 local(master).copy_(tensors[f"master/{name}"])
+            elif master is not self.parameters[name]:
+                master.copy_(self.parameters[name])
             moments: dict[str, Tensor] = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (saved := tensors.get(f"{key}/{name}")) is None:

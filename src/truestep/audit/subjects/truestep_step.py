@@ -28,6 +28,8 @@ SUBJECTS = [{
     "configurations": [
         {"arch": "llama", "processes": [1, 2]},
         {"arch": "llama", "parallel": "fsdp2", "processes": 2},
+        {"arch": "llama", "offload": True, "processes": [1, 2]},
+        {"arch": "llama", "offload": True, "parallel": "fsdp2", "processes": 2},
     ],
 }]  # fmt: skip
 
@@ -64,7 +66,7 @@ def run(spec: harness.Spec) -> None:
         shard(policy, decoder_layers(model), spec.dtype)
         own = harness.parameters_of(model)
     settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=spec.max_grad_norm)
-    optimizer = MasterOptimizer(policy, settings)
+    optimizer = MasterOptimizer(policy, settings, offload=spec.options.get("offload", False))
     policy.train()
     # A row without a trained token is refused when data is read, before batches are made.
     used = [row for row, found in enumerate(made) if found]
