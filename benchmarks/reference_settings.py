@@ -65,6 +65,7 @@ tokens_per_microbatch = 512
 STAGES = (
     'kind = "sft"\ndata = "train"\nsteps = 9\nsequences_per_step = 4',
     'kind = "sft"\ndata = [{ name = "train" }, { name = "more" }]\nepochs = 2\nepochs_of = "train"\nsequences_per_step = 4',
+    'kind = "sft"\ndata = "train"\nsteps = 9\nsequences_per_step = 4\nlora = { rank = 8 }',
     'kind = "rejection"\ndata = "train"\nsteps = 9\nsequences_per_step = 4\nsampling = { max_new_tokens = 9 }',
     'kind = "rejection"\ndata = "train"\nepochs = 1\nsequences_per_step = 4\nsampling = { max_new_tokens = 9 }',
     'kind = "rl"\ndata = "train"\nsteps = 9\nprompts_per_step = 4\nsampling = { max_new_tokens = 9 }\n'

@@ -27,7 +27,13 @@ from truestep.redaction import INSTEAD, find_secret
 from truestep.reward_settings import FORM as CODE
 from truestep.reward_settings import RewardSettings, reward_entries
 from truestep.stage_settings import DevSettings as DevSettings
-from truestep.stage_settings import EarlyStoppingSettings, RlSettings, SamplingSettings, ValidationSettings
+from truestep.stage_settings import (
+    EarlyStoppingSettings,
+    LoraSettings,
+    RlSettings,
+    SamplingSettings,
+    ValidationSettings,
+)
 from truestep.stage_settings import FaultSettings as FaultSettings
 from truestep.stage_settings import OptimizerSettings as OptimizerSettings
 from truestep.stage_settings import RejectionSettings as RejectionSettings
@@ -542,7 +548,8 @@ _NEWER: tuple[tuple[str, Any], ...] = (
     ("vllm", VllmSettings().model_dump(mode="json")),
     ("template", "model"), ("rope_scaling", "model"), ("freeze", []), ("no_decay", []), ("decay_fraction", 0.1),
     ("validation", ValidationSettings().model_dump(mode="json")),
-    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""), ("lora", None), ("offload", "none"),
+    ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""),
+    ("lora", LoraSettings().model_dump(mode="json")), ("offload", "none"),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))
 

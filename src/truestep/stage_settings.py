@@ -143,8 +143,8 @@ class LoraSettings(Frozen):
     """Trains small matrices beside the frozen ones (LoRA). The stage exports the merged model, and the adapter in PEFT's
     format."""
 
-    rank: int = Field(ge=1)
-    """The rank r of the trained product B·A. Example: ``rank = 16``"""
+    rank: int = Field(0, ge=0)
+    """The rank r of the trained product B·A. 0: no adapters. Example: ``rank = 16``"""
     alpha: float = Field(32.0, gt=0)
     """The product is scaled by alpha / rank. Example: ``alpha = 16``"""
     rslora: bool = False
@@ -158,12 +158,15 @@ class LoraSettings(Frozen):
 
     @property
     def scale(self) -> float:
+        """The factor s of the product B·A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @model_validator(mode="after")
     def _some_targets(self) -> Self:
         if not self.targets:
             raise ValueError('targets = [] trains no adapter; set targets = ["all-linear"], or remove lora')
+        if not self.rank and self != LoraSettings.model_construct():
+            raise ValueError("rank is not set, so there are no adapters; set for example rank = 16")
         return self
 
 
@@ -182,7 +185,7 @@ class StageSettings(Frozen):
     """How the weights are updated. Example: ``optimizer = { lr = 1e-5 }``"""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained. Example: ``freeze = ["model.layers.[0-3].*"]``"""
-    lora: LoraSettings | None = None
+    lora: LoraSettings = LoraSettings()
     """Train adapters instead of the whole model. Example: ``lora = { rank = 16, alpha = 32 }``"""
     save_every: int = Field(50, ge=1)
     """Save a checkpoint after every so many steps. Example: ``save_every = 20``"""
@@ -205,7 +208,7 @@ class StageSettings(Frozen):
 
     @model_validator(mode="after")
     def _frozen_once(self) -> Self:
-        if self.lora is not None and self.freeze:
+        if self.lora.rank and self.freeze:
             raise ValueError(
                 "freeze and lora exclude each other: with lora, only adapters and train_also are trained"
             )

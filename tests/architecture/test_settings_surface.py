@@ -14,7 +14,7 @@ SURFACE = """
 name seed trackers group declared
 model.path model.context_length model.rope_theta model.rope_scaling
 model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
-compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile
+compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile compute.offload
 chat.system chat.user chat.generation_suffix chat.date chat.special_tokens chat.template
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
 data.*.columns data.*.train_turns data.*.overlong_share
@@ -32,6 +32,7 @@ stage.keep_checkpoints
 stage.optimizer.lr stage.optimizer.kind stage.optimizer.schedule stage.optimizer.warmup_fraction
 stage.optimizer.min_lr_ratio stage.optimizer.betas stage.optimizer.eps stage.optimizer.weight_decay
 stage.optimizer.max_grad_norm stage.optimizer.decay_fraction stage.optimizer.no_decay stage.freeze
+stage.lora.rank stage.lora.alpha stage.lora.rslora stage.lora.targets stage.lora.train_also
 stage.dev.data stage.dev.every_steps stage.dev.select_best stage.dev.temperature stage.dev.samples_per_problem
 stage.validation.data stage.validation.every_steps stage.validation.select_best
 stage.early_stopping.patience stage.early_stopping.watch stage.early_stopping.min_change

@@ -122,7 +122,7 @@ def check_trained(settings: ModelSettings, stages: Sequence[StageSettings]) -> N
     """Raise UserError if a stage's ``freeze``, ``lora`` or ``optimizer.no_decay`` does not fit the model."""
     for stage in stages:
         key, undecayed = f"stages.{stage.name}", stage.optimizer.no_decay
-        if stage.freeze or undecayed or stage.lora:
+        if stage.freeze or undecayed or stage.lora.rank:
             model = empty_model(settings)
             choose_trained(model, stage, seed=0)
             chosen(model, undecayed, f"{key}.optimizer.no_decay")
@@ -130,7 +130,7 @@ def check_trained(settings: ModelSettings, stages: Sequence[StageSettings]) -> N
 
 def choose_trained(model: PreTrainedModel, stage: StageSettings, seed: int) -> None:
     """Freeze what the stage does not train, and add its adapters. Raises UserError."""
-    if stage.lora:
+    if stage.lora.rank:
         install(model, stage.lora, seed, f"stages.{stage.name}.lora")
     else:
         freeze(model, stage.freeze, f"stages.{stage.name}.freeze")

@@ -286,10 +286,11 @@ def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, An
     if session.ranks.rank != 0:
         return
     model, settings = spec.policy.model, session.prepared.settings
-    if lora := spec.settings.lora:
+    lora = spec.settings.lora
+    if lora.rank:
         save_adapter(spec.folder / "adapter", model, weights, lora, rundir.redact(path))
         weights = merged_weights(model, weights)
-    if lora or is_sharded(spec.policy):
+    if lora.rank or is_sharded(spec.policy):
         model = with_weights(open_model(session, settings.model.path).model, weights)
     problems = (p for name in spec.settings.data_names for p in session.prepared.problems[name])
     export_hf(

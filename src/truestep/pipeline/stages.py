@@ -110,7 +110,7 @@ def make_stage(
 
 def _reference(session: Session, stage: StageSettings, policy: Policy, path: str) -> Policy:
     """Return the policy that the stage starts from. If only adapters are trained, it has the same weights."""
-    if stage.lora and not stage.lora.train_also:
+    if stage.lora.rank and not stage.lora.train_also:
         return policy
     return make_policy(session, path).requires_grad_(False)
 
