@@ -148,7 +148,8 @@ def test_inheritance_is_rare() -> None:
     """From Protocols, settings models, exceptions, enums and what torch asks for; hardly ever from each
     other."""
     allowed = {
-        "Protocol", "Frozen", "BaseModel", "StageSettings", "ImitationSettings", "nn.Module", "nn.Linear", "UserDict[str, Tensor]", "Exception",
+        "Protocol", "Frozen", "BaseModel", "StageSettings", "ImitationSettings", "nn.Module", "nn.Linear", "UserDict[str, Tensor]",
+            "Exception",
         "Generic[Item]",
         "ValueError", "RuntimeError", "ArithmeticError", "OSError", "UserError",
         "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +115,16 @@ def test_parameters_are_spread() -> None:
     assert {(m.accumulation, m.world_size) for m in CLEAN} >= {(k, d) for k in (3, 4, 5, 6) for d in (1, 2)}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.id)
+def quick(mutants: Sequence[Mutant]) -> list[Any]:
+    """The first mutant of each kind; its copies, with other sizes and seeds, are slow."""
+    first = {mutant.description: mutant.id for mutant in reversed(mutants)}
+    return [
+        pytest.param(m, id=m.id, marks=[] if first[m.description] == m.id else [pytest.mark.slow])
+        for m in mutants
+    ]
+
+
+@pytest.mark.parametrize("mutant", quick(MUTANTS))
 def test_a_fault_makes_a_difference_is_found_and_named(mutant: Mutant, tmp_path: Path) -> None:
     seen = observe(mutant, tmp_path)
     found = differences(mutant, seen)
@@ -126,7 +137,11 @@ def test_a_fault_makes_a_difference_is_found_and_named(mutant: Mutant, tmp_path:
         assert finding.codes[0] in mutant.names, (mutant.description, finding.codes, finding.found)
 
 
-@pytest.mark.parametrize("clean", CLEAN, ids=lambda m: m.id)
+@pytest.mark.parametrize(
+    "clean",
+    [*CLEAN[::3], *[pytest.param(m, marks=pytest.mark.slow) for m in (*CLEAN[1::3], *CLEAN[2::3])]],
+    ids=lambda m: m.id,
+)
 def test_a_right_trainer_makes_no_difference_and_is_not_accused(clean: Mutant, tmp_path: Path) -> None:
     seen = observe(clean, tmp_path)
     found = differences(clean, seen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -283,7 +283,13 @@ def judged(loop: Loop, **how: Any) -> Finding:
     return audit_function(loop, names=CASES, **how)
 
 
-@pytest.mark.parametrize("name", RIGHT)
+def quick(names: Iterable[str]) -> list[Any]:
+    """Every second loop; the others are slow."""
+    marks = [[], [pytest.mark.slow]]
+    return [pytest.param(name, marks=marks[i % 2]) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", quick(RIGHT))
 def test_a_right_step_with_any_objective_is_named_and_not_accused(name: str) -> None:
     loop, told = RIGHT[name]
     finding = judged(loop)
@@ -292,7 +298,7 @@ def test_a_right_step_with_any_objective_is_named_and_not_accused(name: str) -> 
     assert bool(told) == bool(finding.codes)
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", quick(WRONG))
 def test_a_wrong_step_with_any_objective_is_a_fault(name: str) -> None:
     loop, code = WRONG[name]
     finding = judged(loop)

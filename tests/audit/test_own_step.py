@@ -20,7 +20,11 @@ OWN = next(s for s in registry.TABLE if s.name == "truestep")
 @pytest.mark.parametrize(
     "configuration",
     [
-        pytest.param(c, marks=[pytest.mark.slow] if c.world_size > 1 else [], id=str(c.to_json()))
+        pytest.param(
+            c,
+            marks=[pytest.mark.slow] if c.world_size > 1 or "offload" in c.options else [],
+            id=str(c.to_json()),
+        )
         for c in OWN.configurations
     ],
 )

@@ -52,9 +52,14 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
-@pytest.mark.parametrize("settings", [ADAMW, SGD], ids=["adamw", "sgd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=SLOW)], ids=["whole", "lora"])
+@pytest.mark.parametrize("settings", [ADAMW, pytest.param(SGD, marks=SLOW)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=SLOW)], ids=str
+)
 def test_fifty_steps_are_equal_bit_for_bit(
     dtype: torch.dtype, settings: OptimizerSettings, lora: LoraSettings | None
 ) -> None:
@@ -202,7 +207,7 @@ def audited(kind: type[MasterOptimizer], folder: Path, monkeypatch: pytest.Monke
     return judge("truestep", {"offload": True}, runs)
 
 
-@pytest.mark.parametrize("kind", [MasterOptimizer, Offloaded])
+@pytest.mark.parametrize("kind", [MasterOptimizer, pytest.param(Offloaded, marks=SLOW)])
 def test_the_audit_finds_a_weight_of_one_for_every_micro_batch(
     kind: type[MasterOptimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +216,7 @@ def test_the_audit_finds_a_weight_of_one_for_every_micro_batch(
     assert finding.weights == [[pytest.approx(1.0, abs=1e-4)] * 4]
 
 
-@pytest.mark.parametrize("kind", MUTANTS)
+@pytest.mark.parametrize("kind", [*MUTANTS[:2], *[pytest.param(m, marks=SLOW) for m in MUTANTS[2:]]])
 def test_the_audit_finds_faults_of_offloading(
     kind: type[Offloaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
