@@ -30,7 +30,7 @@ SURFACE = {
     "evaluate": ["model", "benchmarks", "out", "resume", "overrides", "quiet", "settings"],
     "compare": ["a", "b", "metric"],
     "grade": ["gold", "completion", "choices"],
-    "audit": ["step", "arch", "accumulation", "seed"],
+    "audit": ["step", "arch", "accumulation", "seed", "objective"],
 }  # fmt: skip
 RECIPE: dict[str, Any] = {
     "name": "api",
