@@ -43,6 +43,7 @@ def test_a_subject_without_a_template_has_no_script() -> None:
     assert reproduce.script(finding("torch loop", Configuration()), "torch_loop") == ""
 
 
+@pytest.mark.slow
 def test_a_right_framework_shows_no_difference_and_a_broken_one_does(tmp_path: Path) -> None:
     configuration = Configuration(options={"arch": "llama"})
     text = reproduce.script(finding("transformers Trainer", configuration), "hf_trainer")
