@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pages
 from stack_data import kinds_of
 
 from truestep.audit.postmortem.measured import FAULTY, UPSTREAM
@@ -113,15 +114,8 @@ def page() -> str:
             if f.get("remedy"):
                 what += f". Remedy: {f['remedy']}"
             cells = [f["subject"], versions, configuration_in_words(f["configuration"]), f["verdict"], what]
-            lines.append(
-                "| " + " | ".join([*(c.replace("|", "\\|") for c in cells), shown, error, could]) + " |"
-            )
-    lines += ["", "Commands and provenance:", ""]
-    for name, document in sorted(documents.items()):
-        stamp, file = document["provenance"], f"results/audit/{name}.json"
-        lines.append(
-            f"* `{document['command']}`: commit {stamp['commit'][:12]}, {stamp['hardware']['cpu']}, {file}"
-        )
+            lines.append(pages.table_row([*cells, shown, error, could]))
+    lines += pages.provenance(documents, FOLDER)
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pages
+
 from truestep.audit.present.words import configuration_in_words
 from truestep.rundir import read_json, write_atomic, write_json
 
@@ -64,13 +68,8 @@ def page() -> str:
                 what,
                 error,
             ]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", "Commands and provenance:", ""]
-    for name, document in sorted(documents.items()):
-        stamp, file = document["provenance"], f"results/audit-rl/{name}.json"
-        lines.append(
-            f"* `{document['command']}`: commit {stamp['commit'][:12]}, {stamp['hardware']['cpu']}, {file}"
-        )
+            lines.append(pages.table_row(cells))
+    lines += pages.provenance(documents, FOLDER)
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,6 @@ Held by: tests/unit/test_generated.py
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pages
 from rich.console import Console
 
 from truestep.audit.present.table import findings_table
 from truestep.audit.present.words import number
-from truestep.rundir import read_json, write_atomic
+from truestep.rundir import read_json
 from truestep.train import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,21 +213,5 @@ def files() -> dict[Path, str]:
     return {README: text, PICTURE: drawn, METRICS: METRICS_HEAD + metrics.markdown()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="do not write; exit with 1 if a file is out of date"
-    )
-    check = parser.parse_args().check
-    old = [p for p, text in files().items() if not p.exists() or p.read_text(encoding="utf-8") != text]
-    for path in old:
-        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'written'}")
-        if not check:
-            write_atomic(path, files()[path])
-    sys.exit(1 if check and old else 0)
-
-
 if __name__ == "__main__":
-    main()
+    pages.write_or_check(__doc__, files)

@@ -9,7 +9,6 @@ Held by: tests/unit/test_reference_pages.py
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import sys
@@ -21,6 +20,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pages
 import reference_rows
 from reference_rows import Incomplete, page, prose, table
 from reference_settings import settings_page
@@ -33,7 +33,6 @@ from truestep.objective import advantage, coefficients, gate
 from truestep.objective.methods import METHODS, fits_older_samples, mixed
 from truestep.objective.methods.row import EXPERT, POLICY, STORED, Extras, Method, Term
 from truestep.objective.normalise import Normaliser
-from truestep.rundir import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs/reference"
@@ -316,24 +315,5 @@ def files() -> dict[Path, str]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="do not write; exit with 1 if a page is out of date"
-    )
-    check = parser.parse_args().check
-    made = files()
-    old = [
-        path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
-    for path in old:
-        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'written'}")
-        if not check:
-            write_atomic(path, made[path])
-    sys.exit(1 if check and old else 0)
-
-
 if __name__ == "__main__":
-    main()
+    pages.write_or_check(__doc__, files)

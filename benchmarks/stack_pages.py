@@ -149,13 +149,13 @@ def reached(package: str, everything: Sequence[Measurement], found: Sequence[Mea
         mine = [m for m in other.through if m.package == package]
         if mine:
             link = f"[{name_of(other.package)}]({file_of(other.package)})"
-            alone = all(set(m.kinds) <= foreign(m, everything)[other.package] for m in mine)
+            only_foreign = all(set(m.kinds) <= foreign(m, everything)[other.package] for m in mine)
             parts += [
                 f"## Through {heading(other)}",
                 f"The fault is in {link}, whose page says which releases are hit and what the fix is.",
                 *steps(mine, [other.package]),
             ]
-            parts += [] if alone else ["Some of these steps also have the faults above."]
+            parts += [] if only_foreign else ["Some of these steps also have the faults above."]
     return parts
 
 

@@ -205,7 +205,7 @@ def save_adapter(
     for name in layers:
         for leaf in ("lora_A", "lora_B"):
             tensors[f"{PREFIX}{name}.{leaf}.weight"] = whole[f"{name}.{leaf}"].contiguous()
-    also = chosen(model, settings.train_also, "lora.train_also")
+    also = [n for n in chosen(model, settings.train_also, "lora.train_also") if not is_adapter(n)]
     whole_modules = sorted({name.rpartition(".")[0] for name in also})
     for name in also:
         tensors[f"{PREFIX}{name}"] = whole[name].contiguous()

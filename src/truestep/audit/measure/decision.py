@@ -26,8 +26,8 @@ OF_PARTS = {
     "clip_after_every_micro_batch",
 }  # these depend on how a batch is split
 CHOICES = {"rank_mean", "micro_mean", "dp_token_mean", "sequence_mean", "scale"}
-# Codes of what a step may compute instead of a mean over all tokens. The first group has a form of its own; the
-# second could also come from how a batch is split or ordered, so it needs relations.
+# Codes of what a step may compute instead of a mean over all tokens. Nothing else has gradients like the first group;
+# the second can also come from how a batch is split or ordered, so it needs relations.
 KNOWN = {
     "label_smoothing", "z_loss", "entropy", "logits_squared", "focal", "dft", "token_weights", "sequence_mean", "sum",
     "other_count", "clip", "weight_decay",
