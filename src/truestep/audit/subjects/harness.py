@@ -146,6 +146,14 @@ def everywhere(value: float) -> float:
     return float(total)
 
 
+def average_gradients(spec: Spec, model: nn.Module) -> None:
+    """Average the gradients over all ranks, as DDP does."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= spec.world_size
+
+
 def deepspeed_without_compiler() -> None:
     """Turn off a shared-memory collective that takes two minutes to compile; gloo does the same work."""
     import deepspeed.ops

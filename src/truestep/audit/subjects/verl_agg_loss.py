@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 
 import harness
-import torch
 from verl.trainer.ppo.core_algos import agg_loss
 
 SUBJECTS = [{
@@ -38,10 +37,7 @@ def run(spec: harness.Spec) -> None:
                 loss = agg_loss(loss_mat, mask, "token-mean") / len(window)
             loss.backward()
             logged += float(loss.detach()) / spec.world_size
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= spec.world_size
+        harness.average_gradients(spec, model)
         optimizer.step()
         optimizer.zero_grad()
         recorder.logged["loss"].append(harness.everywhere(logged))

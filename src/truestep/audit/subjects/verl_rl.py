@@ -146,10 +146,7 @@ def run_case(spec: harness.Spec) -> None:
                     kl = core_algos.kl_penalty(part["log_prob"], base, kind)
                     loss = loss + spec.options["kl_loss_coef"] * core_algos.agg_loss(loss_mat=kl, **how)
                 loss.backward()
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= spec.world_size
+            harness.average_gradients(spec, model)
             optimizer.step()
             optimizer.zero_grad()
     recorder.finish(**harness.versions("verl"))
