@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import pages
 import stack
 import stack_data
 import stack_pages
@@ -63,7 +64,11 @@ def test_every_link_to_a_file_leads_to_one(made: dict[Path, str]) -> None:
     for path, text in made.items():
         if path.suffix == ".md":
             for link in re.findall(r"\]\(((?!https:)[^)]+)\)", text):
-                assert (path.parent / link).exists(), (path.name, link)
+                file, _, heading = link.partition("#")
+                target = path.parent / file
+                assert target.exists(), (path.name, link)
+                titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M) if heading else []
+                assert heading in ["", *(t.lower().replace(" ", "-") for t in titles)], (path.name, link)
 
 
 def test_releases_are_shown_as_ranges() -> None:
@@ -150,12 +155,11 @@ def test_the_kinds_of_older_results(text: str, kinds: list[str]) -> None:
 
 def test_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
-    monkeypatch.setattr(stack, "files", lambda: {page: "new"})
-    monkeypatch.setattr(stack_data, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
     codes = []
     for words in (["--check"], [], ["--check"]):
         monkeypatch.setattr(sys, "argv", ["stack.py", *words])
         with pytest.raises(SystemExit) as ended:
-            stack.main()
+            pages.write_or_check("", lambda: {page: "new"})
         codes.append((ended.value.code, page.exists()))
     assert codes == [(1, False), (0, True), (0, True)]

@@ -101,7 +101,7 @@ class Job:
         deadline = time.monotonic() + seconds
         while not ready():
             assert time.monotonic() < deadline, self.outputs()
-            assert len(self._running()) == len(self.pids), self.outputs()
+            assert len(self._running()) == len(self.pids), (self.codes, self.outputs())
             time.sleep(0.02)
 
     def signal(self, name: str, *ranks: int) -> None:

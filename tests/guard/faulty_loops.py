@@ -432,6 +432,13 @@ def beside(labels: Tensor, ids: Tensor, early: bool) -> Tensor:
     return torch.where(on | after if early else on & after, ids, -100)
 
 
+def moved(labels: Tensor, ids: Tensor, by: int) -> Tensor:
+    """Train the tokens that are ``by`` places later than those of the labels."""
+    on = torch.roll(labels != -100, by, 1)
+    (on[:, :1] if by > 0 else on[:, -1:]).zero_()
+    return torch.where(on, ids, -100)
+
+
 def no_start(labels: Tensor) -> Tensor:
     on = labels != -100
     before = torch.cat([torch.zeros_like(on[:, :1]), on[:, :-1]], 1)

@@ -245,7 +245,7 @@ SAYS_NO = THINKS.replace("'<|assistant|>'", "'<|assistant|><think>no</think>'")
         (None, {"messages": CALL_TURN}, "messages: the chat template does not write tool_calls"),
         (MARKED, {"messages": with_thought(), "tools": [{"function": {"name": "f"}}]}, 'tools: .*not write the tool "f"'),
         (SAYS_NO, {"messages": with_thought(thinking="2")}, "messages: with thinking, .* does not continue the prompt"),
-        (THINKS, {"messages": with_thought(reasoning_content="2 <|end|> 3")}, r'turn 2 .*control token "<\|end\|>"'),
+        (THINKS, {"messages": with_thought(reasoning_content="2 <|end|> 3")}, r'messages: turn 2 .*control token "<\|end\|>"'),
     ],
 )  # fmt: skip
 def test_what_the_template_cannot_write_is_refused(

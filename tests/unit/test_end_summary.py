@@ -63,7 +63,8 @@ def test_which_step_is_exported_and_why(
 
 def test_a_row_has_its_numbers_below_their_headings() -> None:
     metrics = {"loss": 1.25, "learning_rate": 1e-3, "grad_norm": 2.0, "num_tokens": 600.0, "dev/score": 0.5}
-    titles, numbers = head("sft", ["dev", "validation"]), row("sft", ["dev", "validation"], metrics, 2.0)
+    titles = head("sft", ["dev", "validation"])
+    numbers = str(row("sft", ["dev", "validation"], metrics, 2.0))
     ends = {title: titles.index(title) + len(title) for title in titles.split() if title != "memory"}
     found = {title: numbers[:end].split()[-1] for title, end in ends.items()}
     assert found == {

@@ -135,13 +135,13 @@ def terminate_children() -> None:
 
 def _child(order: Order) -> None:
     """Do what ``python -m truestep run`` does, in the study directory. Messages go to the log."""
+    os.environ.update(environment(os.environ))  # the program may have had a fork server before
     os.chdir(order.study)
     _hold(f"{order.run}.lock")
     if order.code:
         sys.path.append(order.code)
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [os.environ["PYTHONPATH"], order.code]
-        )  # for ranks and rewards
+        paths = [os.environ["PYTHONPATH"], order.code]  # for ranks and rewards
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     if order.devices is not None:
         from truestep.device import use_only_gpus
 
