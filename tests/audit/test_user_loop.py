@@ -253,6 +253,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "loops.py"
     file.write_text(RIGHT)

@@ -100,7 +100,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize(
+    "kind", [*[*CHANGES][:2], *(pytest.param(one, marks=pytest.mark.slow) for one in [*CHANGES][2:])]
+)
 def test_a_changed_stage_that_is_stopped_again_is_one_that_was_not(
     recipe: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -269,8 +271,9 @@ def test_a_change_is_in_the_history_and_the_provenance(
     [
         (17, "stages.sft.steps=17", []),  # the recipe was edited first
         (60, "stages.sft.steps=17", []),  # the run was begun with --set
-        (17, "stages.0.steps=17", ["--resume"]),
-        (60, "stages.sft.steps=14", []),  # the run's own value wins over the recipe's
+        pytest.param(17, "stages.0.steps=17", ["--resume"], marks=pytest.mark.slow),
+        # The run's own value wins over the recipe's.
+        pytest.param(60, "stages.sft.steps=14", [], marks=pytest.mark.slow),
     ],
 )
 def test_a_change_counts_from_the_run_and_not_from_the_recipe(
@@ -325,6 +328,7 @@ def test_a_dry_run_refuses_the_folders_that_a_run_refuses(
         assert len({*said}) == bool(said)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_a_change(recipe: Path, tmp_path: Path) -> None:
     words = ["run", str(recipe), "--out", str(tmp_path / "run"), "--set", "stages.sft.steps=3", "--resume"]
     for change in ([], ["--change", "stages.sft.steps=5"]):

@@ -74,6 +74,19 @@ def test_a_connection_without_the_key_is_not_a_rank() -> None:
         found[2].close()
 
 
+def test_a_rank_that_is_heard_late_has_not_left() -> None:
+    """It beats as soon as it is connected, which may be before rank 0 reads its first line."""
+    with wire.listen("127.0.0.1") as server:
+        early = wire.connect("127.0.0.1", server.getsockname()[1], "key", 1)
+        early.put({"k": "beat"})
+        early.write()
+        found = wire.accept(server, "key", 1)
+        values, is_closed = found[1].read()
+        assert (values, is_closed) == ([{"k": "beat"}], False)
+        early.close()
+        found[1].close()
+
+
 def run_of(folder: Path, parallel: str) -> list[str]:
     recipe = write_recipe(folder)
     more = ["--set", f"compute.parallel={parallel}", "--set", "stages.rl.steps=400"]

@@ -248,6 +248,7 @@ def close(found: Path, expected: Path) -> None:
             assert two[key] == pytest.approx(one[key], rel=5e-4, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_two_ranks_run_as_one_and_resume_as_two(tmp_path: Path) -> None:
     recipe = write(tmp_path / "recipe")
     words = ["-m", "truestep", "run", str(recipe), "--set", "stages.rl.save_every=1", "--out"]

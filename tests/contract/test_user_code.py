@@ -237,6 +237,7 @@ def test_a_row_that_cannot_be_built_says_why(
         find_method(named, options, folder)
 
 
+@pytest.mark.slow
 def test_every_relation_holds_for_a_right_row(folder: Path, tmp_path: Path) -> None:
     found = list(check_method("row.py:wide", {}, base_dir=folder, folder=tmp_path, reporter=Silent()))
     assert len(found) == 6

@@ -76,7 +76,9 @@ def without_tests(*overrides: str) -> tuple[str, ...]:
     return ("evaluate.data=[]", *overrides)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    "kind", [*[*CASES][:2], *(pytest.param(one, marks=pytest.mark.slow) for one in [*CASES][2:])]
+)
 def test_a_worthless_stage_is_said_once_and_kept(kind: str, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = go(prepared(recipe, *without_tests(*CASES[kind])), run).said

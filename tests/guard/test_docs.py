@@ -65,7 +65,9 @@ def test_transformers(folder: Path) -> None:
     assert found.header["model"] == "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("heading", ["DDP", "FSDP2", "FSDP1"])
+@pytest.mark.parametrize(
+    "heading", ["FSDP2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DDP", "FSDP1"))]
+)
 def test_two_processes(heading: str, folder: Path) -> None:
     here = Path(__file__).parent
     words = [sys.executable, str(here / "docs_blocks.py"), heading, str(folder / "store")]

@@ -71,6 +71,7 @@ def test_alone(name: str, alone: dict[str, list[dict[str, Any]]]) -> None:
     check(alone[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIR)
 def test_pair(name: str, pair: dict[str, list[dict[str, Any]]]) -> None:
     check(pair[name])

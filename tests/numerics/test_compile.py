@@ -59,6 +59,7 @@ def sampled(policy: Any) -> list[Any]:
     return sorted((r.problem_id, r.completion_ids) for r in rollouts)
 
 
+@pytest.mark.slow
 def test_compiled_layers_sample_and_train_as_plain_ones() -> None:
     plain = sampled(make_policy(CONFIG))
     for checkpointing in ("selective", True):

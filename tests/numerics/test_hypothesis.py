@@ -168,7 +168,7 @@ def runs(num_cases: int) -> Any:
     )
 
 
-@runs(500)
+@runs(200)
 @given(cases())
 def test_any_step_is_the_reference_step(case: Case) -> None:
     check(f"made up, {case.row}", error_of(case), EXACT)

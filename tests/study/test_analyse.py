@@ -60,6 +60,7 @@ def test_variance_parts_are_those_of_a_crossed_analysis_of_variance() -> None:
     assert float(df) == pytest.approx(max(4.0, 0.7 * satterthwaite))
 
 
+@pytest.mark.slow
 def test_holm_is_that_of_statsmodels() -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is not installed")
     rng = np.random.default_rng(3)

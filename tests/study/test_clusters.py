@@ -270,7 +270,8 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, by
     return cells.contents(made.out), folder
 
 
-@pytest.mark.parametrize("victim", ["rank", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank", "torchrun"])
 def test_ranks_end_together_and_continue(
     victim: str, on_two_ranks: tuple[dict[str, bytes], Path], tmp_path: Path
 ) -> None:
@@ -284,7 +285,8 @@ def test_ranks_end_together_and_continue(
     assert cells.contents(made.out) == on_two_ranks[0]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_ranks_of_a_cell(
     signum: signal.Signals, on_two_ranks: tuple[dict[str, bytes], Path], tmp_path: Path
 ) -> None:

@@ -160,7 +160,7 @@ def test_the_table_says_how_the_last_stage_chose_its_weights(tmp_path: Path) -> 
     assert line.endswith(f"): {r.out / 'cells' / found['sft-s1']['key'] / 'run'}")
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 4, 9, 15])
+@pytest.mark.parametrize("stop_after", [0, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 9, 15))])
 def test_an_interrupted_study_ends_as_if_it_had_not_been(tmp_path: Path, stop_after: int) -> None:
     first = Children()
     whole = analysed(runner(tmp_path, first, "whole"))

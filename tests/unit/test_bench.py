@@ -38,6 +38,7 @@ def test_a_micro_batch_holds_the_longest_sequence(bench: Any, section: str) -> N
         assert bench.fitted(contestant, short) == contestant
 
 
+@pytest.mark.slow
 def test_our_sft_runs_with_a_row_longer_than_the_default_micro_batch(bench: Any, tmp_path: Path) -> None:
     """The contestant's own process, as ``make bench`` starts it."""
     sizes = bench.Sizes(sft_steps=1, sequences_per_step=2, sft_tokens_per_microbatch=30)

@@ -80,7 +80,8 @@ def accept(server: socket.socket, token: str, count: int) -> dict[int, Wire]:
         connection.settimeout(HELLO_SECONDS)
         said = b""
         with contextlib.suppress(OSError):
-            while not said.endswith(b"\n") and len(said) < 200 and (chunk := connection.recv(200)):
+            # One byte at a time: what the rank says after its first line belongs to its Wire.
+            while not said.endswith(b"\n") and len(said) < 200 and (chunk := connection.recv(1)):
                 said += chunk
         words = said.decode("utf-8", "replace").split()
         if len(words) == 2 and words[0] == token and words[1].isdigit():
