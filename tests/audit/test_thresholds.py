@@ -67,6 +67,12 @@ def weight(dtype: str) -> Callable[[float], bool]:
     return lambda size: bool(see(step(RIGHT + size * GRADIENTS[1] / sum(COUNTS)), None, dtype).causes)
 
 
+def weight_of_cast_losses(size: float) -> bool:
+    """Of the longest micro-batch: it changes the whole step by ``size``."""
+    off = size * np.linalg.norm(RIGHT) / np.linalg.norm(GRADIENTS[1]) * GRADIENTS[1]
+    return bool(see(step(RIGHT + off, noise=0.1, narrow="bfloat16"), None, "float32").causes)
+
+
 def weight_within_errors(size: float) -> bool:
     found = fit_pattern(recovered([1, 1, 1, 1 + 0.1 * size], error=0.1), "float64")
     return found is None or bool(found.causes)
@@ -194,7 +200,6 @@ def lost(*groups: tuple[int, float, bool]) -> bool:
 
 
 LARGE, SMALL = 0.1003, 1e-4  # relative updates
-HIDDEN = 1e-5  # measured noise of a step whose own precision is the limit
 
 
 @dataclass(frozen=True)
@@ -213,11 +218,12 @@ LIMITS = [
     Limit("NOISE_FLOOR", lambda size: math.isclose(noise_of(step(noise=size), "float64"), size)),
     Limit("NOISE_FACTOR", lambda factor: residual("float32", 1e-3)(1e-3 * factor)),
     Limit("RESIDUAL", residual("float32", 0.0), "float32"),
-    Limit("RESIDUAL", residual("bfloat16", HIDDEN), "bfloat16"),
+    Limit("RESIDUAL", residual("bfloat16", 0.0), "bfloat16"),
     Limit("RESIDUAL", residual("float64", 0.0), "float64", sides=(0.7, 14), only_larger=True),
     Limit("WEIGHT", weight("float32"), "float32"),
     Limit("WEIGHT", weight("bfloat16"), "bfloat16"),
     Limit("WEIGHT", weight("float64"), "float64", sides=(0.7, 14), only_larger=True),
+    Limit("CAST", weight_of_cast_losses),
     Limit("STANDARD_ERRORS", weight_within_errors),
     Limit("KNOWN_FACTOR", known_factor),
     Limit("CLOSE", lengths),
@@ -259,8 +265,9 @@ LIMITS = [
 FOUND: dict[str, float | dict[str, float]] = {
     "NOISE_FLOOR": 1e-6,
     "NOISE_FACTOR": 10,
-    "RESIDUAL": {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.2},
-    "WEIGHT": {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.15},
+    "RESIDUAL": {"float64": 1e-6, "float32": 1e-4, "bfloat16": 1e-4},
+    "WEIGHT": {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.02},
+    "CAST": 0.2,
     "STANDARD_ERRORS": 5,
     "KNOWN_FACTOR": 2e-3,
     "CLOSE": 1e-2,

@@ -119,6 +119,15 @@ class Step:
             return self.used
         return (self.before - self.after) / self.learning_rate
 
+    @cached_property
+    def stored(self) -> str:
+        """The narrowest of the dtypes that hold the parameters before and after the step."""
+        values = np.concatenate([self.before, self.after])
+        single = np.ascontiguousarray(values, dtype=np.float32)
+        if (single != values).any():
+            return "float64"
+        return "float32" if (single.view(np.uint32) & 0xFFFF).any() else "bfloat16"
+
     @property
     def num_trained(self) -> int:
         return sum(m.num_trained for m in self.microbatches)

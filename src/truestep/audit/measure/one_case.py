@@ -21,6 +21,7 @@ from truestep.audit.measure.findings import Cause, Causes, Differences, cause
 from truestep.audit.measure.observations import Observation, Step
 from truestep.audit.measure.one_step import see, used_length
 from truestep.audit.measure.patterns import CONSTANTS, Seen, alike
+from truestep.audit.measure.weights import noise_of
 from truestep.faults import recover_weights
 
 KEPT = {"kept", "micro_mean", "rank_mean", "dp_token_mean"}  # codes of weights that are not a constant
@@ -58,8 +59,10 @@ def see_case(run: Observation, dtype: str) -> CaseSeen:
 
 def _related(steps: Sequence[Seen], run: Observation, dtype: str) -> Mapping[int, Cause]:
     """Return step → fault of clip, schedule or resuming. A fault replaces the constant that it looks like."""
-    if found := resume(run, thresholds.RESIDUAL[dtype]):
-        return dict.fromkeys(range(run.asked.resume_after, len(steps)), found)
+    at = run.asked.resume_after
+    noise = noise_of(run.steps[at], dtype) if at and len(run.steps) > at else 0.0
+    if found := resume(run, max(thresholds.RESIDUAL[dtype], thresholds.NOISE_FACTOR * noise)):
+        return dict.fromkeys(range(at, len(steps)), found)
     scales = [s.scale if set(s.codes) <= CONSTANTS | KEPT else None for s in steps]
     if found := schedule(run, scales):
         return dict.fromkeys(range(len(steps)), found)

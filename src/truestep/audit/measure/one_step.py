@@ -51,11 +51,9 @@ def see(step: Step, previous: Step | None, dtype: str, parameters: Parameters = 
         return Seen(causes=(cause("data_lost", "no_gradient"),))
     found = recover(step, dtype)
     noise, residual = thresholds.NOISE_FACTOR * found.noise, thresholds.RESIDUAL[dtype]
-    if step.narrow:
-        residual = thresholds.RESIDUAL["bfloat16"]
-    if found.relative_error <= min(noise, residual):
+    if found.relative_error <= min(noise, thresholds.CAST if step.narrow else residual):
         return Seen(recovered=found)
-    if found.residual > (limit := max(thresholds.RESIDUAL[dtype], noise)):
+    if found.residual > (limit := max(residual, noise)):
         return _rest(step, previous, found, parameters, limit, dtype)
     pattern = fit_pattern(found, dtype)
     if pattern is None:
