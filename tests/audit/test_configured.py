@@ -24,11 +24,13 @@ ZERO = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}
 def test_deepspeed_stage_offload_accumulation_and_clipping(tmp_path: Path) -> None:
     raw = {**ZERO, "gradient_accumulation_steps": 6, "gradient_clipping": 1.0, "bf16": {"enabled": True}}
     subject, notes = read(written(tmp_path, "ds.json", raw))
-    (configuration,) = subject.configurations
+    configuration, wide = subject.configurations
     assert subject.name == "DeepSpeed"
     assert notes == []
     expected = {"stage": 2, "offload": True, "accumulation": 6, "max_grad_norm": 1.0, "dtype": "bfloat16"}
     assert configuration.options == expected
+    assert wide.options == {k: v for k, v in expected.items() if k != "dtype"}
+    assert wide.only == configuration.only
 
 
 def test_an_accumulation_that_follows_from_batch_sizes_is_used_and_its_assumption_said(

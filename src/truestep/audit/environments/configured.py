@@ -92,7 +92,8 @@ def _count(found: Mapping[str, Any], key: str, least: int = 1, most: int = 10**6
 
 
 def read(path: Path) -> tuple[Subject, list[str]]:
-    """Return the subject, with only the configuration that the file describes, and the notes.
+    """Return the subject, with only the configuration that the file describes, and the notes. One in bfloat16 is there
+    in float32 as well, in which less is hidden by rounding.
 
     Raises UserError if the file is missing, cannot be read or does not configure a known trainer.
     """
@@ -113,7 +114,9 @@ def read(path: Path) -> tuple[Subject, list[str]]:
     how: dict[str, Any] = {"options": configured.options, "documented": configured.documented, "only": cases}
     one = Configuration(world_size=configured.processes, unused=tuple(configured.unused), **how)
     needs = (*subject.needs, *configured.needs)
-    return replace(subject, needs=needs, configurations=[one]), configured.notes
+    wide = {key: value for key, value in one.options.items() if key != "dtype"}
+    both = [one] if wide == one.options else [one, replace(one, options=wide)]
+    return replace(subject, needs=needs, configurations=both), configured.notes
 
 
 def _load(path: Path) -> Mapping[str, Any]:
