@@ -2,7 +2,11 @@
 
 NOISE_FLOOR = 1e-6  # relative; below this, the noise is the summation order of a float32 computation
 NOISE_FACTOR = 10.0  # the error of a correct step is at most this many times the measured noise
-RESIDUAL = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 1e-4}  # beyond this the step contains something else
+RESIDUAL = {
+    "float64": 1e-6,
+    "float32": 1e-4,
+    "bfloat16": 1e-4,
+}  # beyond this the step contains something else
 WEIGHT = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.02}  # error of a weight
 CAST = 0.2  # relative error of a step whose losses are cast to a narrower dtype; weights tell more beyond it
 STANDARD_ERRORS = 5.0  # by which a weight may be off

@@ -52,14 +52,17 @@ def observed_gradient(step: Step) -> np.ndarray:
 def noise_of(step: Step, dtype: str, used: float = 0.0) -> float:
     """Return the relative error of a correct step in this precision: what was measured on the same rows or
     the rounding of the read-back (half a unit in the last place of each stored parameter), whichever is
-    larger. The parameters of a bfloat16 step may be stored in float32, which their bits show. ``used`` is the norm of the gradient that the step used, by default that of a correct one."""
+    larger. The parameters of a bfloat16 step may be stored in float32, which their bits show. ``used`` is the
+    norm of the gradient that the step used, by default that of a correct one."""
     exact = step.expected * step.num_trained
     size = float(np.linalg.norm(exact))
     if size == 0:
         return math.inf
     measured = float(np.linalg.norm(step.control - exact)) / size
     used = used or size / step.num_trained * step.clip_scale
-    read_back = min(EPS[dtype], EPS[step.stored]) * float(np.linalg.norm(step.after)) / (step.learning_rate * used)
+    read_back = (
+        min(EPS[dtype], EPS[step.stored]) * float(np.linalg.norm(step.after)) / (step.learning_rate * used)
+    )
     read_back *= step.read_back
     if step.narrow:
         measured = max(measured, EPS[step.narrow])
