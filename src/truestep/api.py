@@ -348,11 +348,13 @@ def audit(
     accumulation: int = 4,
     seed: int = 0,
     objective: str = "token_mean",
+    resume: Sequence[Callable[..., Any]] = (),
 ) -> Audit:
     """Audit your own training step, ``step(model, optimizer, microbatches)``, in this process: what weight did every
     micro-batch get in the update? ``arch`` is the tiny model: plain, llama, qwen2, gemma3, gpt2, neox or opt.
-    ``objective`` is what the step computes: token_mean, sequence_mean, sum or other. If no case can be run, the error of
-    the step is raised. For installed frameworks, use ``truestep audit``.
+    ``objective`` is what the step computes: token_mean, sequence_mean, sum or other. With ``resume = (save, load)``, two
+    functions of (folder, model, optimizer), the step is also stopped after two steps, and continued with a new model
+    and optimizer. If no case can be run, the error of the step is raised. For installed frameworks, use ``truestep audit``.
 
     >>> audit(my_step).verdict
     'RIGHT'
@@ -364,9 +366,13 @@ def audit(
         raise UserError(
             f"truestep.audit needs a function step(model, optimizer, microbatches), got {type(step).__name__}"
         )
+    if resume and not (len(resume) == 2 and all(map(callable, resume))):
+        raise UserError(
+            "truestep.audit: resume needs two functions, (save, load), of (folder, model, optimizer)"
+        )
     try:
         check_objective(objective)
     except ValueError as error:
         raise UserError(str(error)) from None
     how: dict[str, Any] = {"arch": arch, "accumulation": accumulation, "seed": seed, "objective": objective}
-    return Audit(audit_function(step, **how))
+    return Audit(audit_function(step, **how, resume=resume))

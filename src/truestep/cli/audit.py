@@ -70,6 +70,14 @@ Processes = Annotated[
         show_default="1",
     ),
 ]
+Resume = Annotated[
+    str,
+    Option(
+        metavar="SAVE,LOAD",
+        help="Also stop your own step and continue it with a new model and optimizer, by two functions of (folder, "
+        "model, optimizer) in the same file.",
+    ),
+]
 
 
 def audit(
@@ -85,6 +93,7 @@ def audit(
     reproduce: Reproduce = None,
     objective: Objective = "",
     processes: Processes = None,
+    resume: Resume = "",
     seed: Annotated[int, Option(min=0, help="Seed for the random training rows.")] = 0,
     timeout: Annotated[float, Option(min=1, help="Stop a configuration after this many seconds.")] = 180.0,
     as_json: Json = False,
@@ -111,7 +120,7 @@ def audit(
         return
     if dry_run and (bisect or target == "models"):
         raise UserError("--bisect and models have no list of configurations; remove --dry-run")
-    own = {"objective": objective, "processes": processes}
+    own = {"objective": objective, "processes": processes, "resume": resume}
     if bisect:
         options = {"known_bad": known_bad, "only": only}
         actions.bisect(target, bisect, **options, seed=seed, timeout=timeout, as_json=as_json)

@@ -96,8 +96,10 @@ def _program(python: Path | None) -> Path:
     return Path(chosen).absolute()
 
 
-def _own_loop(target: str, arch: str, objective: str = "", processes: int | None = None) -> Subject:
-    """Make a subject from ``FILE.py:FUNCTION``."""
+def _own_loop(
+    target: str, arch: str, objective: str = "", processes: int | None = None, resume: str = ""
+) -> Subject:
+    """Make a subject from ``FILE.py:FUNCTION``, and ``SAVE,LOAD`` in the same file."""
     if objective and objective not in OBJECTIVES:
         raise UserError(f"--objective {objective} is unknown; pass {', '.join(OBJECTIVES)}")
     file, _, function = target.rpartition(":")
@@ -107,7 +109,13 @@ def _own_loop(target: str, arch: str, objective: str = "", processes: int | None
     options = {"file": str(path), "function": function, "arch": arch or "plain"}
     if objective:
         options["objective"] = objective
-    one = registry.Configuration(options=options, world_size=processes or 1, only=registry.OWN)
+    cases = registry.OWN
+    if resume:
+        names = [name.strip() for name in resume.split(",")]
+        if len(names) != 2 or not all(names):
+            raise UserError(f"--resume {resume}: pass SAVE,LOAD, two functions in {path.name}")
+        options["resume"], cases = names, (*cases, "resumed")
+    one = registry.Configuration(options=options, world_size=processes or 1, only=cases)
     return Subject(f"{path.name}:{function}", "user_loop", ("torch",), [one])
 
 

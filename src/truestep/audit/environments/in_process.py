@@ -56,13 +56,16 @@ def audit_function(
     accumulation: int = 4,
     seed: int = 0,
     objective: str = "token_mean",
+    resume: Sequence[Callable[..., Any]] = (),
 ) -> Finding:
     """Judge ``step(model, optimizer, microbatches)`` on one process. subjects/user_loop.py has its contract.
 
     ``objective`` is what the step should compute (``verdict.OBJECTIVES``). The caller's random numbers continue
-    as if nothing had been audited. If no case can be run, the error of the step is raised.
+    as if nothing had been audited. ``resume`` has the functions ``save`` and ``load`` of (folder, model, optimizer),
+    with which the step is also stopped and continued. If no case can be run, the error of the step is raised.
     """
     check_objective(objective)
+    names = [*names, *(["resumed"] if resume else [])]
     harness, user_loop = subject_module("harness"), subject_module("user_loop")
     subject, configuration = getattr(step, "__qualname__", "step"), {"arch": arch, "processes": 1}
     runs: dict[str, Observation] = {}
@@ -75,7 +78,7 @@ def audit_function(
             place.mkdir()
             raw = {"options": {"arch": arch}, "learning_rate": LEARNING_RATE["sgd"]}
             spec = harness.Spec(place, case.to_json(), raw)
-            loop = loop or user_loop.Loop(step, spec)
+            loop = loop or user_loop.Loop(step, spec, resume)
             with harness.Attempt() as attempt:
                 loop.run(spec)
             if attempt.error is not None:

@@ -25,6 +25,7 @@ OTHER_LAYOUTS = (
 )  # of rows in another case too
 NARROW = (torch.bfloat16, torch.float16)
 OTHER_OPTIMIZER = "the step does not use the optimizer that it is given"
+OTHER_MOMENTUM = "the step uses an optimizer with another momentum than the one that it is given"
 
 
 @dataclass
@@ -71,6 +72,10 @@ class OwnRecorder(harness.Recorder):
         self.why_not = ""
         self.narrow: torch.dtype | None = None
 
+    def resume(self, model: nn.Module, snapshot: Any = None) -> None:
+        super().resume(model, snapshot)
+        self.named = dict(sorted(model.named_parameters()))
+
     def __enter__(self) -> OwnRecorder:
         self._handle = register_optimizer_step_post_hook(self._stepped)
         self._casts = Casts(self)
@@ -98,6 +103,10 @@ class OwnRecorder(harness.Recorder):
             return
         if type(optimizer) is not torch.optim.SGD:
             self.why_not = OTHER_OPTIMIZER + f", but {type(optimizer).__name__}"
+        elif self._is_resumed() and any(
+            g["momentum"] != self.spec.case["momentum"] for g in call.groups.values()
+        ):
+            self.why_not = OTHER_MOMENTUM
         self.calls.append(call)
         self.num_calls += 1
 
@@ -171,7 +180,11 @@ class OwnRecorder(harness.Recorder):
         if momentum := group["momentum"]:
             held = call.buffers[name].flatten()
             used = used + momentum * held if group["nesterov"] else held
-        return place - float(group["lr"]) * used, flat
+        return place - float(group["lr"]) * used, used if self._is_resumed() else flat
+
+    def _is_resumed(self) -> bool:
+        """Return whether what the optimizer carries over a checkpoint is judged, too."""
+        return bool(self.spec.case["resume_after"])
 
     def used(self, index: int) -> tuple[Tensor, bool]:
         return self.gradients[index]

@@ -4,7 +4,8 @@
 torch's SGD on its parameters; ``microbatches`` is a list of dictionaries with ``input_ids``,
 ``attention_mask`` and ``labels`` [B, T] (−100 for tokens that are not trained; not shifted). The function must
 take exactly one step of this optimizer and clear the gradients; it may group rows into forward passes freely.
-On several processes, the model is in DistributedDataParallel.
+On several processes, the model is in DistributedDataParallel. With ``save(folder, model, optimizer)`` and ``load``
+of the same arguments, it is also stopped after two steps and continued with a new model and optimizer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,22 @@ class Loop:
     """The function, with one model and one optimizer for all cases, because a function may keep what it has
     made from them on its first call (an accelerator, a scaler, a schedule)."""
 
-    def __init__(self, step: Callable[..., Any], spec: harness.Spec) -> None:
-        self.step, self.model = step, harness.tiny_model(spec)
-        self.optimizer = spec.optimizer(self.model.parameters())
-        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.wrapped = self.model
+    def __init__(
+        self, step: Callable[..., Any], spec: harness.Spec, resume: Sequence[Callable[..., Any]] = ()
+    ) -> None:
+        """``resume`` has two functions, ``save`` and ``load``, of (folder, model, optimizer)."""
+        self.step, self.resume = step, resume
         if spec.world_size > 1:
             harness.join_ranks(spec)
-            self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model)
+        self._build(spec)
+        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def _build(self, spec: harness.Spec) -> None:
+        self.model = harness.tiny_model(spec)
+        self.optimizer = spec.optimizer(self.model.parameters())
+        several = spec.world_size > 1
+        self.wrapped = torch.nn.parallel.DistributedDataParallel(self.model) if several else self.model
+        self.wrapped.train()
 
     def run(self, spec: harness.Spec) -> None:
         """Pass all windows of a case to the function, from the same start."""
@@ -60,16 +69,31 @@ class Loop:
                 parameter.copy_(self.start.get(name, parameter))
         self.model.zero_grad()
         self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["momentum"] = spec.case["momentum"]
         recorder = OwnRecorder(spec, self.model)
         self.wrapped.train()
         with recorder:
-            for window in spec.windows():
-                self._call([microbatch(spec, rows) for rows in window])
-                recorder.end_call()
+            for number, windows in enumerate(spec.parts()):
+                if number:
+                    self._stop_and_resume(spec, recorder)
+                for window in windows:
+                    self._call([microbatch(spec, rows) for rows in window])
+                    recorder.end_call()
         if recorder.why_not:
             (spec.folder / "not-run.txt").write_text(recorder.why_not, "utf-8")
         else:
             recorder.finish()
+
+    def _stop_and_resume(self, spec: harness.Spec, recorder: OwnRecorder) -> None:
+        """Continue with a new model and optimizer, as a new process would."""
+        save, load = self.resume
+        place = spec.folder / f"saved-{spec.rank}"
+        place.mkdir()
+        save(place, self.wrapped, self.optimizer)
+        self._build(spec)
+        load(place, self.wrapped, self.optimizer)
+        recorder.resume(self.model)
 
     def _call(self, microbatches: list[dict[str, torch.Tensor]]) -> None:
         try:
@@ -108,5 +132,7 @@ LOOPS: list[Loop] = []  # of this process: at most one
 
 def run(spec: harness.Spec) -> None:
     if not LOOPS:
-        LOOPS.append(Loop(load(spec.options["file"], spec.options["function"]), spec))
+        names = spec.options["function"], *spec.options.get("resume", ())
+        step, *resume = (load(spec.options["file"], name) for name in names)
+        LOOPS.append(Loop(step, spec, resume))
     LOOPS[0].run(spec)
