@@ -30,7 +30,7 @@ SURFACE = {
     "evaluate": ["model", "benchmarks", "out", "resume", "overrides", "quiet", "settings"],
     "compare": ["a", "b", "metric"],
     "grade": ["gold", "completion", "choices"],
-    "audit": ["step", "arch", "accumulation", "seed", "objective"],
+    "audit": ["step", "arch", "accumulation", "seed", "objective", "resume"],
 }  # fmt: skip
 RECIPE: dict[str, Any] = {
     "name": "api",

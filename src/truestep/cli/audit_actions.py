@@ -106,10 +106,10 @@ def _own_loop(
     path = Path(file).absolute()
     if not path.is_file():
         raise UserError(f"{file} does not exist; pass FILE.py:FUNCTION")
-    options = {"file": str(path), "function": function, "arch": arch or "plain"}
+    options: dict[str, Any] = {"file": str(path), "function": function, "arch": arch or "plain"}
     if objective:
         options["objective"] = objective
-    cases = registry.OWN
+    cases: tuple[str, ...] = registry.OWN
     if resume:
         names = [name.strip() for name in resume.split(",")]
         if len(names) != 2 or not all(names):
