@@ -10,6 +10,7 @@ from test_thresholds import COUNTS, GRADIENTS, run, step
 
 from truestep.audit.measure.one_case import schedule
 from truestep.audit.measure.one_step import see
+from truestep.audit.measure.patterns import _clipped_sums
 from truestep.audit.measure.weights import EPS
 
 MICRO, STEPS = 4, 40
@@ -49,3 +50,17 @@ def test_a_clip_explains_the_constant_and_not_the_weights() -> None:
 def test_rounding_units_are_half_of_each_types_epsilon() -> None:
     torch = pytest.importorskip("torch")
     assert {name: torch.finfo(getattr(torch, name)).eps / 2 for name in EPS} == EPS
+
+
+@pytest.mark.parametrize(("num", "named"), [(3, False), (4, True)])
+def test_two_equal_norms_are_no_clip_after_every_micro_batch(num: int, named: bool) -> None:
+    """Three micro-batches have two sums, whose norms may be equal by chance."""
+    batches = tuple(replace(m, index=i) for i, m in enumerate([*step().microbatches][:num]))
+    parts = [m.gradient for m in batches]
+    sums = parts[0]
+    for part in parts[1:]:
+        sums = sums + part
+        sums = sums / np.linalg.norm(sums)
+    weights = np.linalg.lstsq(np.stack(parts, axis=1), sums, rcond=None)[0]
+    assert _clipped_sums(batches, weights) is named
+    assert not _clipped_sums(batches, weights * np.linspace(1.0, 1.1, num))
