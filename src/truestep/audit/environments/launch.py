@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from truestep.audit.measure import cases
+from truestep.audit.measure import cases, delivery
 from truestep.audit.measure.findings import Differences, Finding, Verdict, cause
 from truestep.audit.measure.observations import ObservationError, load, read_plain
 from truestep.audit.measure.rl import cases as rl_cases
@@ -89,20 +89,23 @@ def audit_one(
     size = {"world_size": ranks, "accumulation": int(options.get("accumulation", 4)), "seed": seed}
     rate = LEARNING_RATE[str(options.get("optimizer", "sgd"))]
     how: dict[str, Any] = {"learning_rate": rate, "world_size": ranks, "timeout": timeout}
+    known: dict[str, Any] = {"documented": configuration.documented, "without": dict(configuration.without)}
     verdict_of: Callable[..., Finding] = judge
-    if subject.trains_rl:
+    if subject.kind == "rl":
         built: Sequence[Any] = [
             rl_cases.build(name, world_size=ranks, seed=seed) for name in configuration.only
         ]
         how |= {"learning_rate": RL_LEARNING_RATE, "load": load_rl}
         verdict_of = judge_rl
+    elif subject.kind == "delivery":
+        built = [delivery.build(name, seed=seed) for name in configuration.only]
+        how |= {"learning_rate": delivery.LEARNING_RATE, "load": delivery.load}
+        verdict_of = delivery.judge
     else:
         built = [cases.build(name, **size) for name in configuration.only]
+        known["objective"] = str(options.get("objective", "token_mean"))
     job = Job(subject.script, python, built, options, **how)
     nothing = Finding(subject=subject.name, configuration=configuration.to_json())
-    known: dict[str, Any] = {"documented": configuration.documented, "without": dict(configuration.without)}
-    if not subject.trains_rl:
-        known["objective"] = str(options.get("objective", "token_mean"))
     try:
         finding = verdict_of(subject.name, nothing.configuration, run(job), **known)
     except SubjectFailed as error:

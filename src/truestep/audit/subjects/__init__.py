@@ -62,9 +62,10 @@ class Subject:
     brings: tuple[str, ...] = ()
 
     @property
-    def trains_rl(self) -> bool:
-        """Whether its cases are those of RL steps; such adapters have names that end in _rl."""
-        return self.script.endswith("_rl")
+    def kind(self) -> str:
+        """What is audited, as the adapter's name ends: "rl" (RL steps), "delivery" (of weights) or "" (SFT steps)."""
+        ending = self.script.rpartition("_")[2]
+        return ending if ending in ("rl", "delivery") else ""
 
 
 def read(folder: Path) -> tuple[Subject, ...]:

@@ -15,14 +15,21 @@ SHARPER = 6.0  # random weights of the usual size give a nearly uniform policy
 SPREAD = 0.02  # of the differences between the policy and the frozen reference
 
 
-def policy_and_reference(spec: harness.Spec) -> tuple[nn.Module, nn.Module]:
-    """Return a tiny policy and the frozen reference of a KL term, which has slightly different weights."""
-    reference = harness.tiny_model(spec)
-    draw = torch.Generator().manual_seed(7)
+def sharp_model(spec: harness.Spec) -> nn.Module:
+    """Return a tiny model whose predictions are not nearly uniform."""
+    model = harness.tiny_model(spec)
     with torch.no_grad():
-        for p in reference.parameters():
+        for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(SHARPER)
+    return model
+
+
+def policy_and_reference(spec: harness.Spec) -> tuple[nn.Module, nn.Module]:
+    """Return a tiny policy and the frozen reference of a KL term, which has slightly different weights."""
+    reference = sharp_model(spec)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
         policy = copy.deepcopy(reference)
         for p in policy.parameters():
             p.add_(SPREAD * torch.randn(p.shape, generator=draw))
