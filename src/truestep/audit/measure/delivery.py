@@ -36,7 +36,7 @@ PROMPTS, SAMPLES, NEW_TOKENS = 4, 8, 24
 SHARED = 64  # tokens that all prompts begin with: whole blocks of a prefix cache; one more token follows
 VOCABULARY, FIRST_TOKEN, STOP = 48, 3, 2  # fewer tokens than the usual top-k of 50
 TEMPERATURE = 0.9
-LEARNING_RATE = 0.02  # of AdamW, which moves every entry by about this much; it changes log-probabilities by nats
+LEARNING_RATE = 0.05
 MOST_NAMED = 3
 NEW, PART = "new", "part"
 # The kind of a candidate → the code of its fault, and the kind of its sentence.

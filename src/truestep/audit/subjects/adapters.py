@@ -20,11 +20,11 @@ def targets(spec: harness.Spec) -> list[str]:
     return TARGETS.get(spec.options["arch"], ["inner", "head"])
 
 
-def with_peft(spec: harness.Spec) -> nn.Module:
-    """Return the model with PEFT's adapters, which are the only parameters that are trained."""
+def with_peft(spec: harness.Spec, model: nn.Module | None = None) -> nn.Module:
+    """Return the model (by default a tiny one) with PEFT's adapters, which are the only parameters that are trained."""
     import peft
 
-    model, kind = harness.tiny_model(spec), spec.options["adapter"]
+    model, kind = model or harness.tiny_model(spec), spec.options["adapter"]
     torch.manual_seed(1)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=targets(spec), init_lora_weights=False,

@@ -50,15 +50,16 @@ class Wrong(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
 
     @torch.no_grad()
-    def sample(self, prompts: Tensor, count: int, temperature: float, stop: int) -> Tensor:
-        """Return prompts and completions [R, T]; tokens after a stop are 0."""
-        ids, out, past = prompts, [prompts], None
+    def sample(self, prompts: Tensor, count: int, temperature: float, stop: int) -> tuple[Tensor, list[Tensor]]:
+        """Return prompts and completions [R, T], and the scores [R, V] of every place; tokens after a stop are 0."""
+        ids, out, scores, past = prompts, [prompts], [], None
         done = torch.zeros(len(prompts), dtype=torch.bool)
         for _ in range(count):
             made = self(ids, past)
             past = made.past_key_values
-            ids = torch.multinomial((made.logits[:, -1] / temperature).softmax(-1), 1)
+            scores.append(made.logits[:, -1] / temperature)
+            ids = torch.multinomial(scores[-1].softmax(-1), 1)
             ids = ids.masked_fill(done[:, None], 0)
             done = done | (ids[:, 0] == stop)
             out.append(ids)
-        return torch.cat(out, 1)
+        return torch.cat(out, 1), scores

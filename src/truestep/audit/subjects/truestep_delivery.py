@@ -18,7 +18,7 @@ import harness
 import torch
 
 from truestep import __version__
-from truestep.model import attention, lora
+from truestep.model import attention, forward, lora
 from truestep.model.load import LoadedModel, model_shape
 from truestep.objective.methods import build
 from truestep.records import Origin, Rollout, TrainSequence
@@ -85,7 +85,9 @@ def engine_of(spec: harness.Spec, policy: Policy, stack: ExitStack) -> Engine:
     return TorchEngine(model, packs=policy.packs)
 
 
-def delivered(spec: harness.Spec, policy: Policy, recorder: Any, stack: ExitStack) -> Callable[[int], Engine]:
+def delivered(
+    spec: harness.Spec, policy: Policy, plain: Any, recorder: Any, stack: ExitStack
+) -> Callable[[int], Engine]:
     """Return a function that delivers a version of the weights and returns the engine that samples next."""
     fault = spec.options.get("fault")
     if not fault:
@@ -100,10 +102,14 @@ def delivered(spec: harness.Spec, policy: Policy, recorder: Any, stack: ExitStac
         import vllm_delivery
 
         return vllm_delivery.wrong(fault, engine_of(spec, policy, stack), recorder)
-    broken = delivery_faults.Wrong(fault, recorder.model.float())
-    recorder.model.double()
-    kept = fault == "cache"
-    return lambda version: TorchEngine(broken.deliver(recorder.states), packs=False) if kept else TorchEngine(broken.deliver(recorder.states).model)
+    broken = delivery_faults.Wrong(fault, copy.deepcopy(plain))
+    packs = fault != "cache" and not forward.install_packing(broken.model, whole_logits=False)
+
+    def wrong(version: int) -> Engine:
+        broken.deliver(recorder.states)
+        return TorchEngine(broken.model if packs else broken, packs=packs)
+
+    return wrong
 
 
 def run(spec: harness.Spec) -> None:
@@ -127,7 +133,7 @@ def run(spec: harness.Spec) -> None:
     )
     draw = torch.Generator().manual_seed(3)
     with ExitStack() as stack:
-        deliver = delivered(spec, policy, recorder, stack)
+        deliver = delivered(spec, policy, plain, recorder, stack)
         for step in range(spec.case["rounds"]):
             recorder.weights(delivery_recorder.state_of(model.state_dict(), LORA.scale))
             rollouts = list(deliver(step).generate(requests(spec, step), sampling))
