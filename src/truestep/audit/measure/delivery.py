@@ -6,11 +6,11 @@ There are two kinds of evidence:
 
 * The sampler reports log-probabilities. The distance of a candidate is the root mean square of the differences, in
   units of the noise: the same for the new weights in the sampler's own precision.
-* It reports none. Then S = Σ (log π_new − log π_candidate) over the tokens is known. If either model has sampled them,
-  the terms minus their expectations at each token are a martingale, so S is compared with its expectation, and the
-  distance is in standard errors. The distance of the new weights is the largest over all candidates.
+* It reports none. For two candidates, S = Σ (log π_one − log π_other) over the tokens is known. If the first has sampled
+  them, the terms minus their expectations at each token are a martingale, so S is compared with its expectation. The
+  distance of a candidate, in standard errors, is the largest over all others.
 
-Shapes: N tokens of all rounds.
+Shapes: N tokens of all rounds, K candidates.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ VOCABULARY, FIRST_TOKEN, STOP = 48, 3, 2  # fewer tokens than the usual top-k of
 TEMPERATURE = 0.9
 LEARNING_RATE = 0.05
 MOST_NAMED = 3
+TINY = 1e-12
 NEW, PART = "new", "part"
 # The kind of a candidate → the code of its fault, and the kind of its sentence.
 FAULTS = {
@@ -85,12 +86,12 @@ def build(name: str, *, seed: int = 0) -> DeliveryCase:
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One rule for the sampler's weights. ``names`` are the tensors that were not sent. ``moments`` are the expectation
-    and the variance of Σ (log π_new − log π_this), first if the new weights have sampled, then if these have."""
+    and the variance of Σ (log π_this − log π_other), if these weights have sampled, for all candidates."""
 
     kind: str
     logps: np.ndarray  # N
+    moments: np.ndarray  # K, 2
     names: tuple[str, ...] = ()
-    moments: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,24 +117,23 @@ class DeliveryObservation:
         """The largest distance of the weights that the sampler has."""
         return thresholds.STANDARD_ERRORS if self.reported is None else thresholds.NOISE_FACTOR
 
-    def distance(self, one: Candidate) -> float:
+    def distance(self, index: int) -> float:
         """Return how far the samples are from those of a candidate."""
+        one = self.candidates[index]
         if self.reported is not None:
             return _rms(self.reported - one.logps) / self.noise
-        if one.kind == NEW:
-            return max((self._error(c, c.moments[:2]) for c in self.candidates[1:]), default=0.0)
-        return self._error(one, one.moments[2:])
+        return max(
+            abs(float((one.logps - other.logps).sum()) - mean) / math.sqrt(max(variance, TINY))
+            for other, (mean, variance) in zip(self.candidates, one.moments, strict=True)
+        )
 
-    def _error(self, one: Candidate, moments: Sequence[float]) -> float:
-        found = float((self.candidates[0].logps - one.logps).sum())
-        return abs(found - moments[0]) / math.sqrt(max(moments[1], 1e-12))
-
-    def separation(self, one: Candidate) -> float:
+    def separation(self, index: int) -> float:
         """Return how far a candidate is from the new weights. Beyond 2 · ``limit``, both cannot fit the samples."""
+        new, one = self.candidates[0], self.candidates[index]
         if self.reported is not None:
-            return _rms(self.candidates[0].logps - one.logps) / self.noise
-        expected, variance, own, own_variance = one.moments
-        return 2 * (expected - own) / max(math.sqrt(variance) + math.sqrt(own_variance), 1e-12)
+            return _rms(new.logps - one.logps) / self.noise
+        (mean, variance), (back, other) = new.moments[index], one.moments[0]
+        return float(2 * (mean + back) / max(math.sqrt(variance) + math.sqrt(other), TINY))
 
 
 def _rms(values: np.ndarray) -> float:
@@ -159,33 +159,31 @@ def judge(
 
 
 def _judged(nothing: Finding, run: DeliveryObservation) -> Finding:
-    others = run.candidates[1:]
     values = [c.logps for c in run.candidates] + [x for x in (run.reported, run.rounded) if x is not None]
-    if not others or not run.candidates[0].logps.size:
+    if len(run.candidates) < 2 or not run.candidates[0].logps.size:
         return replace(nothing, verdict=Verdict.NOT_OBSERVABLE, reasons=(cause("", "delivery_nothing"),))
     if not all(np.isfinite(v).all() for v in values):
         found = Differences(data=(cause("not_finite", "not_finite"),))
         return replace(nothing, verdict=Verdict.FAULT, codes=found.codes, found=found)
-    distances = [run.distance(c) for c in run.candidates]
+    distances = [run.distance(i) for i in range(len(run.candidates))]
     nothing = replace(nothing, delivery=_numbers(run, distances), noise=run.noise)
     if distances[0] <= run.limit:
-        hidden = [c for c in others if run.separation(c) <= 2 * run.limit]
-        reasons = tuple(
-            cause("", "delivery_close", what=_fault(c), names=c.names, separation=run.separation(c))
-            for c in hidden
-        )
-        whole = any(c.kind != PART for c in hidden)
-        return replace(
-            nothing, verdict=Verdict.NOT_OBSERVABLE if whole else Verdict.RIGHT, reasons=reasons
-        )
+        hidden = [c for i, c in enumerate(run.candidates) if i and run.separation(i) <= 2 * run.limit]
+        whole = [cause("", "delivery_close", what=_fault(c)) for c in hidden if c.kind != PART]
+        names = tuple(c.names[0] for c in hidden if len(c.names) == 1)
+        reasons = (*whole, *([cause("", "delivery_parts_close", names=names)] if names else []))
+        verdict = Verdict.NOT_OBSERVABLE if whole else Verdict.RIGHT
+        return replace(nothing, verdict=verdict, reasons=reasons)
     fitting = sorted((d, i) for i, d in enumerate(distances) if d <= run.limit)
     if fitting:
         main, *rest = [_fault(run.candidates[i]) for _, i in fitting[:MOST_NAMED]]
         main = replace(main, values={**main.values, "others": tuple(rest)}) if rest else main
     else:
         nearest = min(range(len(distances)), key=distances.__getitem__)
-        known = () if nearest == 0 else (_fault(run.candidates[nearest]),)
-        main = cause("other_weights", "delivery_unknown", nearest=known, distance=distances[nearest])
+        values = {"distance": distances[nearest], "limit": run.limit}
+        if nearest:
+            values["nearest"] = _fault(run.candidates[nearest])
+        main = cause("other_weights", "delivery_unknown", **values)
     found = Differences(data=(main,))
     return replace(nothing, verdict=Verdict.FAULT, codes=found.codes, found=found)
 
@@ -197,7 +195,7 @@ def _fault(one: Candidate) -> Cause:
 
 def _numbers(run: DeliveryObservation, distances: Sequence[float]) -> dict[str, Any]:
     rows = [
-        {"kind": c.kind, "names": c.names, "distance": d, "separation": run.separation(c) if i else 0.0}
+        {"kind": c.kind, "names": c.names, "distance": d, "separation": run.separation(i) if i else 0.0}
         for i, (c, d) in enumerate(zip(run.candidates, distances, strict=True))
     ]
     evidence = "tokens" if run.reported is None else "reported"
@@ -205,6 +203,7 @@ def _numbers(run: DeliveryObservation, distances: Sequence[float]) -> dict[str, 
         "evidence": evidence,
         "tokens": int(run.candidates[0].logps.size),
         "limit": run.limit,
+        "distance": distances[0],
         "nearest": min(row["separation"] for row in rows[1:]),
         "candidates": rows,
     }
@@ -222,6 +221,8 @@ def load(folder: Path, case: DeliveryCase, *, learning_rate: float = 0.0) -> Del
         made = [_candidate(item) for item in found["candidates"]]
         if len({len(x) for x in (*(c.logps for c in made), reported, rounded) if x is not None}) > 1:
             raise ValueError("lists of different lengths")
+        if any(c.moments.shape != (len(made), 2) for c in made):
+            raise ValueError("moments of other candidates")
         return DeliveryObservation(
             candidates=made, reported=reported, rounded=rounded, versions=found["versions"], seconds=found["seconds"]
         )  # fmt: skip
@@ -234,7 +235,5 @@ def load(folder: Path, case: DeliveryCase, *, learning_rate: float = 0.0) -> Del
 def _candidate(item: Mapping[str, Any]) -> Candidate:
     if item["kind"] not in (NEW, *FAULTS):
         raise ValueError(f"unknown kind {item['kind']}")
-    logps, names = np.array(item["logps"], dtype=float), tuple(map(str, item["names"]))
-    expected, variance, own, own_variance = map(float, item["moments"])
-    moments = (expected, variance, own, own_variance)
-    return Candidate(kind=item["kind"], logps=logps, names=names, moments=moments)
+    logps, moments = np.array(item["logps"], dtype=float), np.array(item["moments"], dtype=float)
+    return Candidate(kind=item["kind"], logps=logps, names=tuple(map(str, item["names"])), moments=moments)

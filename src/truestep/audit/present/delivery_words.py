@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 NAMES_SHOWN = 3
@@ -13,7 +13,7 @@ def _tensors(v: Mapping[str, Any]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
 
 
-DELIVERY: dict[str, Any] = {
+DELIVERY: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "delivery_start": "the sampler still has the weights from before the first step: no update was sent",
     "delivery_behind": "the sampler's weights are those of one step before",
     "delivery_first": "only the first update was sent",
@@ -22,5 +22,6 @@ DELIVERY: dict[str, Any] = {
     "delivery_part": lambda v: f"the sampler has old values of {_tensors(v)}, and new ones of all others",
     "delivery_cache": "the sampler has the new weights, but keys and values of the prompts are from old ones: the prefix "
     "cache was not reset",
+    "delivery_parts_close": lambda v: f"old values of {_tensors(v)} would be within the noise",
     "delivery_nothing": "the sampler sampled nothing",
 }  # fmt: skip

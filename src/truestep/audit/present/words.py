@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from truestep.audit.measure.findings import Cause, Differences, Finding, Verdict
+from truestep.audit.present.delivery_words import DELIVERY
 from truestep.audit.present.objective_words import OBJECTIVES
 from truestep.audit.present.rl_words import RL_SENTENCES
 from truestep.faults import FAULTS
@@ -227,6 +228,11 @@ SENTENCES: dict[str, Form] = {
     "interrupted": "interrupted before it was run",
     "not_installed": lambda v: f"not installed: {', '.join(v['packages'])}",
     **RL_SENTENCES,
+    **DELIVERY,
+    "delivery_close": lambda v: f"the samples would be the same within the noise if {sentence(v['what'])}",
+    "delivery_unknown": lambda v: f"the sampler does not have the new weights, and no known fault explains its samples: the "
+    f"nearest weights are {number(v['distance'])} times the noise away (allowed: {number(v['limit'])})"
+    + (f", if {sentence(v['nearest'])}" if "nearest" in v else ""),
 }  # fmt: skip
 
 
@@ -292,13 +298,22 @@ def found_in_words(row: Row) -> str:
     """Return what was found, or why nothing was found."""
     if is_right(row):
         unseen = f"; not observed: {row['reason']}" if row.get("reason") else ""
-        right = (
-            "the coefficients are those of the configured objective"
-            if row.get("asked")
-            else "every token counts once"
-        )
-        return line(f"{right}{unseen}", 600)
+        return line(f"{_right(row)}{unseen}", 600)
     return line(row.get("fault") or row.get("reason") or "", 600)
+
+
+def _right(row: Row) -> str:
+    if found := row.get("delivery"):
+        unit = "times the noise" if found["evidence"] == "reported" else "standard errors"
+        return (
+            f"{found['tokens']} sampled tokens have the probabilities of the new weights: they are {number(found['distance'])} "
+            f"{unit} away, and the nearest other weights {number(found['nearest'])}"
+        )
+    return (
+        "the coefficients are those of the configured objective"
+        if row.get("asked")
+        else "every token counts once"
+    )
 
 
 def loss_in_words(row: Row) -> str:

@@ -34,6 +34,16 @@ class State:
     added: dict[str, Tensor]
 
 
+@dataclass
+class Found:
+    """What is known of a candidate, as ``measure.delivery.Candidate``."""
+
+    kind: str
+    names: list[str]
+    logps: list[float]
+    moments: list[list[float]]
+
+
 def tiny_models(spec: harness.Spec) -> tuple[nn.Module, nn.Module]:
     """Return a tiny model, with tied tables if the option ``tied`` is set, and a copy of it that is not tied."""
     model = rl_harness.sharp_model(spec)
@@ -81,8 +91,10 @@ class Delivery:
     """The recorder of one run. ``plain`` is a model without adapters and ties, of the trained model's class."""
 
     def __init__(self, spec: harness.Spec, plain: nn.Module) -> None:
-        self.spec, self.model = spec, copy.deepcopy(plain).double().eval()
+        self.spec, self.plain = spec, plain
+        self.model = copy.deepcopy(plain).double().eval()
         self.other = copy.deepcopy(self.model)
+        self.versions: dict[str, str] = {}  # of the sampler
         self.states: list[State] = []
         self.rounds: list[list[Sample]] = []
         self.began = time.monotonic()
@@ -137,43 +149,38 @@ class Delivery:
             yield "part", names, {**now.whole, **{name: start.whole[name] for name in names}}, None
 
     @torch.no_grad()
-    def finish(self, dtype: torch.dtype = torch.float32, **versions: str) -> None:
-        """Write log π of every candidate. ``dtype`` is that of the sampler's weights and products."""
-        ran, found, parts = time.monotonic(), list[dict[str, Any]](), self._parts()
+    def finish(self, **versions: str) -> None:
+        """Write log π of every candidate, and that of the new weights in the subject's own precision."""
+        ran, found, parts = time.monotonic(), list[Found](), self._parts()
         rounded: list[float] = []
         for number, samples in enumerate(self.rounds):
             ids = harness.padded([[*prompt, *completion] for prompt, completion, _ in samples], 0)
             prompt, longest = len(samples[0][0]), max(len(completion) for _, completion, _ in samples)
             is_token = torch.tensor([[i < len(c) for i in range(longest)] for _, c, _ in samples])
             tokens = ids[:, prompt:][is_token]
-            new = torch.empty(0)
-            for index, (kind, names, *weights) in enumerate(self._candidates(number, parts)):
-                table = self._table(ids, prompt, *weights)[is_token]  # N, V
-                new = new if index else table
-                if number == 0:
-                    found.append({"kind": kind, "names": names, "logps": [], "moments": [0.0] * 4})
-                one = found[index]
-                one["logps"] += table[torch.arange(len(tokens)), tokens].tolist()
-                one["moments"] = [a + b for a, b in zip(one["moments"], moments(new, table), strict=True)]
-            narrow = set_weights(copy.deepcopy(self.model).to(dtype), self.states[number].whole)
+            made = list(self._candidates(number, parts))
+            tables = torch.stack([self._table(ids, prompt, *weights)[is_token] for _, _, *weights in made])
+            found = found or [Found(kind, list(names), [], [[0.0, 0.0] for _ in made]) for kind, names, *_ in made]
+            for one, table in zip(found, tables, strict=True):
+                one.logps += table[torch.arange(len(tokens)), tokens].tolist()
+                for total, part in zip(one.moments, moments(table, tables), strict=True):
+                    total[:] = [x + y for x, y in zip(total, part, strict=True)]
+            narrow = set_weights(copy.deepcopy(self.model).to(self.spec.dtype), self.states[number].whole)
             logits = logits_of(narrow(input_ids=ids))[:, prompt - 1 : -1].float()
             table = torch.log_softmax(logits / self.spec.case["temperature"], -1)[is_token]
             rounded += table[torch.arange(len(tokens)), tokens].tolist()
         lines = [reported for samples in self.rounds for _, _, reported in samples]
         reported = None if None in lines else [x for line in lines for x in line]
-        document = {"candidates": found, "reported": reported, "rounded": None if reported is None else rounded}
+        document = {"candidates": [vars(one) for one in found], "reported": reported, "rounded": None if reported is None else rounded}
         took = {"run": ran - self.began, "reference": time.monotonic() - ran}
         document |= {"versions": {**versions, "torch": torch.__version__}, "seconds": took}
         (self.spec.folder / "delivery.json").write_text(json.dumps(document), encoding="utf-8")
 
 
-def moments(new: Tensor, own: Tensor) -> list[float]:
-    """Return the mean and the variance of Σ (log π_new − log π_own) if the tokens are from π_new, and if they are from
-    π_own. Shapes: N, V."""
-    found = []
-    for sampler in (new, own):
-        difference = new - own
-        mean = (sampler.exp() * difference).sum(-1)
-        square = (sampler.exp() * difference**2).sum(-1)
-        found += [float(mean.sum()), float((square - mean**2).clamp(min=0).sum())]
-    return found
+def moments(table: Tensor, others: Tensor) -> list[list[float]]:
+    """Return the mean and the variance of Σ (log π − log π_other) if the tokens are from π, for all others.
+    Shapes: N V, and K N V."""
+    difference, chance = table - others, table.exp()
+    mean = (chance * difference).sum(-1)  # K, N
+    variance = (chance * difference**2).sum(-1) - mean**2
+    return torch.stack([mean.sum(-1), variance.clamp(min=0).sum(-1)], 1).tolist()

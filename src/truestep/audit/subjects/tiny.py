@@ -53,6 +53,7 @@ def tiny_model(spec: Any) -> nn.Module:
     sizes["max_position_embeddings"] = 256
     neox = {**ids, **sizes, "intermediate_size": 64}
     llama = {**neox, "num_key_value_heads": 2}
+    llama |= {key: spec.options[key] for key in ("head_dim",) if key in spec.options}
     gpt2 = {**ids, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
     gpt2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     names: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -1,8 +1,7 @@
-"""truestep's engines between its own optimizer steps: sampling, scoring, training and publishing.
+"""truestep's torch engine between its own optimizer steps: publishing, sampling, scoring and training.
 
-Options: arch; ``tied``; ``lora`` trains adapters that are not zero at the start; ``engine`` is torch (which shares the
-trainer's memory, or with ``copy`` has separate weights) or vllm (a server on this machine); ``fault`` replaces the engine by
-one with wrong weights (delivery_faults).
+Options: arch; dtype; ``tied``; ``lora`` trains adapters that are not zero at the start; with ``copy``, the engine has separate
+weights, otherwise it shares the trainer's memory; ``fault`` replaces it by one with wrong weights (delivery_faults).
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from truestep.train.weight_sync import publish
 SUBJECTS = [{
     "name": "truestep weight delivery", "needs": ["truestep", "transformers", "torch"], "cases": ["delivery"],
     "configurations": [
-        {"arch": "llama", "engine": "torch", "optimizer": "adamw"},
-        {"arch": "llama", "engine": "torch", "copy": True, "optimizer": "adamw"},
-        {"arch": "llama", "engine": "torch", "copy": True, "tied": True, "optimizer": "adamw"},
-        {"arch": "llama", "engine": "torch", "lora": True, "optimizer": "adamw"},
-        {"arch": "llama", "engine": "torch", "copy": True, "lora": True, "optimizer": "adamw"},
+        {"arch": "llama", "optimizer": "adamw"},
+        {"arch": "llama", "copy": True, "optimizer": "adamw"},
+        {"arch": "llama", "copy": True, "tied": True, "optimizer": "adamw"},
+        {"arch": "llama", "lora": True, "optimizer": "adamw"},
+        {"arch": "llama", "copy": True, "lora": True, "optimizer": "adamw"},
     ],
 }]  # fmt: skip
 LORA = LoraSettings(rank=3, alpha=7, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
@@ -76,45 +75,38 @@ def sequences(spec: harness.Spec, rollouts: list[Rollout], draw: torch.Generator
     return made
 
 
-def engine_of(spec: harness.Spec, policy: Policy, stack: ExitStack) -> Engine:
-    if spec.options["engine"] == "vllm":
-        import vllm_delivery
-
-        return vllm_delivery.engine(spec, policy, stack)
-    model = copy.deepcopy(policy.model) if spec.options.get("copy") else policy.model
-    return TorchEngine(model, packs=policy.packs)
+Deliver = Callable[[int], Engine]  # delivers a version of the weights, and returns the engine that samples next
 
 
-def delivered(
-    spec: harness.Spec, policy: Policy, plain: Any, recorder: Any, stack: ExitStack
-) -> Callable[[int], Engine]:
-    """Return a function that delivers a version of the weights and returns the engine that samples next."""
-    fault = spec.options.get("fault")
-    if not fault:
-        engine = engine_of(spec, policy, stack)
+def torch_engine(
+    spec: harness.Spec, policy: Policy, recorder: delivery_recorder.Delivery, stack: ExitStack
+) -> Deliver:
+    if fault := spec.options.get("fault"):
+        broken = delivery_faults.Wrong(fault, recorder.plain)
+        # The model's own cache is used if it has wrong contents, otherwise truestep's.
+        packs = fault != "cache" and not forward.install_packing(broken.model, whole_logits=False)
 
-        def right(version: int) -> Engine:
-            publish(policy, engine, version)
-            return engine
+        def wrong(version: int) -> Engine:
+            broken.deliver(recorder.states)
+            return TorchEngine(broken.model if packs else broken, packs=packs)
 
-        return right
-    if spec.options["engine"] == "vllm":
-        import vllm_delivery
+        return wrong
+    engine = TorchEngine(copy.deepcopy(policy.model) if spec.options.get("copy") else policy.model)
 
-        return vllm_delivery.wrong(fault, engine_of(spec, policy, stack), recorder)
-    broken = delivery_faults.Wrong(fault, copy.deepcopy(plain))
-    packs = fault != "cache" and not forward.install_packing(broken.model, whole_logits=False)
+    def right(version: int) -> Engine:
+        publish(policy, engine, version)
+        return engine
 
-    def wrong(version: int) -> Engine:
-        broken.deliver(recorder.states)
-        return TorchEngine(broken.model if packs else broken, packs=packs)
-
-    return wrong
+    return right
 
 
-def run(spec: harness.Spec) -> None:
+def run(
+    spec: harness.Spec,
+    deliverer: Callable[[harness.Spec, Policy, delivery_recorder.Delivery, ExitStack], Deliver] = torch_engine,
+) -> None:
     attention.register()
     model, plain = delivery_recorder.tiny_models(spec)
+    model.to(spec.dtype)
     if spec.options.get("lora"):
         lora.install(model, LORA, seed=0)
         draw = torch.Generator().manual_seed(2)
@@ -133,7 +125,7 @@ def run(spec: harness.Spec) -> None:
     )
     draw = torch.Generator().manual_seed(3)
     with ExitStack() as stack:
-        deliver = delivered(spec, policy, plain, recorder, stack)
+        deliver = deliverer(spec, policy, recorder, stack)
         for step in range(spec.case["rounds"]):
             recorder.weights(delivery_recorder.state_of(model.state_dict(), LORA.scale))
             rollouts = list(deliver(step).generate(requests(spec, step), sampling))
@@ -148,4 +140,4 @@ def run(spec: harness.Spec) -> None:
                 max_length=spec.case["new_tokens"],
             )
             train_step(policy, optimizer, made, plan)
-    recorder.finish(truestep=__version__, **harness.versions("transformers"))
+    recorder.finish(truestep=__version__, **recorder.versions, **harness.versions("transformers"))
