@@ -1,6 +1,6 @@
 """Audit weight delivery in pinned releases and in faulty samplers, and write the table of docs/audit.md.
 
-    python benchmarks/audit_delivery.py [--only TEXT] [--table-only]
+    python benchmarks/audit_delivery.py [--only NAME] [--table-only]
 
 Results are stored as results/audit-delivery/NAME.json; NAME-faults.json has one row for every fault that was injected
 (subjects/delivery_faults.py). What has a result is not run again (delete the file to repeat it). vLLM runs if
@@ -113,11 +113,11 @@ def section() -> str:
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--only", default="", help="only targets whose name contains this text")
+    parser.add_argument("--only", default="", help="only this target")
     parser.add_argument("--table-only", action="store_true", help="only write the table again")
     given = parser.parse_args()
     for name, how in TARGETS.items():
-        if given.only not in name or given.table_only:
+        if given.table_only or given.only not in ("", name):
             continue
         if not (FOLDER / f"{name}.json").exists():
             run(name, *how)
