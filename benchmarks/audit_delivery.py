@@ -65,9 +65,13 @@ def run_faults(name: str, target: str, subject: str) -> None:
         for fault in faults if chosen else ():
             one = replace(chosen[0], options={**chosen[0].options, "fault": fault})
             rows.append(words.row_of(audit_one(known, one, python, timeout=TIMEOUT)))
-            print(f"{name} {fault}: {rows[-1]['verdict']} {rows[-1]['fault']} {rows[-1]['reason']}", flush=True)
+            print(
+                f"{name} {fault}: {rows[-1]['verdict']} {rows[-1]['fault']} {rows[-1]['reason']}", flush=True
+            )
     command = f"python benchmarks/audit_delivery.py --only {name}"
-    write_json(FOLDER / f"{name}-faults.json", {"command": command, "provenance": provenance(0), "findings": rows})
+    write_json(
+        FOLDER / f"{name}-faults.json", {"command": command, "provenance": provenance(0), "findings": rows}
+    )
 
 
 def what_ran(findings: Sequence[dict[str, Any]]) -> list[str]:
@@ -97,7 +101,11 @@ def injected(documents: dict[str, dict[str, Any]]) -> list[str]:
     for _, document in sorted(documents.items()):
         for f in document["findings"]:
             subject = f["subject"].replace(" weight delivery", "")
-            lines.append(pages.table_row([subject, f["configuration"]["fault"], f["verdict"], f["fault"] or f["reason"]]))
+            lines.append(
+                pages.table_row(
+                    [subject, f["configuration"]["fault"], f["verdict"], f["fault"] or f["reason"]]
+                )
+            )
     return lines
 
 

@@ -77,7 +77,11 @@ def test_the_weights_of_the_sampler_are_named(kind: str, reports: bool) -> None:
         assert "others" not in main.values
     numbers = found.delivery["candidates"]
     assert [row["kind"] for row in numbers] == list(KINDS)
-    assert found.delivery["nearest"] == min(row["separation"] for row in numbers[1:]) > 2 * found.delivery["limit"]
+    assert (
+        found.delivery["nearest"]
+        == min(row["separation"] for row in numbers[1:])
+        > 2 * found.delivery["limit"]
+    )
 
 
 @pytest.mark.parametrize("reports", [True, False], ids=["reported", "tokens"])
@@ -94,7 +98,12 @@ def reported_at(distance: float, separations: dict[str, float]) -> DeliveryObser
     new = np.linspace(-3.0, -0.1, 100)
     sign = np.where(np.arange(100) % 2, 1.0, -1.0)
     parts = [
-        Candidate(kind=kind, logps=new - NOISE * s * sign, moments=np.zeros((0, 2)), names=("a.weight",) * (kind == "part"))
+        Candidate(
+            kind=kind,
+            logps=new - NOISE * s * sign,
+            moments=np.zeros((0, 2)),
+            names=("a.weight",) * (kind == "part"),
+        )
         for kind, s in {"new": 0.0, **separations}.items()
     ]
     return DeliveryObservation(
@@ -117,7 +126,9 @@ def test_the_limit_of_reported_values_is_ten_times_the_noise() -> None:
 def test_the_limit_of_tokens_is_five_standard_errors() -> None:
     one = Candidate(kind="new", logps=np.zeros(4), moments=np.array([[0.0, 0.0], [0.0, 4.0]]))
     for distance, verdict in ((4.9, Verdict.RIGHT), (5.1, Verdict.FAULT)):
-        other = Candidate(kind="start", logps=np.full(4, -2 * distance / 4), moments=np.array([[400.0, 4.0], [0.0, 0.0]]))
+        other = Candidate(
+            kind="start", logps=np.full(4, -2 * distance / 4), moments=np.array([[400.0, 4.0], [0.0, 0.0]])
+        )
         assert judged(DeliveryObservation(candidates=[one, other])).verdict is verdict
 
 
@@ -134,7 +145,9 @@ def test_what_is_within_twice_the_limit_is_not_told_apart(separation: float, see
 def test_separations_of_tokens_count_both_directions() -> None:
     new = Candidate(kind="new", logps=np.zeros(4), moments=np.array([[0.0, 0.0], [15.0, 9.0]]))
     for back, verdict in ((1.0, Verdict.RIGHT), (-1.0, NEAR)):
-        other = Candidate(kind="behind", logps=np.full(4, -3.75), moments=np.array([[10.0 + back, 4.0], [0.0, 0.0]]))
+        other = Candidate(
+            kind="behind", logps=np.full(4, -3.75), moments=np.array([[10.0 + back, 4.0], [0.0, 0.0]])
+        )
         assert judged(DeliveryObservation(candidates=[new, other])).verdict is verdict
 
 
@@ -170,7 +183,9 @@ def test_every_verdict_has_a_sentence() -> None:
     assert f"if {SENTENCES['delivery_start']}" in found_in_words(near)
     close = judged(reported_at(0.0, {"start": 1.0})).reasons[0]
     assert sentence(close).endswith(f"if {SENTENCES['delivery_start']}")
-    many = replace(delivery._fault(reported_at(0, {"part": 1.0}).candidates[1]), values={"names": tuple("abcde")})
+    many = replace(
+        delivery._fault(reported_at(0, {"part": 1.0}).candidates[1]), values={"names": tuple("abcde")}
+    )
     assert "a, b, c and 2 more" in sentence(many)
 
 
@@ -219,22 +234,26 @@ def test_what_a_subject_wrote_is_checked(broken: str, tmp_path: Path) -> None:
 
 
 def test_moments_are_those_of_all_tokens() -> None:
-    made = torch.tensor(tables(spread=0.5)[:3, :5])
-    got = subject_module("delivery_recorder").moments(made[1], made)
-    for other, (mean, variance) in zip(made, got, strict=True):
-        difference = made[1] - other
-        means = [sum(float(d) * float(torch.exp(p)) for d, p in zip(*pair, strict=True)) for pair in zip(difference, made[1], strict=True)]
-        squares = [
-            sum((float(d) - m) ** 2 * float(torch.exp(p)) for d, p in zip(row, logs, strict=True))
-            for row, logs, m in zip(difference, made[1], means, strict=True)
-        ]
-        assert (mean, variance) == (pytest.approx(sum(means)), pytest.approx(sum(squares)))
+    made = tables(spread=0.5)[:3, :5]
+    found = subject_module("delivery_recorder").moments(torch.tensor(made[1]), torch.tensor(made))
+    for other, (mean, variance) in zip(made, found, strict=True):
+        means, variances = 0.0, 0.0
+        for own, logs in zip(made[1], other, strict=True):
+            ratios, weights = own - logs, np.exp(own)
+            means += np.average(ratios, weights=weights)
+            variances += np.cov(ratios, aweights=weights, ddof=0)
+        assert (mean, variance) == (pytest.approx(means), pytest.approx(variances))
 
 
 @pytest.mark.parametrize("names", ["truestep", "peft"])
 def test_adapters_are_merged_once(names: str) -> None:
     weight, first, second, other = (torch.randn(s) for s in ((4, 3), (2, 3), (4, 2), (5,)))
-    state = {"model.q.weight": weight, "model.q.lora_A": first, "model.q.lora_B": second, "model.norm.weight": other}
+    state = {
+        "model.q.weight": weight,
+        "model.q.lora_A": first,
+        "model.q.lora_B": second,
+        "model.norm.weight": other,
+    }
     if names == "peft":
         state = {
             "base_model.model.model.q.base_layer.weight": weight,

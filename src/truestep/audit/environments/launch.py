@@ -40,7 +40,16 @@ SCRIPT_TIMEOUT = 180.0  # seconds for a reproducer
 MEMORY = 12 << 30  # bytes of address space that a rank may map; torch alone maps several GiB
 MOST_WRITTEN = 1 << 30  # bytes, of one file and of all files of an audit together
 TAIL = 1 << 16  # bytes of the output that are kept
-KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ", "SSL_CERT_FILE", "TORCH_EXTENSIONS_DIR", "TRUESTEP_VLLM_PYTHON")
+KEPT = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "TZ",
+    "SSL_CERT_FILE",
+    "TORCH_EXTENSIONS_DIR",
+    "TRUESTEP_VLLM_PYTHON",
+)
 
 
 class SubjectFailed(RuntimeError):

@@ -180,10 +180,9 @@ def _judged(nothing: Finding, run: DeliveryObservation) -> Finding:
         main = replace(main, values={**main.values, "others": tuple(rest)}) if rest else main
     else:
         nearest = min(range(len(distances)), key=distances.__getitem__)
-        values = {"distance": distances[nearest], "limit": run.limit}
-        if nearest:
-            values["nearest"] = _fault(run.candidates[nearest])
-        main = cause("other_weights", "delivery_unknown", **values)
+        known = {"nearest": _fault(run.candidates[nearest])} if nearest else {}
+        limits = {"distance": distances[nearest], "limit": run.limit}
+        main = cause("other_weights", "delivery_unknown", **limits, **known)
     found = Differences(data=(main,))
     return replace(nothing, verdict=Verdict.FAULT, codes=found.codes, found=found)
 
@@ -194,18 +193,17 @@ def _fault(one: Candidate) -> Cause:
 
 
 def _numbers(run: DeliveryObservation, distances: Sequence[float]) -> dict[str, Any]:
-    rows = [
-        {"kind": c.kind, "names": c.names, "distance": d, "separation": run.separation(i) if i else 0.0}
-        for i, (c, d) in enumerate(zip(run.candidates, distances, strict=True))
-    ]
-    evidence = "tokens" if run.reported is None else "reported"
+    apart = [run.separation(i) if i else 0.0 for i in range(len(distances))]
+    each = zip(run.candidates, distances, apart, strict=True)
     return {
-        "evidence": evidence,
+        "evidence": "tokens" if run.reported is None else "reported",
         "tokens": int(run.candidates[0].logps.size),
         "limit": run.limit,
         "distance": distances[0],
-        "nearest": min(row["separation"] for row in rows[1:]),
-        "candidates": rows,
+        "nearest": min(apart[1:]),
+        "candidates": [
+            {"kind": c.kind, "names": c.names, "distance": d, "separation": s} for c, d, s in each
+        ],
     }
 
 
@@ -217,7 +215,9 @@ def load(folder: Path, case: DeliveryCase, *, learning_rate: float = 0.0) -> Del
         if not (path := folder / "delivery.json").exists():
             raise ObservationError("no_observation")
         found = json.loads(read_plain(path))
-        reported, rounded = (found[key] and np.array(found[key], dtype=float) for key in ("reported", "rounded"))
+        reported, rounded = (
+            found[key] and np.array(found[key], dtype=float) for key in ("reported", "rounded")
+        )
         made = [_candidate(item) for item in found["candidates"]]
         if len({len(x) for x in (*(c.logps for c in made), reported, rounded) if x is not None}) > 1:
             raise ValueError("lists of different lengths")

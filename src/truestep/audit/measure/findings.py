@@ -67,7 +67,9 @@ class Finding:
     documented: str = ""  # the option that requests the difference
     reasons: Causes = ()  # for NOT RUN and NOT OBSERVABLE, and for anything else that was not observed
     asked: Mapping[str, Any] = field(default_factory=dict)  # the objective of an RL step
-    delivery: Mapping[str, Any] = field(default_factory=dict)  # distances of the weights that a sampler may have
+    delivery: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # distances of the weights that a sampler may have
     versions: Mapping[str, str] = field(default_factory=dict)
     cases: Mapping[str, Differences] = field(default_factory=dict)
     tokens: Sequence[Sequence[int]] = ()  # of the step that is shown, per rank

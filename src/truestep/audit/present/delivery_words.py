@@ -10,7 +10,9 @@ NAMES_SHOWN = 3
 
 def _tensors(v: Mapping[str, Any]) -> str:
     names = v["names"]
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+    return ", ".join(names[:NAMES_SHOWN]) + (
+        f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    )
 
 
 DELIVERY: dict[str, str | Callable[[Mapping[str, Any]], str]] = {

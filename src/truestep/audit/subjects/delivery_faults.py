@@ -50,7 +50,9 @@ class Wrong(nn.Module):
         return self.model(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
 
     @torch.no_grad()
-    def sample(self, prompts: Tensor, count: int, temperature: float, stop: int) -> tuple[Tensor, list[Tensor]]:
+    def sample(
+        self, prompts: Tensor, count: int, temperature: float, stop: int
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return prompts and completions [R, T], and the scores [R, V] of every place; tokens after a stop are 0."""
         ids, out, scores, past = prompts, [prompts], [], None
         done = torch.zeros(len(prompts), dtype=torch.bool)

@@ -160,7 +160,9 @@ class Delivery:
             tokens = ids[:, prompt:][is_token]
             made = list(self._candidates(number, parts))
             tables = torch.stack([self._table(ids, prompt, *weights)[is_token] for _, _, *weights in made])
-            found = found or [Found(kind, list(names), [], [[0.0, 0.0] for _ in made]) for kind, names, *_ in made]
+            found = found or [
+                Found(kind, list(names), [], [[0.0, 0.0] for _ in made]) for kind, names, *_ in made
+            ]
             for one, table in zip(found, tables, strict=True):
                 one.logps += table[torch.arange(len(tokens)), tokens].tolist()
                 for total, part in zip(one.moments, moments(table, tables), strict=True):
@@ -170,10 +172,16 @@ class Delivery:
             table = torch.log_softmax(logits / self.spec.case["temperature"], -1)[is_token]
             rounded += table[torch.arange(len(tokens)), tokens].tolist()
         lines = [reported for samples in self.rounds for _, _, reported in samples]
-        reported = None if None in lines else [x for line in lines for x in line]
-        document = {"candidates": [vars(one) for one in found], "reported": reported, "rounded": None if reported is None else rounded}
+        given = [line for line in lines if line is not None]
+        blind = len(given) < len(lines)
         took = {"run": ran - self.began, "reference": time.monotonic() - ran}
-        document |= {"versions": {**versions, "torch": torch.__version__}, "seconds": took}
+        document = {
+            "candidates": [vars(one) for one in found],
+            "reported": None if blind else [x for line in given for x in line],
+            "rounded": None if blind else rounded,
+            "versions": {**versions, "torch": torch.__version__},
+            "seconds": took,
+        }
         (self.spec.folder / "delivery.json").write_text(json.dumps(document), encoding="utf-8")
 
 

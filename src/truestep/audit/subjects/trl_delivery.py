@@ -81,7 +81,9 @@ def with_notes(model: Any, recorder: delivery_recorder.Delivery, broken: Any) ->
     model.__class__ = type(own.__name__, (own,), {"generate": generate})
 
 
-def callback_of(recorder: delivery_recorder.Delivery, model: Any, scale: float) -> transformers.TrainerCallback:
+def callback_of(
+    recorder: delivery_recorder.Delivery, model: Any, scale: float
+) -> transformers.TrainerCallback:
     """Return a callback that notes the weights before every step; a step begins with its samples."""
 
     def on_step_begin(args: Any, state: Any, control: Any, **more: Any) -> None:

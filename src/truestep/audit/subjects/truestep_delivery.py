@@ -55,6 +55,13 @@ def requests(spec: harness.Spec, step: int) -> list[SampleRequest]:
     ]
 
 
+def sample_of(spec: harness.Spec, rollout: Rollout) -> delivery_recorder.Sample:
+    if rollout.error or rollout.behavior_logprobs is None:
+        raise RuntimeError(f"the engine sampled nothing: {rollout.error}")
+    prompt = list(spec.rows[int(rollout.problem_id)]["ids"])
+    return prompt, list(rollout.completion_ids), list(rollout.behavior_logprobs)
+
+
 def sequences(spec: harness.Spec, rollouts: list[Rollout], draw: torch.Generator) -> list[TrainSequence]:
     """Return the samples as training sequences with random advantages."""
     made = []
@@ -75,7 +82,9 @@ def sequences(spec: harness.Spec, rollouts: list[Rollout], draw: torch.Generator
     return made
 
 
-Deliver = Callable[[int], Engine]  # delivers a version of the weights, and returns the engine that samples next
+Deliver = Callable[
+    [int], Engine
+]  # delivers a version of the weights, and returns the engine that samples next
 
 
 def torch_engine(
@@ -102,7 +111,9 @@ def torch_engine(
 
 def run(
     spec: harness.Spec,
-    deliverer: Callable[[harness.Spec, Policy, delivery_recorder.Delivery, ExitStack], Deliver] = torch_engine,
+    deliverer: Callable[
+        [harness.Spec, Policy, delivery_recorder.Delivery, ExitStack], Deliver
+    ] = torch_engine,
 ) -> None:
     attention.register()
     model, plain = delivery_recorder.tiny_models(spec)
@@ -129,15 +140,10 @@ def run(
         for step in range(spec.case["rounds"]):
             recorder.weights(delivery_recorder.state_of(model.state_dict(), LORA.scale))
             rollouts = list(deliver(step).generate(requests(spec, step), sampling))
-            prompts = [spec.rows[int(r.problem_id)]["ids"] for r in rollouts]
-            recorder.sampled([
-                (p, list(r.completion_ids), list(r.behavior_logprobs)) for p, r in zip(prompts, rollouts, strict=True)
-            ])
+            recorder.sampled([sample_of(spec, rollout) for rollout in rollouts])
             made = scorer.with_proximal(scorer.pack(sequences(spec, rollouts, draw)), step)
             policy.train()
-            plan = StepPlan(
-                step=step, terms=method.terms, learning_rate=spec.lr, temperature=temperature,
-                max_length=spec.case["new_tokens"],
-            )
+            how = {"temperature": temperature, "max_length": spec.case["new_tokens"]}
+            plan = StepPlan(step=step, terms=method.terms, learning_rate=spec.lr, **how)
             train_step(policy, optimizer, made, plan)
     recorder.finish(truestep=__version__, **recorder.versions, **harness.versions("transformers"))

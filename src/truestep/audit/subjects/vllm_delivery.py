@@ -64,7 +64,12 @@ def vllm_engine(
     write_weights(folder, weights, copies)
     kind = str(spec.dtype).removeprefix("torch.")
     server = VllmServer(
-        model=str(folder), dtype=kind, context_length=LENGTH, max_running=RUNNING, options=OPTIONS, trains=True
+        model=str(folder),
+        dtype=kind,
+        context_length=LENGTH,
+        max_running=RUNNING,
+        options=OPTIONS,
+        trains=True,
     )
     servers = stack.enter_context(Servers(server))
     abilities = {url: negotiate(client_of(url), kind, LENGTH) for url in servers.urls}
