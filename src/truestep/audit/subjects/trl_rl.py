@@ -13,13 +13,13 @@ from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # a note about rollout_func
 
+import chats
 import harness
 import hf_trainer
 import rl_harness
 import rl_recorder
 import torch
 import trl
-import trl_sft
 from datasets import Dataset
 
 SUBJECTS = [{
@@ -79,7 +79,7 @@ class Completions:
             self.prompts.setdefault(tuple(rl_harness.prompt(row)), []).append(number)
         ends = (0, 2)
         self.by_text = {
-            trl_sft.words([t for t in rl_harness.completion(row) if t not in ends]): row["reward"]
+            chats.words([t for t in rl_harness.completion(row) if t not in ends]): row["reward"]
             for row in self.rows
         }
 
@@ -146,7 +146,7 @@ def run_case(spec: harness.Spec) -> None:
     policy, reference = rl_harness.policy_and_reference(spec)
     place = str(spec.folder / "reference")
     reference.save_pretrained(place)
-    tokenizer = trl_sft.tokenizer(spec)
+    tokenizer = chats.tokenizer(spec.vocabulary, chats.ENDED)
     tokenizer.chat_template, tokenizer.padding_side = None, "left"
     tokenizer.save_pretrained(place)
     policy.config._name_or_path = policy.name_or_path = place  # the reference is loaded from here
@@ -158,7 +158,7 @@ def run_case(spec: harness.Spec) -> None:
         extra["rollout_func"] = completions.rollout
     else:
         with_generate(policy, completions)
-    prompts = [{"prompt": trl_sft.words(list(key))} for key in completions.prompts]
+    prompts = [{"prompt": chats.words(list(key))} for key in completions.prompts]
     trainer = trl.GRPOTrainer(
         model=policy, reward_funcs=completions.reward, args=trl.GRPOConfig(**how), processing_class=tokenizer,
         train_dataset=Dataset.from_list(prompts), **extra,
