@@ -41,7 +41,7 @@ TARGETS: dict[str, tuple[str, str]] = {
     "trl-1.16.0-peft-0.21.2": ("trl==1.16.0+peft==0.21.2", "PEFT with TRL weight delivery"),
 }
 WITH_FAULTS = ("truestep", "truestep-vllm", "trl-1.16.0", "trl-1.16.0-peft-0.21.2")
-PLAIN, ADAPTED = ("nothing", "behind", "first", "head", "cache"), ("dropped", "twice")
+PLAIN, ADAPTED = ("cache", "nothing", "behind", "head", "first"), ("dropped", "twice")
 
 
 def run(name: str, target: str, subject: str) -> None:
@@ -60,18 +60,15 @@ def run_faults(name: str, target: str, subject: str) -> None:
     (known,) = (s for s in subjects.TABLE if s.name == subject)
     adapted = [c for c in known.configurations if "lora" in (*c.options, c.options.get("adapter"))]
     plain = [c for c in known.configurations if c not in adapted]
-    rows = []
-    for chosen, faults in ((plain[:1], PLAIN), (adapted[:1], ADAPTED if plain else PLAIN[:4] + ADAPTED)):
+    command = f"python benchmarks/audit_delivery.py --only {name}"
+    document: dict[str, Any] = {"command": command, "provenance": provenance(0), "findings": []}
+    for chosen, faults in ((plain[:1], PLAIN), (adapted[:1], ADAPTED if plain else ADAPTED + PLAIN)):
         for fault in faults if chosen else ():
             one = replace(chosen[0], options={**chosen[0].options, "fault": fault})
-            rows.append(words.row_of(audit_one(known, one, python, timeout=TIMEOUT)))
-            print(
-                f"{name} {fault}: {rows[-1]['verdict']} {rows[-1]['fault']} {rows[-1]['reason']}", flush=True
-            )
-    command = f"python benchmarks/audit_delivery.py --only {name}"
-    write_json(
-        FOLDER / f"{name}-faults.json", {"command": command, "provenance": provenance(0), "findings": rows}
-    )
+            row = words.row_of(audit_one(known, one, python, timeout=TIMEOUT))
+            document["findings"].append(row)
+            print(f"{name} {fault}: {row['verdict']} {row['fault']} {row['reason']}", flush=True)
+            write_json(FOLDER / f"{name}-faults.json", document)
 
 
 def what_ran(findings: Sequence[dict[str, Any]]) -> list[str]:

@@ -49,9 +49,9 @@ def by_case(run: Callable[[harness.Spec], None]) -> Callable[[harness.Spec], Non
 
     def guarded(spec: harness.Spec) -> None:
         spec.lr *= spec.case["rate"]
-        try:
+        with harness.Attempt() as attempt:
             run(spec)
-        except harness.FAILURES as error:
+        if (error := attempt.error) is not None:
             plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
             words = " ".join(plain.split())[:300]
             (spec.folder / "not-run.txt").write_text(words, encoding="utf-8")
