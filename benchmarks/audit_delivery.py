@@ -42,6 +42,9 @@ TARGETS: dict[str, tuple[str, str]] = {
 }
 WITH_FAULTS = ("truestep", "truestep-vllm", "trl-1.16.0", "trl-1.16.0-peft-0.21.2")
 PLAIN, ADAPTED = ("cache", "nothing", "behind", "head", "first"), ("dropped", "twice")
+UNTRAINED = tuple(
+    fault for fault in PLAIN if fault != "head"
+)  # of adapters: the output layer does not change
 
 
 def run(name: str, target: str, subject: str) -> None:
@@ -62,7 +65,7 @@ def run_faults(name: str, target: str, subject: str) -> None:
     plain = [c for c in known.configurations if c not in adapted]
     command = f"python benchmarks/audit_delivery.py --only {name}"
     document: dict[str, Any] = {"command": command, "provenance": provenance(0), "findings": []}
-    for chosen, faults in ((plain[:1], PLAIN), (adapted[:1], ADAPTED if plain else ADAPTED + PLAIN)):
+    for chosen, faults in ((plain[:1], PLAIN), (adapted[:1], ADAPTED if plain else ADAPTED + UNTRAINED)):
         for fault in faults if chosen else ():
             one = replace(chosen[0], options={**chosen[0].options, "fault": fault})
             row = words.row_of(audit_one(known, one, python, timeout=TIMEOUT))
@@ -79,15 +82,14 @@ def what_ran(findings: Sequence[dict[str, Any]]) -> list[str]:
     for f in findings:
         found = f["delivery"]
         versions = ", ".join(f"{k} {v}" for k, v in f["versions"].items() if k not in ("torch", "truestep"))
-        unit = {"reported": "times the noise", "tokens": "standard errors"}.get(found.get("evidence"), "")
         configuration = {k: v for k, v in f["configuration"].items() if k not in ("optimizer", "processes")}
         cells = [
             f"{f['subject'].replace(' weight delivery', '')}{f' ({versions})' if versions else ''}",
             words.configuration_in_words(configuration),
             f["verdict"] + (f": {f['fault'] or f['reason']}" if f["fault"] or f["reason"] else ""),
             str(found.get("tokens", "")),
-            f"{words.number(found['distance'])} {unit}" if found else "",
-            words.number(found["nearest"]) if found else "",
+            words.distance_in_words(found) if found else "",
+            words.number(words.nearest(found)) if found else "",
         ]
         lines.append(pages.table_row(cells))
     return lines

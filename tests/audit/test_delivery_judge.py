@@ -17,7 +17,7 @@ from truestep.audit.measure import delivery, thresholds
 from truestep.audit.measure.delivery import FAULTS, Candidate, DeliveryObservation, judge
 from truestep.audit.measure.findings import Finding, Verdict
 from truestep.audit.measure.observations import ObservationError
-from truestep.audit.present.words import SENTENCES, found_in_words, row_of, sentence
+from truestep.audit.present.words import SENTENCES, found_in_words, nearest, row_of, sentence
 
 KINDS = ("new", *FAULTS)
 NOISE = 1e-3
@@ -77,11 +77,8 @@ def test_the_weights_of_the_sampler_are_named(kind: str, reports: bool) -> None:
         assert "others" not in main.values
     numbers = found.delivery["candidates"]
     assert [row["kind"] for row in numbers] == list(KINDS)
-    assert (
-        found.delivery["nearest"]
-        == min(row["separation"] for row in numbers[1:])
-        > 2 * found.delivery["limit"]
-    )
+    assert nearest(found.delivery) == min(row["separation"] for row in numbers[1:])
+    assert nearest(found.delivery) > 2 * found.delivery["limit"]
 
 
 @pytest.mark.parametrize("reports", [True, False], ids=["reported", "tokens"])
@@ -152,10 +149,11 @@ def test_separations_of_tokens_count_both_directions() -> None:
 
 
 def test_faults_that_fit_the_same_samples_are_named_together() -> None:
-    run = reported_at(100.0, {"start": -100.0, "behind": -101.0, "first": -150.0})
-    (main,) = judged(run).found.data
-    assert main.kinds == ("delivery_start",)
-    assert [other.kinds for other in main.values["others"]] == [("delivery_behind",)]
+    for start, behind, said in ((-100.0, -101.0, ["start", "behind"]), (-101.0, -100.0, ["behind", "start"])):
+        run = reported_at(100.0, {"start": start, "behind": behind, "first": -150.0})
+        (main,) = judged(run).found.data
+        named = [main, *main.values["others"]]
+        assert [one.kinds for one in named] == [(f"delivery_{kind}",) for kind in said]
 
 
 @pytest.mark.parametrize("place", ["reported", "rounded"])
@@ -172,11 +170,12 @@ def test_what_was_not_run_or_not_sampled_is_said() -> None:
 
 
 def test_every_verdict_has_a_sentence() -> None:
-    right = row_of(judged(reported_at(1.0, {"start": 1000.0, "part": 3.0})))
+    right = row_of(judged(reported_at(1.0, {"start": 900.0, "part": 3.0})))
     assert found_in_words(right) == (
-        "100 sampled tokens have the probabilities of the new weights: they are 1 times the noise away, and the nearest "
-        "other weights 3; not observed: old values of a.weight would be within the noise"
+        "100 sampled tokens have the probabilities of the new weights (1 times the noise; the nearest other weights that were "
+        "told apart: 900); not observed: old values of a.weight would be within the noise"
     )
+    assert nearest(judged(reported_at(0.0, {"start": 19.9})).delivery) == 0.0
     unknown = row_of(judged(reported_at(100.0, {"start": 1000.0})))
     assert "100 times the noise away (allowed: 10)" in found_in_words(unknown)
     near = row_of(judged(reported_at(100.0, {"start": -70.0})))

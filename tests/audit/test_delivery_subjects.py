@@ -43,21 +43,20 @@ def one(subject: str, options: dict[str, Any], python: str = sys.executable) -> 
     return audit_one(known, replace(first, options={**first.options, **options}), Path(python), timeout=280)
 
 
-@pytest.mark.parametrize("fault", ["", "behind", "head"])
-def test_a_small_run_of_the_torch_engine(fault: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fault", "lora"), [("", False), ("", True), ("behind", False), ("head", False)])
+def test_a_small_run_of_the_torch_engine(fault: str, lora: bool, tmp_path: Path) -> None:
     """Two steps and few tokens; the tensors of both layers are still told apart."""
     case = replace(delivery.build("delivery"), rounds=3, samples=2, new_tokens=8)
     case = replace(case, rows=case.rows[:2])
-    raw = {
-        "options": {"arch": "llama", "copy": True, "fault": fault},
-        "learning_rate": delivery.LEARNING_RATE,
-    }
+    options = {"arch": "llama", "copy": True, "lora": lora, "fault": fault}
     subject = subject_module("truestep_delivery")
+    raw = {"options": options, "learning_rate": delivery.LEARNING_RATE}
     subject.run(subject.harness.Spec(tmp_path, case.to_json(), raw))
     found = delivery.judge("truestep", {}, {case.name: delivery.load(tmp_path, case)})
     assert named(found, fault), found
+    assert found.reasons == ()
     assert found.delivery["tokens"] > 24
-    assert found.delivery["nearest"] > 100 * found.delivery["limit"]
+    assert min(one["separation"] for one in found.delivery["candidates"][1:]) > 100 * found.delivery["limit"]
 
 
 @pytest.mark.slow

@@ -200,7 +200,6 @@ def _numbers(run: DeliveryObservation, distances: Sequence[float]) -> dict[str, 
         "tokens": int(run.candidates[0].logps.size),
         "limit": run.limit,
         "distance": distances[0],
-        "nearest": min(apart[1:]),
         "candidates": [
             {"kind": c.kind, "names": c.names, "distance": d, "separation": s} for c, d, s in each
         ],

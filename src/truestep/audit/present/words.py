@@ -304,16 +304,26 @@ def found_in_words(row: Row) -> str:
 
 def _right(row: Row) -> str:
     if found := row.get("delivery"):
-        unit = "times the noise" if found["evidence"] == "reported" else "standard errors"
         return (
-            f"{found['tokens']} sampled tokens have the probabilities of the new weights: they are {number(found['distance'])} "
-            f"{unit} away, and the nearest other weights {number(found['nearest'])}"
+            f"{found['tokens']} sampled tokens have the probabilities of the new weights ({distance_in_words(found)}; the "
+            f"nearest other weights that were told apart: {number(nearest(found))})"
         )
     return (
         "the coefficients are those of the configured objective"
         if row.get("asked")
         else "every token counts once"
     )
+
+
+def distance_in_words(found: Mapping[str, Any]) -> str:
+    """Return how far the samples are from the new weights."""
+    return f"{number(found['distance'])} {'times the noise' if found['evidence'] == 'reported' else 'standard errors'}"
+
+
+def nearest(found: Mapping[str, Any]) -> float:
+    """Return how far the nearest weights are that the samples tell apart from the new ones; 0 if there are none."""
+    apart = [one["separation"] for one in found["candidates"]]
+    return min((s for s in apart if s > 2 * found["limit"]), default=0.0)
 
 
 def loss_in_words(row: Row) -> str:
