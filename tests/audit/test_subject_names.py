@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+from truestep.audit.environments.in_process import subject_module
 from truestep.audit.measure import recorder
 from truestep.audit.subjects import FOLDER
 
@@ -41,3 +44,11 @@ def test_adapters_use_only_names_that_the_others_have() -> None:
                 missing += [f"{name}: {node.value.id}.{node.attr}"] * (node.attr not in known[node.value.id])
     assert missing == []
     assert used > 100
+
+
+def test_a_case_that_cannot_run_says_why(tmp_path: Path) -> None:
+    def run(spec: Any) -> None:
+        raise NotImplementedError(f"this release has no option {spec.lr}")
+
+    subject_module("rl_harness").by_case(run)(SimpleNamespace(lr=2.0, case={"rate": 4.0}, folder=tmp_path))
+    assert (tmp_path / "not-run.txt").read_text() == "NotImplementedError: this release has no option 8.0"
