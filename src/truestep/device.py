@@ -7,12 +7,14 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -49,6 +51,11 @@ def only_gpus(names: str) -> dict[str, str]:
 
 def collective_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def backend_of(device: torch.device) -> str:
+    """Return the collective backend for tensors of a device."""
+    return "gloo" if device.type == "cpu" else "nccl"
 
 
 def is_collective_error(error: Exception) -> bool:
@@ -156,6 +163,76 @@ def return_free_memory() -> None:
     """Return freed pages to the system. Otherwise, glibc keeps the pages between longer-lived tensors."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all work that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a device, or of this machine, is free."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Return what an accelerator is, and the versions of the libraries that its kernels come from."""
+    if device.type == "cpu":
+        return {"device": "cpu"}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "device": found.name, "memory": f"{found.total_memory / 2**30:.1f} GiB",
+        "capability": f"{found.major}.{found.minor}", "runtime": str(torch.version.cuda or torch.version.hip),
+        "collectives": ".".join(map(str, torch.cuda.nccl.version())),
+    }  # fmt: skip
+
+
+def stall(device: torch.device, cycles: int) -> None:
+    """Make an accelerator idle for some clock cycles, without making this process wait."""
+    if device.type != "cpu":
+        torch.cuda._sleep(cycles)
+
+
+@contextlib.contextmanager
+def waits_counted(device: torch.device) -> Iterator[list[str]]:
+    """List what makes this process wait for the device: on an accelerator, torch's own warnings of it; on a processor,
+    which is never waited for, the operators that would."""
+    found: list[str] = []
+    if device.type == "cpu":
+        with _Waits(found):
+            yield found
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found += [f"{one.filename}:{one.lineno}" for one in said if "synchroniz" in str(one.message)]
+
+
+class _Waits(TorchDispatchMode):
+    """Names the operators whose result, or the size of it, the processor has to know."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [t for t in args[1] if t is not None and t.dtype == torch.bool] if name == "index" else []
+        if masks or name.startswith(self.NAMES):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def peak_memory_bytes() -> int:
