@@ -253,7 +253,13 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
 
     plan = declared_plan(settings, recipe.parent, str(recipe))
     shown = [{**row, "flops_full": f"{row['flops_full']:.3g}"} for row in plan["stages"]]
-    _print_rows([{k: v for k, v in row.items() if k != "gib"} for row in shown], reporter)
+    by_kind = {"gib", "host_gib", "server_gib"}
+    _print_rows([{k: _listed(v) for k, v in row.items() if k not in by_kind} for row in shown], reporter)
+    for row in shown:
+        held = {"device": row["gib"], "host": row["host_gib"], "vLLM's card": row["server_gib"]}
+        kinds = "; ".join(f"{place}: {_listed(found)}" for place, found in held.items() if found)
+        reporter.say(f"{row['stage']}, GiB by kind. {kinds}")
+    reporter.say("memory is predicted, and speed assumed for one H100 SXM (docs/how-to/gpu.md): neither was measured on a GPU")
     model = plan["model"]
     reporter.say(
         f"{model['path']}: {model['num_parameters']:,} parameters, context {model['context_length']}, RoPE theta "
@@ -263,6 +269,10 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
     )
     document = {"recipe": str(recipe), "run_dir": str(folder), **plan}
     echo(json.dumps(document) if as_json else str(folder))
+
+
+def _listed(value: Any) -> Any:
+    return ", ".join(f"{key} {one:,}" for key, one in value.items()) if isinstance(value, dict) else value
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:

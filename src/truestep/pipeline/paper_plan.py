@@ -16,14 +16,12 @@ from pydantic import Field, ValidationError
 from truestep.errors import UserError
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
 from truestep.frozen import Frozen
+from truestep.pipeline import memory
+from truestep.pipeline.memory import Sizes
 from truestep.settings import RejectionSettings, RlSettings, Settings, SftSettings, StageSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-GIB = 2.0**30
-# bytes per parameter: float32 master, two Adam moments, float32 gradient; and the copy in the compute dtype
-STATE_BYTES, DTYPE_BYTES = 16, {"bfloat16": 2, "float32": 0, "float64": 16}
 
 
 class DeclaredStage(Frozen):
@@ -173,38 +171,75 @@ def flops_of(settings: Settings, base_dir: Path, where: str) -> dict[str, float]
     return {"flops_paper_formula": work.paper_flops(rounded), "flops_full": work.full_flops(rounded)}
 
 
-def gib_per_gpu(
-    settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings
-) -> dict[str, float]:
-    """Estimate a rank's peak memory, by kind. Units: GiB.
+def sizes_of(settings: Settings, config: Mapping[str, Any], stage: StageSettings) -> tuple[Sizes, ModelShape]:
+    """Return the sizes for the stage's memory, and the shape for its FLOPs. Frozen matrices and adapters are counted on
+    the meta device. Raises UserError if a pattern of the stage matches nothing."""
+    shape = shape_of(config)
+    sizes = Sizes.of(config, shape.num_parameters)
+    if not (stage.freeze or stage.lora.rank):
+        return sizes, shape
+    from truestep.model.lora import choose_trained
 
-    With fsdp2, master weights, moments and gradients are sharded. Every rank has the rest: the sampling
-    engine's copy of a sharded policy and its key-value cache; one layer's weights and activations at
-    ``tokens_per_microbatch`` (every layer's if nothing is recomputed); and the logits of one chunk."""
-    shape, dtype = shape_of(config), settings.compute.dtype
-    compute = DTYPE_BYTES[dtype] or 4
-    sharded = settings.compute.parallel == "fsdp2"
-    n, layers, hidden = shape.num_parameters, shape.num_layers, int(config["hidden_size"])
-    state = n * (STATE_BYTES + DTYPE_BYTES[dtype]) / (declared.num_gpus if sharded else 1)
-    layer = (n - 2 * config["vocab_size"] * hidden) / layers * compute
-    tokens = stage.tokens_per_microbatch
-    inner = int(config["intermediate_size"])
-    width = 8 * hidden + 3 * inner  # values per token that a layer keeps for its backward pass
-    products = 6 * hidden + 2 * inner  # the values that selective checkpointing keeps
-    checkpointing = settings.compute.gradient_checkpointing
-    every = {False: width, True: hidden, "selective": products}[checkpointing]
-    kept = tokens * compute * (every * layers + (width if checkpointing else 0))
-    logits = 1024 * int(config["vocab_size"]) * 4 * 3 + 2 * config["vocab_size"] * hidden * compute
-    found = {"weights, moments, gradients": state, "gathered layer": 2 * layer if sharded else 0.0,
-             "activations": kept, "head and logits": logits}  # fmt: skip
-    beside = isinstance(stage, RlSettings) and stage.engine == "vllm"  # vLLM reserves what it is told to
-    if isinstance(stage, RlSettings | RejectionSettings) and not beside:
-        heads = int(config["num_key_value_heads"])
-        head = config.get("head_dim") or hidden // int(config["num_attention_heads"])
-        length = declared.max_prompt_tokens + stage.sampling.max_new_tokens
-        cache = length * layers * 2 * heads * head * compute * stage.sampling.max_running
-        found |= {"sampling engine": n * compute if sharded else 0.0, "cache": cache}
-    return {name: round(size / GIB, 2) for name, size in found.items()}
+    model = meta_model(settings, config)
+    choose_trained(model, stage, settings.seed)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = replace(
+        sizes, parameters=sum(p.numel() for p in model.parameters()), trained=trained, is_adapted=stage.lora.rank > 0,
+        trains_head=model.get_output_embeddings().weight.requires_grad,
+    )  # fmt: skip
+    matrices = shape.num_matmul_parameters + sizes.parameters - shape.num_parameters
+    # The gradients of all inputs, and of the trained weights. If the lowest layers are frozen, it is less.
+    share = min(1.0, (matrices + trained) / (2 * matrices))
+    return sizes, replace(
+        shape, num_parameters=sizes.parameters, num_matmul_parameters=matrices, backward_share=share
+    )
+
+
+def stage_needs(
+    settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings
+) -> dict[str, Any]:
+    """Return what a rank needs at most, by kind and in total (GiB: device, host, and a server of vLLM), and the assumed
+    tokens a second of a rank. While it samples, a rank has no gradients and activations."""
+    compute, (sizes, shape) = settings.compute, sizes_of(settings, config, stage)
+    how = memory.Training(
+        dtype=compute.dtype, tokens=stage.tokens_per_microbatch, checkpointing=compute.gradient_checkpointing,
+        shards=declared.num_gpus if compute.parallel == "fsdp2" else 1, offload=compute.offload == "optimizer",
+    )  # fmt: skip
+    samples = isinstance(stage, RlSettings | RejectionSettings)
+    is_served = isinstance(stage, RlSettings) and stage.engine == "vllm"
+    device, host = memory.training_bytes(sizes, how)
+    peak = sum(device.values())
+    work = stage_work(stage, declared)
+    per_token = replace(work, generated_pass_tokens=0, scored_pass_tokens=0, generated_pairs=0, scored_pairs=0)
+    flops = per_token.full_flops(shape) / work.trained_pass_tokens
+    rates = {"training": memory.training_rate(flops, how)}
+    server: dict[str, float] = {}
+    if samples:
+        running, prompt = stage.sampling.max_running, declared.prompt_tokens
+        known = declared.stages.get(stage.name, DeclaredStage())
+        mean = prompt + (known.rollout_tokens or stage.sampling.max_new_tokens)
+        engine = "vllm" if is_served else "torch"
+        rates["sampling"] = memory.decoding_rate(sizes, how, engine, prompt + mean // 2, running)
+        if is_served:
+            server = memory.server_bytes(sizes, how, mean, running)
+        else:
+            longest = declared.max_prompt_tokens + stage.sampling.max_new_tokens
+            added = memory.sampling_bytes(sizes, how, longest, running)
+            state = sum(device.get(kind, 0.0) for kind in ("weights", "masters and moments"))
+            peak = max(peak + added["sampling engine"], state + sum(added.values()))
+            device |= added
+    host |= memory.host_bytes(sizes, how, serves=is_served)
+    return {
+        "gib": _gib(device), "gib_per_gpu": round(peak / memory.GIB, 1), "host_gib": _gib(host),
+        "host_gib_per_rank": round(sum(host.values()) / memory.GIB, 1), "server_gib": _gib(server),
+        "server_gib_per_gpu": round(sum(server.values()) / memory.GIB, 1),
+        "assumed tokens/s": {name: round(rate) for name, rate in rates.items()},
+        "assumed seconds of offload": round(memory.update_seconds(sizes, how), 1),
+    }  # fmt: skip
+
+
+def _gib(found: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(size / memory.GIB, 2) for name, size in found.items()}
 
 
 def declared_plan(settings: Settings, base_dir: Path, where: str) -> dict[str, Any]:
@@ -256,7 +291,6 @@ def _stage_row(
                 f"{where}.prompts_per_step = {size} takes {asked} prompts of data.{stage.data_names[which]} in a step, "
                 f"which is more than its {num_rows} rows; set a smaller number"
             )
-    held = gib_per_gpu(settings, declared, config, stage)
     work, shape = stage_work(stage, declared), shape_of(config)
     steps, per_update, updates, epochs = _arithmetic(stage, by_set)
     return {
@@ -264,7 +298,7 @@ def _stage_row(
         "steps": steps, "optimizer updates": updates, "sequences per update": per_update,
         "epochs": round(epochs, 2), "tokens per micro-batch": stage.tokens_per_microbatch,
         "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}", "longest sequence": longest,
-        "flops_full": work.full_flops(shape), "gib": held, "gib_per_gpu": round(sum(held.values()), 1),
+        "flops_full": work.full_flops(shape), **stage_needs(settings, declared, config, stage),
     }  # fmt: skip
 
 

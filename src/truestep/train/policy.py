@@ -39,7 +39,8 @@ def _keep_products() -> tuple[Any, Any]:
 class Policy(nn.Module):
     """A policy whose ``forward(batch, temperature)`` returns differentiable logprobs [M] and entropies [M].
 
-    ``notes`` says which fast paths were refused when the model was loaded, and why."""
+    ``notes`` says which fast paths were refused when the model was loaded, and why. A model without data (of fake
+    tensors, whose memory is measured) cannot be tested for that; it ``is_empty``, and all are taken."""
 
     def __init__(
         self,
@@ -47,14 +48,20 @@ class Policy(nn.Module):
         *,
         gradient_checkpointing: bool | Literal["selective"] = False,
         compile: bool = False,
+        is_empty: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.shape, self.context_length = loaded.shape, loaded.context_length
         self.notes: list[str] = []
-        differs = self._head_differs()
+        differs = "" if is_empty else self._head_differs()
         self.plain_head = not differs
-        if reason := forward.install_packing(self.model, whole_logits=not self.plain_head):
+        reason = ""
+        if is_empty:
+            self.model.set_attn_implementation(forward.IMPLEMENTATION)
+        else:
+            reason = forward.install_packing(self.model, whole_logits=not self.plain_head)
+        if reason:
             self.notes.append(f"sequences are run one by one, not packed: {reason}")
         self.packs = not reason
         if differs:
