@@ -152,7 +152,8 @@ def test_inheritance_is_rare() -> None:
             "Exception",
         "Generic[Item]",
         "ValueError", "RuntimeError", "ArithmeticError", "OSError", "UserError",
-        "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode", "TorchDispatchMode",
+        "enum.Enum", "enum.IntEnum", "enum.StrEnum", "torch.autograd.Function", "PackedLayout", "TorchFunctionMode",
+        "TorchDispatchMode",
         "torch.utils.data.Dataset", "importlib.machinery.SourceFileLoader", "io.RawIOBase", "types.ModuleType",
         "WeightTransferEngine", "WeightTransferInitInfo", "WeightTransferUpdateInfo",  # what vLLM asks for
         "urllib.request.AbstractHTTPHandler", "BadAnswer", "Console", "transformers.TrainerCallback",

@@ -14,6 +14,7 @@ EXAMPLES = {
     "report": "runs/first",
     "settings": "stages.sft.optimizer.lr",
     "vllm": "Qwen/Qwen3-0.6B --port 8000 -- --tensor-parallel-size 2",
+    "doctor gpu": "--json gpu.json",
     "data check": "my.csv --column problem=question",
     "data show": "recipes/demo.toml --num 1",
     "data convert": "my.csv --to verl --out train.parquet",

@@ -31,7 +31,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 
 
 def _app() -> typer.Typer:
-    from truestep.cli import audit, data, evaluation, guard, method, report, settings, study, vllm
+    from truestep.cli import audit, data, doctor, evaluation, guard, method, report, settings, study, vllm
     from truestep.cli import run as verbs
     from truestep.cli.examples import put_examples
 
@@ -56,6 +56,7 @@ def _app() -> typer.Typer:
     app.command("report")(report.report)
     app.command("settings")(settings.settings)
     app.command("vllm")(vllm.vllm)
+    app.add_typer(doctor.app, name="doctor")
     app.add_typer(data.app, name="data")
     app.add_typer(method.app, name="method")
     app.add_typer(evaluation.app(), name="eval")

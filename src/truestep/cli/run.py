@@ -259,7 +259,9 @@ def show_declared(settings: Settings, recipe: Path, folder: Path, reporter: Any,
         held = {"device": row["gib"], "host": row["host_gib"], "vLLM's card": row["server_gib"]}
         kinds = "; ".join(f"{place}: {_listed(found)}" for place, found in held.items() if found)
         reporter.say(f"{row['stage']}, GiB by kind. {kinds}")
-    reporter.say("memory is predicted, and speed assumed for one H100 SXM (docs/how-to/gpu.md): neither was measured on a GPU")
+    reporter.say(
+        "memory is predicted, and speed assumed for one H100 SXM (docs/how-to/gpu.md): neither was measured on a GPU"
+    )
     model = plan["model"]
     reporter.say(
         f"{model['path']}: {model['num_parameters']:,} parameters, context {model['context_length']}, RoPE theta "

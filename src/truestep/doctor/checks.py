@@ -84,6 +84,7 @@ class Check:
     seconds: int
     measure: Callable[[Bench], Iterator[Number]]
     needs: str = ""
+    is_long: bool = False  # on a processor, so that it is made there only if it is the only one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,11 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         numbers = [
-            {**asdict(one), "value": one.value if math.isfinite(one.value) else str(one.value), "holds": one.holds}
+            {
+                **asdict(one),
+                "value": one.value if math.isfinite(one.value) else str(one.value),
+                "holds": one.holds,
+            }
             for one in self.numbers
         ]
         return {**asdict(self), "seconds": round(self.seconds, 2), "numbers": numbers}
@@ -114,6 +119,9 @@ def run(
             yield Outcome(check=check.name, verdict="SKIP", reason=why)
         elif bench.device.type == "cpu" and check.needs:
             yield Outcome(check=check.name, verdict="SKIP", reason=f"needs {check.needs}")
+        elif bench.device.type == "cpu" and check.is_long and len(checks) > 1:
+            why = f"takes a minute or more on a processor; pass --only {check.name}"
+            yield Outcome(check=check.name, verdict="SKIP", reason=why)
         else:
             found = made(check, bench, now)
             if found.verdict == "FAIL" and not answers(bench.device):
@@ -140,7 +148,12 @@ def made(check: Check, bench: Bench, now: Callable[[], float] = time.monotonic) 
         verdict, reason = "FAIL", f"{type(error).__name__}: {first}"
     ran_on = "" if verdict == "SKIP" and not numbers else bench.device.type
     return Outcome(
-        check=check.name, verdict=verdict, ran_on=ran_on, seconds=now() - began, reason=reason, numbers=tuple(numbers)
+        check=check.name,
+        verdict=verdict,
+        ran_on=ran_on,
+        seconds=now() - began,
+        reason=reason,
+        numbers=tuple(numbers),
     )
 
 

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 
 from truestep.device import backend_of
 from truestep.doctor.checks import Bench, Number, Skip
-from truestep.doctor.models import (
-    batches_of,
-    distance,
-    documents,
-    gradient,
-    random_policy,
-    requests,
-    samples,
-)
+from truestep.doctor.models import batches_of, distance, documents, gradient, random_policy, requests, samples
 from truestep.model.forward import decoder_layers
 from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import SamplingParameters
@@ -72,6 +64,7 @@ def exact(bench: Bench) -> Iterator[Number]:
         reference = copy.deepcopy(policy.model).to("cpu", torch.float64)
         reference.set_attn_implementation("sdpa")  # the eager softmax is in float32
         optimizer = MasterOptimizer(policy, PLAIN)
+        yield Number(name="packing refused", value=not policy.packs, at_most=0)
         for method in METHODS:
             chosen = [s for s in sequences if (s.origin[-1] is Origin.EXPERT) == (method == "sft")]
             expected = reference_gradient(reference, chosen)

@@ -41,7 +41,13 @@ SPREAD = 0.05
 def config_of(bench: Bench, **changes: Any) -> dict[str, Any]:
     """Return the bench's config.json with a context of 16,384 tokens, small on a processor, and with changes."""
     small = SMALL if bench.is_small else {}
-    return {**bench.config, **small, "max_position_embeddings": CONTEXT, "initializer_range": SPREAD, **changes}
+    return {
+        **bench.config,
+        **small,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": SPREAD,
+        **changes,
+    }
 
 
 def layers_that_fit(bench: Bench, bytes_per_parameter: float, reserve: float) -> int:
@@ -122,12 +128,14 @@ def plan_of(method: str = "sft", learning_rate: float = 1e-3) -> StepPlan:
     return StepPlan(step=0, terms=terms, learning_rate=learning_rate, temperature=1.0, max_length=CONTEXT)
 
 
-def accumulate(policy: Policy, batches: Sequence[TokenBatch], method: str = "sft") -> None:
-    """Run forward and backward passes of a step."""
+def accumulate(
+    policy: Policy, batches: Sequence[TokenBatch], method: str = "sft", weights: Sequence[float] = ()
+) -> None:
+    """Run forward and backward passes of a step. ``weights`` are those of the micro-batches, if they are not 1."""
     plan = plan_of(method)
     totals = count_totals(plan.terms, batches, plan.ranks)
-    for batch in batches:
-        microbatch_loss(policy, batch, plan, totals, Meter()).backward()
+    for batch, weight in zip(batches, weights or [1.0] * len(batches), strict=True):
+        (microbatch_loss(policy, batch, plan, totals, Meter()) * weight).backward()
 
 
 def gradient(

@@ -114,10 +114,14 @@ def head(bench: Bench) -> Iterator[Number]:
             found = both()
             error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
             limit = 1e-5 if bench.dtype is torch.float32 else 2e-2
-            yield Number(name=f"{chunk} tokens in a chunk: change of the gradient", value=error, at_most=limit)
+            yield Number(
+                name=f"{chunk} tokens in a chunk: change of the gradient", value=error, at_most=limit
+            )
             del found
             own[elements] = 8.0 * tokens * width * vocabulary / seconds_of(bench.device, both) / rate
-            yield Number(name=f"{chunk} tokens in a chunk: share of the rate of a product", value=own[elements])
+            yield Number(
+                name=f"{chunk} tokens in a chunk: share of the rate of a product", value=own[elements]
+            )
     finally:
         logprobs.CHUNK_ELEMENTS = default
     extra, limit = _beside(bench, both, (hidden, weight)), HEAD_GIB
@@ -130,7 +134,9 @@ def head(bench: Bench) -> Iterator[Number]:
     yield Number(name="share of the rate of a product, as set", value=own[default], at_least=least)
 
 
-def _beside(bench: Bench, both: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> float:
+def _beside(
+    bench: Bench, both: Callable[[], Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
+) -> float:
     """Return the peak of memory beside the inputs and their gradients. Units: GiB."""
     before = 0 if bench.device.type == "cpu" else sum(t.nbytes for t in inputs)
     with measured_peak(bench.device) as peak:
@@ -182,4 +188,6 @@ def waits(bench: Bench) -> Iterator[Number]:
                 microbatch_loss(policy, batch, plan, totals, Meter()).backward()
             counts.append(len(seen))
         yield Number(name=f"{method}: waits in a micro-batch", value=counts[0], at_most=WAITS)
-        yield Number(name=f"{method}: further waits for a second layer", value=counts[1] - counts[0], at_most=0)
+        yield Number(
+            name=f"{method}: further waits for a second layer", value=counts[1] - counts[0], at_most=0
+        )

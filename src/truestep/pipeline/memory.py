@@ -14,14 +14,20 @@ from typing import Any, Literal
 
 GIB = 2.0**30
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-CHUNK_BYTES = 4 << 25  # of the output layer's chunks of logits, and what is computed from them
+CHUNK = (
+    1 << 23
+)  # logits in a chunk of the output layer (objective/logprobs.py), each of which takes up to CHUNK_BYTES
+CHUNK_BYTES = 12
 PROCESS_BYTES = 1.5 * GIB  # of the libraries
 
 # The assumed card, and what of it is assumed to be reached. Data sheet of an H100 SXM: 989 TFLOP/s (bfloat16, dense),
 # 3.35 TB/s. Nothing of this was measured by us, except the processor's time for a decoding step.
 CARD_FLOPS, CARD_BYTES_PER_SECOND, TRAINING_SHARE, READING_SHARE = 989e12, 3.35e12, 0.4, 0.7
 DECODE_SECONDS = {"torch": 0.016, "vllm": 0.002}  # of the processor, for each decoding step of 28 layers
-HOST_BYTES_PER_SECOND, HOST_PARAMETERS_PER_SECOND = 20e9, 1e9  # between host and device; AdamW on the host's processor
+HOST_BYTES_PER_SECOND, HOST_PARAMETERS_PER_SECOND = (
+    20e9,
+    1e9,
+)  # between host and device; AdamW on the host's processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ def training_bytes(model: Sizes, how: Training) -> tuple[dict[str, float], dict[
     kept = {False: saved_bytes(model, c), True: c * model.hidden, "selective": products_bytes(model, c)}
     device["activations"] = float(n * model.layers * kept[how.checkpointing])
     # The peak is in the backward pass of the output layer, or in that of a layer that is computed again.
-    logits = n * ((max(4, c) + 3 * c) * model.hidden) + CHUNK_BYTES
+    logits = n * ((max(4, c) + 3 * c) * model.hidden) + CHUNK_BYTES * min(CHUNK, n * model.vocabulary)
     table = model.table * (w + c if low else w) if model.trains_head else 0
     again = 0 if how.checkpointing is False else saved_bytes(model, c) - kept[how.checkpointing]
     inside = n * (max(0, again) + c * (2 * model.inner + model.hidden))

@@ -155,13 +155,16 @@ def _with_untrained(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
     return [*sequences, replace(first, origin=origin, group=1 << 29, **empty)]
 
 
-def _difference(one: Path, other: Path) -> float:
+def difference(one: Path, other: Path) -> float:
     """Return the relative difference between the exported weights of two runs."""
     a, b = (load_file(run / "stages/01-check/export/model.safetensors") for run in (one, other))
     return max(float((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-30)) for n in a)
 
 
-def _run(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter, resume: bool = False) -> None:
+def run_in(
+    settings: Settings, base_dir: Path, folder: Path, reporter: Reporter, resume: bool = False
+) -> None:
+    """Run a recipe of ``recipe`` in this process."""
     prepared = prepare(settings, base_dir=base_dir)
     open_run_folder(prepared, folder, resume=resume, rank=0)
     run(prepared, folder, ranks=Ranks(), reporter=reporter)
@@ -177,17 +180,22 @@ def _ranks(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter)
     if done.returncode:
         tail = [line for line in done.stderr.splitlines() if line.strip()][-12:]
         raise UserError("the run on two processes failed:\n" + "\n".join(tail))
-    _run(settings, base_dir, folder / "one", reporter)
-    return Relation(name="two processes", error=_difference(folder / "one", folder / "two"), limit=LIMIT)
+    run_in(settings, base_dir, folder / "one", reporter)
+    return Relation(name="two processes", error=difference(folder / "one", folder / "two"), limit=LIMIT)
 
 
 def _resumed(settings: Settings, base_dir: Path, folder: Path, reporter: Reporter) -> Relation:
     """Resume the one-process run of ``_ranks`` from its second step, and compare the two results."""
-    again = folder / "again"
-    shutil.copytree(folder / "one", again)
-    stage = again / "stages" / "01-check"
+    again = cut_back(folder / "one", folder / "again", STEPS // 2)
+    run_in(settings, base_dir, again, reporter, resume=True)
+    return Relation(name="resumed run", error=difference(folder / "one", again), limit=0.0)
+
+
+def cut_back(run_dir: Path, target: Path, last: int) -> Path:
+    """Copy a finished run of ``recipe``, as if it had been stopped after step ``last``."""
+    shutil.copytree(run_dir, target)
+    stage = target / "stages" / "01-check"
     (stage / "done.json").unlink()
-    for step in range(STEPS // 2 + 1, STEPS + 1):
+    for step in range(last + 1, STEPS + 1):
         shutil.rmtree(stage / "checkpoints" / f"step_{step:08d}")
-    _run(settings, base_dir, again, reporter, resume=True)
-    return Relation(name="resumed run", error=_difference(folder / "one", again), limit=0.0)
+    return target

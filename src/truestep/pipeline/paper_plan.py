@@ -196,11 +196,11 @@ def sizes_of(settings: Settings, config: Mapping[str, Any], stage: StageSettings
 
 
 def stage_needs(
-    settings: Settings, declared: Declared, config: Mapping[str, Any], stage: StageSettings
+    settings: Settings, declared: Declared, stage: StageSettings, sizes: Sizes, shape: ModelShape
 ) -> dict[str, Any]:
     """Return what a rank needs at most, by kind and in total (GiB: device, host, and a server of vLLM), and the assumed
     tokens a second of a rank. While it samples, a rank has no gradients and activations."""
-    compute, (sizes, shape) = settings.compute, sizes_of(settings, config, stage)
+    compute = settings.compute
     how = memory.Training(
         dtype=compute.dtype, tokens=stage.tokens_per_microbatch, checkpointing=compute.gradient_checkpointing,
         shards=declared.num_gpus if compute.parallel == "fsdp2" else 1, offload=compute.offload == "optimizer",
@@ -210,7 +210,9 @@ def stage_needs(
     device, host = memory.training_bytes(sizes, how)
     peak = sum(device.values())
     work = stage_work(stage, declared)
-    per_token = replace(work, generated_pass_tokens=0, scored_pass_tokens=0, generated_pairs=0, scored_pairs=0)
+    per_token = replace(
+        work, generated_pass_tokens=0, scored_pass_tokens=0, generated_pairs=0, scored_pairs=0
+    )
     flops = per_token.full_flops(shape) / work.trained_pass_tokens
     rates = {"training": memory.training_rate(flops, how)}
     server: dict[str, float] = {}
@@ -291,14 +293,14 @@ def _stage_row(
                 f"{where}.prompts_per_step = {size} takes {asked} prompts of data.{stage.data_names[which]} in a step, "
                 f"which is more than its {num_rows} rows; set a smaller number"
             )
-    work, shape = stage_work(stage, declared), shape_of(config)
+    work, (sizes, shape) = stage_work(stage, declared), sizes_of(settings, config, stage)
     steps, per_update, updates, epochs = _arithmetic(stage, by_set)
     return {
         "stage": stage.name, "kind": stage.kind, "method": getattr(stage, "method", ""), "rows": rows,
         "steps": steps, "optimizer updates": updates, "sequences per update": per_update,
         "epochs": round(epochs, 2), "tokens per micro-batch": stage.tokens_per_microbatch,
         "lr": f"{stage.optimizer.lr:g} {stage.optimizer.schedule}", "longest sequence": longest,
-        "flops_full": work.full_flops(shape), **stage_needs(settings, declared, config, stage),
+        "flops_full": work.full_flops(shape), **stage_needs(settings, declared, stage, sizes, shape),
     }  # fmt: skip
 
 
