@@ -192,9 +192,7 @@ def wrong_fingerprints(patch: Patch) -> None:
 
 def other_temperature(patch: Patch) -> None:
     right = engine_torch.sample_tokens
-    patch.setattr(
-        engine_torch, "sample_tokens", lambda logits, *a: right(logits * 1.05, *a)
-    )
+    patch.setattr(engine_torch, "sample_tokens", lambda logits, *a: right(logits * 1.05, *a))
 
 
 def lost_moments(patch: Patch) -> None:
@@ -292,9 +290,7 @@ def raising(error: Exception, before: float | None = None) -> Callable[[Bench], 
         (raising(torch.OutOfMemoryError("too much")), "FAIL", "OutOfMemoryError: too much"),
     ],
 )  # fmt: skip
-def test_the_verdict_follows_from_the_numbers(
-    bench: Bench, measure: Any, verdict: str, said: str
-) -> None:
+def test_the_verdict_follows_from_the_numbers(bench: Bench, measure: Any, verdict: str, said: str) -> None:
     found = made(check("one", measure), bench)
     assert found.verdict == verdict
     assert found.reason.startswith(said)

@@ -94,13 +94,15 @@ class Receipt:
 
     ``addresses`` are of the tensors that lie in the trainer's own memory. ``fingerprints`` are of the others: of
     what the engine holds, or, if ``is_received``, of what it got and loaded. ``unread`` is empty, or says why the
-    engine cannot tell what it holds; then its tensors are in neither."""
+    engine cannot tell what it holds; then its tensors are in neither. ``adapters`` are the scales of the adapters with which
+    it computes, by layer."""
 
     version: int
     addresses: Mapping[str, int] = field(default_factory=dict)
     fingerprints: Mapping[str, int] = field(default_factory=dict)
     is_received: bool = False
     unread: str = ""
+    adapters: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def proof(self) -> str:

@@ -24,7 +24,7 @@ from truestep.device import linear
 from truestep.flops import Ledger
 from truestep.model.attention import PackedLayout, count_pairs, visible
 from truestep.model.forward import hidden_states
-from truestep.model.lora import head_adapter
+from truestep.model.lora import head_adapter, layers_of
 from truestep.records import Rollout, Segment
 from truestep.rollout.engine import Receipt, SampleRequest, SamplingParameters, sampled_rollout
 from truestep.rollout.fingerprints import fingerprint
@@ -176,7 +176,8 @@ class TorchEngine:
         addresses = self.load(own, weights)
         self.policy_version = version
         held = {name: fingerprint(p) for name, p in own.items() if name not in addresses}
-        return Receipt(version=version, addresses=addresses, fingerprints=held)
+        adapters = {name: layer.scale for name, layer in layers_of(self.model).items() if layer.is_on}
+        return Receipt(version=version, addresses=addresses, fingerprints=held, adapters=adapters)
 
     @torch.no_grad()
     def load(self, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -6,6 +6,7 @@ import math
 from collections import UserDict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from truestep.model.lora import is_adapter, layers_of, merged
@@ -14,6 +15,8 @@ from truestep.rollout.fingerprints import PRIME, fingerprint
 from truestep.train.layout import share_of
 from truestep.train.parallel import Ranks, full, local
 from truestep.train.policy import Policy
+
+ROWS = 16  # of each merged matrix that are computed again
 
 
 class Gathered(UserDict[str, Tensor]):
@@ -48,6 +51,11 @@ def publish(policy: Policy, engine: Engine, version: int, ranks: Ranks | None = 
     receipt = engine.publish(weights, version)
     mine = [] if receipt.version == engine.policy_version == version else ["the version"]
     mine += different(weights, receipt, ranks)
+    if engine.has_adapters:
+        trained = {name: layer.scale for name, layer in layers_of(policy.model).items()}
+        mine += [name for name in trained if receipt.adapters.get(name) != trained[name]]
+    else:
+        mine += wrongly_merged(weights)
     for rank, names in enumerate(ranks.gather(mine)):
         if names:
             told = f"{receipt.version}, {engine.policy_version}" if rank == ranks.rank else "?"
@@ -67,6 +75,25 @@ def different(weights: Gathered, receipt: Receipt, ranks: Ranks) -> list[str]:
         return found
     own = fingerprints(weights, names, ranks)
     return found + [name for name in names if receipt.fingerprints.get(name) != own[name]]
+
+
+@torch.no_grad()
+def wrongly_merged(weights: Gathered) -> list[str]:
+    """Return the names of matrices that are not W + s·B·A, rounded once. What is published and what it is compared with
+    are merged by the same function, so its result is computed here again, for some rows in float64 (a collective)."""
+    found = []
+    for name, layer in weights.layers.items():
+        told, first = weights[name], full(layer.lora_A.detach()).double()
+        rows = torch.linspace(0, len(told) - 1, min(ROWS, len(told)), device=told.device).long()
+        base, second = (full(t.detach())[rows].double() for t in (layer.weight, layer.lora_B))
+        right = base + layer.scale * (second @ first)
+        parts = base.abs() + abs(layer.scale) * (second.abs() @ first.abs())
+        wide = torch.promote_types(told.dtype, torch.float32)
+        # Half a unit in the last place, and the rounding of the products and sums before.
+        limit = 0.5 * torch.finfo(told.dtype).eps * right.abs() + 8 * torch.finfo(wide).eps * parts
+        if not bool(((told[rows].double() - right).abs() <= limit).all()):  # NaN is wrong
+            found.append(name)
+    return found
 
 
 def fingerprints(weights: Gathered, names: Sequence[str], ranks: Ranks) -> dict[str, int]:
