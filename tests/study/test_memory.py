@@ -49,12 +49,7 @@ def test_the_prediction_is_that_of_fake_tensors(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "name"),
-    [
-        ({"saved_bytes": lambda *a: memory.products_bytes(*a)}, "whole"),
-        ({"products_bytes": lambda model, c: c * model.hidden}, "selective"),
-        ({"CHUNK_BYTES": 36}, "recomputed"),
-    ],
+    ("changed", "name"), [({"saved_bytes": lambda *a: 0}, "whole"), ({"CHUNK_BYTES": 36}, "recomputed")]
 )
 def test_a_wrong_term_would_be_seen(
     changed: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch

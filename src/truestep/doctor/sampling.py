@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -114,8 +115,9 @@ def vllm(bench: Bench) -> Iterator[Number]:
         yield Number(name="seconds to start", value=time.monotonic() - began)
         abilities = {url: negotiate(client_of(url), dtype, VLLM_TOKENS) for url in servers.urls}
 
-        def engine(kind: type[FileDelivery] = FileDelivery) -> VllmEngine:
-            handed = kind(str(folder), abilities)
+        def engine(make_wrong: Callable[[FileDelivery], None] = lambda delivery: None) -> VllmEngine:
+            handed = FileDelivery(str(folder), abilities)
+            make_wrong(handed)
             return VllmEngine(servers.urls, 16, Publisher(handed, folder, servers=servers, copies=copies))
 
         right = engine()
@@ -127,9 +129,9 @@ def vllm(bench: Bench) -> Iterator[Number]:
         yield Number(
             name="gap of engine and trainer", value=gap.size, unit="nats", at_most=FIRST[bench.dtype]
         )
-        for kind in WRONG:
+        for what, make_wrong in WRONG.items():
             _step(policy, policy.model.config.vocab_size)
-            yield Number(name=f"found: {kind.what}", value=_is_refused(policy, engine(kind)), at_least=1)
+            yield Number(name=f"found: {what}", value=_is_refused(policy, engine(make_wrong)), at_least=1)
         yield Number(name="right publishing refused", value=_is_refused(policy, engine()), at_most=0)
 
 
@@ -139,49 +141,45 @@ def _variable(name: str, value: str) -> Any:
     return patch.dict("os.environ", {name: value})
 
 
-class _Wrong(FileDelivery):
-    """A faulty way to hand weights to a server. ``what`` says which."""
+def no_update(delivery: FileDelivery) -> None:
+    def load(client: Client, seconds: float, *, wakes: bool = False) -> dict[str, int]:
+        delivery.asks(client, seconds)("/update_weight_version", {"new_version": str(delivery.version)})
+        return dict(delivery.told)
 
-    what = ""
-
-
-class NoUpdate(_Wrong):
-    what = "no update"
-
-    def load(self, client: Client, seconds: float, *, wakes: bool = False) -> dict[str, int]:
-        ask = self.asks(client, seconds)
-        ask("/update_weight_version", {"new_version": str(self.version)})
-        return dict(self.told)
+    delivery.load = load  # type: ignore[method-assign]
 
 
-class OneMissing(_Wrong):
-    what = "one tensor is missing"
+def one_missing(delivery: FileDelivery) -> None:
+    right = delivery.load
 
-    def load(self, client: Client, seconds: float, *, wakes: bool = False) -> dict[str, int]:
-        from pathlib import Path
-
+    def load(client: Client, seconds: float, *, wakes: bool = False) -> dict[str, int]:
         from safetensors.torch import load_file, save_file
 
-        for path in Path(self.folder).glob("*.safetensors"):
+        for path in Path(delivery.folder).glob("*.safetensors"):
             tensors = load_file(path)
             tensors.pop("model.layers.1.mlp.down_proj.weight", None)
             save_file(tensors, path, metadata={"format": "pt"})
-        return super().load(client, seconds, wakes=wakes)
+        return right(client, seconds, wakes=wakes)
+
+    delivery.load = load  # type: ignore[method-assign]
 
 
-class CacheKept(_Wrong):
-    what = "the prefix cache is kept"
+def cache_kept(delivery: FileDelivery) -> None:
+    right = delivery.asks
+    left_out: dict[str, Any] = {
+        "/pause?mode=abort": {},
+        "/reset_prefix_cache": {"success": True},
+        "/resume": {},
+    }
 
-    def asks(self, client: Client, seconds: float) -> Callable[..., Any]:
-        ask = super().asks(client, seconds)
-        left_out: dict[str, Any] = {
-            "/pause?mode=abort": {}, "/reset_prefix_cache": {"success": True}, "/resume": {},
-        }  # fmt: skip
+    def asks(client: Client, seconds: float) -> Callable[..., Any]:
+        ask = right(client, seconds)
+        return lambda path, body=None: left_out[path] if path in left_out else ask(path, body)
 
-        def asked(path: str, body: Any = None) -> Any:
-            return left_out[path] if path in left_out else ask(path, body)
-
-        return asked
+    delivery.asks = asks  # type: ignore[method-assign]
 
 
-WRONG = (NoUpdate, OneMissing, CacheKept)
+# Faulty ways to hand weights to a server.
+WRONG = {
+    "no update": no_update, "one tensor is missing": one_missing, "the prefix cache is kept": cache_kept,
+}  # fmt: skip
