@@ -120,6 +120,7 @@ def training_bytes(model: Sizes, how: Training) -> tuple[dict[str, float], dict[
     # The peak is in the backward pass of the output layer, or in that of a layer that is computed again.
     logits = n * ((max(4, c) + 3 * c) * model.hidden) + CHUNK_BYTES * min(CHUNK, n * model.vocabulary)
     table = model.table * (w + c if low else w) if model.trains_head else 0
+    inside: float
     again = 0 if how.checkpointing is False else saved_bytes(model, c) - kept[how.checkpointing]
     inside = n * (max(0, again) + c * (2 * model.inner + model.hidden))
     if how.shards > 1:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from truestep.flops import Ledger, ModelShape, group_work, sequence_work
-from truestep.pipeline.paper_plan import GIB, STATE_BYTES, rl_work, shape_of
+from truestep.pipeline.memory import GIB
+from truestep.pipeline.paper_plan import rl_work, shape_of
 from truestep.settings import ModelSettings, RlSettings, SftSettings, StageSettings
 from truestep.study.plan import Study
 
@@ -19,6 +20,8 @@ START_SECONDS = 3.0  # start of a forked child: data, tokenizer, evaluation set-
 TINY_VOCABULARY = 101
 MOST_MEASURED = 500  # worked solutions whose tokens are counted
 Lengths = dict[str, tuple[float, float]]  # data set → mean tokens of prompt and of worked solution (0: none)
+
+STATE_BYTES = 16  # of a parameter in float32: weight, gradient and two moments
 
 
 def estimate(study: Study, inputs: Inputs) -> dict[str, Any]:
