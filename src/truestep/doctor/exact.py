@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ def _zeros(gradients: dict[str, Tensor]) -> int:
 
 def exact(bench: Bench) -> Iterator[Number]:
     """The gradient of packed micro-batches must be that of separate sequences, whole logits and float64."""
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    small: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320}  # fmt: skip
     for dtype, limit in LIMITS.items():
         policy = random_policy(bench, dtype=dtype, **small)
@@ -109,7 +110,7 @@ def one_rank(bench: Bench) -> Iterator[None]:
 def precision(bench: Bench) -> Iterator[Number]:
     """Of eight micro-batches, the bfloat16 gradient with float32 shards must be at least as near to the float64 gradient
     as that with bfloat16 weights."""
-    width = {} if bench.is_small else {"vocab_size": 32768}
+    width: dict[str, Any] = {} if bench.is_small else {"vocab_size": 32768}
     with one_rank(bench):
         wide = random_policy(bench, dtype=torch.float64, num_hidden_layers=2, **width)
         vocabulary, size = wide.model.config.vocab_size, 16 if bench.is_small else 512

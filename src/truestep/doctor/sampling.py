@@ -96,7 +96,9 @@ def vllm(bench: Bench) -> Iterator[Number]:
     if not bench.vllm:
         raise Skip("no vLLM; pass --vllm with the Python of an environment that has it")
     installed_version(bench.vllm)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32} if bench.is_small else {}
+    heads: dict[str, Any] = (
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32} if bench.is_small else {}
+    )
     policy = random_policy(bench, num_hidden_layers=2, vocab_size=128, **heads)  # 32: vLLM's smallest head
     with ExitStack() as stack:
         stack.enter_context(_variable(ENVIRONMENT, bench.vllm))

@@ -205,7 +205,6 @@ def stage_needs(
         dtype=compute.dtype, tokens=stage.tokens_per_microbatch, checkpointing=compute.gradient_checkpointing,
         shards=declared.num_gpus if compute.parallel == "fsdp2" else 1, offload=compute.offload == "optimizer",
     )  # fmt: skip
-    samples = isinstance(stage, RlSettings | RejectionSettings)
     is_served = isinstance(stage, RlSettings) and stage.engine == "vllm"
     device, host = memory.training_bytes(sizes, how)
     peak = sum(device.values())
@@ -216,7 +215,7 @@ def stage_needs(
     flops = per_token.full_flops(shape) / work.trained_pass_tokens
     rates = {"training": memory.training_rate(flops, how)}
     server: dict[str, float] = {}
-    if samples:
+    if isinstance(stage, RlSettings | RejectionSettings):
         running, prompt = stage.sampling.max_running, declared.prompt_tokens
         known = declared.stages.get(stage.name, DeclaredStage())
         mean = prompt + (known.rollout_tokens or stage.sampling.max_new_tokens)
