@@ -121,7 +121,7 @@ def run_case(case: Case, ranks: Ranks) -> tuple[dict[str, Tensor], list[dict[str
     if ranks.world_size > 1:
         replicate(policy, ranks)
         if case.parallel == "fsdp2":
-            shard(policy, policy.model.base_model.layers, case.dtype)
+            shard(policy, policy.model.base_model.layers)
     before = {name: full(p.detach()).clone() for name, p in policy.named_parameters()}
     settings, num_steps = OPTIMIZERS[case.optimizer]
     optimizer = MasterOptimizer(policy, settings)

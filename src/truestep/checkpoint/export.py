@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from truestep.checkpoint.folders import replace_folder, require_space
+from truestep.checkpoint.tensors import Streamed, write_weights
 from truestep.errors import OutOfSpace, UserError
 from truestep.rundir import EXPORT_MARK, NO_SPACE, fsync_folder, mark_export, read_json
 
@@ -33,11 +34,14 @@ def export_hf(
     card: str,
     special_tokens: Sequence[str] = (),
     system: str = "",
+    weights: Streamed | None = None,
 ) -> None:
     """Write model, tokenizer, generation config and README.md. The folder appears whole or not at all.
 
-    ``system`` is the system prompt that the model was trained with. An older export, which contains EXPORT_MARK, is
-    replaced. Raises UserError if the existing folder is not an export, and OutOfSpace if the disk is full."""
+    ``system`` is the system prompt that the model was trained with. ``weights`` are written instead of the model's own
+    parameters, one at a time; a tied parameter that is among them under both names is not tied in the export. An older
+    export, which contains EXPORT_MARK, is replaced. Raises UserError if the existing folder is not an export, and
+    OutOfSpace if the disk is full."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(f"{folder.name}.tmp-write")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +55,11 @@ def export_hf(
         )
     if temporary.exists():
         shutil.rmtree(temporary)
-    require_space(folder.parent, sum(p.nbytes for p in model.parameters()))
+    weights = weights or Streamed.of(dict(model.named_parameters()))
+    require_space(folder.parent, weights.num_bytes)
     temporary.mkdir()
     try:
-        _write(temporary, model, tokenizer, card)
+        _write(temporary, model, tokenizer, card, weights)
         mark_export(temporary, special_tokens, system)
         for path in (*temporary.rglob("*"), temporary):
             fsync_folder(path)  # this call also syncs a file
@@ -70,13 +75,18 @@ def export_hf(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    own = getattr(model, "generation_config", None)
-    model.generation_config = stopping_config(model, tokenizer)
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.generation_config = own
+def _write(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, weights: Streamed
+) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(iter(weights.empty.values())).dtype
+    tied = getattr(model, "all_tied_weights_keys", {})
+    if any(name in weights.empty and source in weights.empty for name, source in tied.items()):
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    stopping_config(model, tokenizer).save_pretrained(folder)
+    write_weights(folder, model, weights)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -22,6 +22,7 @@ from truestep.flops import ModelShape
 from truestep.model import attention
 from truestep.model.packaged import PACKAGED, packaged_file
 from truestep.model.rope import override
+from truestep.model.stored import StoredWeights, Weights, WholeWeights, hollow, stored_files
 from truestep.model.tiny import tiny_model, tiny_tokenizer
 from truestep.redaction import redact
 from truestep.rundir import (
@@ -48,12 +49,14 @@ _READ_BY_TRANSFORMERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model that is ready to train: on the device, in its dtype, without dropout, with packed attention."""
+    """A model that is ready to train: on the device, in its dtype, without dropout, with packed attention. If it is on
+    the meta device, ``weights`` has its values, from which ``parallel.fill`` reads this rank's part."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     shape: ModelShape
     context_length: int
+    weights: Weights | None = None
 
 
 def resolve(settings: ModelSettings) -> str:
@@ -153,9 +156,10 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int
+    settings: ModelSettings, *, dtype: torch.dtype, device: torch.device, seed: int, empty: bool = False
 ) -> LoadedModel:
-    """Load the model, apply overrides, switch off dropout, and register packed attention.
+    """Load the model, apply overrides, switch off dropout, and register packed attention. If ``empty``, the model stays
+    on the meta device, and its weights are only found and checked; those that are not in safetensors files are read whole.
 
     Raises UserError if the model cannot be found or read, its weights are not those of its architecture, or an
     override cannot be applied."""
@@ -164,6 +168,7 @@ def load_model(
     logging.disable_progress_bar()
     source = resolve(settings)
     tokenizer = load_tokenizer(settings)
+    weights: Weights | None = None
     if source == "tiny":
         context = TINY_CONTEXT if settings.context_length == "model" else settings.context_length
         model = tiny_model(settings.tiny, len(tokenizer), context, seed).to(dtype)
@@ -174,10 +179,33 @@ def load_model(
         config = read_config(source)
         override(config, settings)
         verify_export(Path(source))
-        model = _with_all_weights(AutoModelForCausalLM, source, config=config, dtype=dtype)
-    prepare(model, device)
+        if empty and (files := stored_files(source, config)):
+            model = hollow(config, dtype)
+            weights = StoredWeights(model, files)
+            model.generation_config = _generation_config(source)
+        else:
+            model = _with_all_weights(AutoModelForCausalLM, source, config=config, dtype=dtype)
+    if empty and weights is None:
+        weights, generation = WholeWeights(model.state_dict()), model.generation_config
+        model = hollow(model.config, dtype)
+        model.generation_config = generation
+    prepare(model, torch.device("meta") if empty else device)
     context = int(getattr(model.config, "max_position_embeddings", 0) or 2**20)
-    return LoadedModel(model=model, tokenizer=tokenizer, shape=model_shape(model), context_length=context)
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, shape=model_shape(model), context_length=context, weights=weights
+    )
+
+
+def _generation_config(source: str) -> Any:
+    """Return the generation config of a folder or hub id, or the one that its config.json implies."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
+        )
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:

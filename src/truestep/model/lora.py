@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # of the names in PEFT's files
 ALL_LINEAR = "all-linear"
+ADAPTER = ("lora_A", "lora_B")
 
 
 class LoraLinear(nn.Linear):
@@ -39,6 +40,7 @@ class LoraLinear(nn.Linear):
     lora_A: nn.Parameter  # [r, I]
     lora_B: nn.Parameter  # [O, r]
     scale: float
+    seed: int
     is_on: bool
 
     @classmethod
@@ -50,13 +52,22 @@ class LoraLinear(nn.Linear):
         made.weight, made.bias = layer.weight, layer.bias
         made.train(layer.training)
         made.scale, made.is_on = settings.scale, True
-        weight = layer.weight
-        first = torch.empty(settings.rank, layer.in_features)
-        draw = torch.Generator().manual_seed(integer(seed, Purpose.MODEL_INIT, item=f"lora {name}"))
-        nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=draw)  # as nn.Linear and PEFT do
-        made.lora_A = nn.Parameter(first.to(weight))
-        made.lora_B = nn.Parameter(weight.new_zeros(layer.out_features, settings.rank))
+        made.seed = integer(seed, Purpose.MODEL_INIT, item=f"lora {name}")
+        made.lora_A = nn.Parameter(layer.weight.new_empty(settings.rank, layer.in_features))
+        made.lora_B = nn.Parameter(layer.weight.new_empty(layer.out_features, settings.rank))
+        if not layer.weight.is_meta:
+            for leaf in ADAPTER:
+                getattr(made, leaf).data.copy_(made.initial(leaf))
         return made
+
+    def initial(self, leaf: str) -> Tensor:
+        """Return what lora_A or lora_B of a new adapter is, in its dtype, in host memory."""
+        like = getattr(self, leaf)
+        whole = torch.zeros(like.shape)
+        if leaf == "lora_A":
+            draw = torch.Generator().manual_seed(self.seed)
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=draw)  # as nn.Linear and PEFT do
+        return whole.to(like.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
@@ -156,7 +167,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 def is_adapter(name: str) -> bool:
     """Return whether a parameter of this name belongs to an adapter."""
-    return name.endswith((".lora_A", ".lora_B"))
+    return name.rpartition(".")[2] in ADAPTER
 
 
 @torch.no_grad()
@@ -203,7 +214,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     layers, tensors = layers_of(model), {}
     for name in layers:
-        for leaf in ("lora_A", "lora_B"):
+        for leaf in ADAPTER:
             tensors[f"{PREFIX}{name}.{leaf}.weight"] = whole[f"{name}.{leaf}"].contiguous()
     also = [n for n in chosen(model, settings.train_also, "lora.train_also") if not is_adapter(n)]
     whole_modules = sorted({name.rpartition(".")[0] for name in also})

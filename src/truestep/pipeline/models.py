@@ -17,7 +17,6 @@ from truestep.grade.score import Grader
 from truestep.model.forward import decoder_layers
 from truestep.model.load import LoadedModel, load_model, model_shape
 from truestep.model.lora import choose_trained
-from truestep.model.select import without_frozen
 from truestep.pipeline.history import MEASURES, Change, begun_with
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.track import Trackers
@@ -34,7 +33,7 @@ from truestep.settings import (
     settings_hash,
 )
 from truestep.train.checkpoints import Earlier
-from truestep.train.parallel import Ranks, replicate, shard
+from truestep.train.parallel import Ranks, fill, replicate, reshard, shard
 from truestep.train.policy import Policy
 
 
@@ -66,22 +65,37 @@ class Session:
         return str(self.prepared.tokenizer.decode(list(prompt.token_ids)))
 
 
-def open_model(session: Session, path: str) -> LoadedModel:
-    """Load the model in a folder (or the base model) in the run's dtype."""
+def open_model(session: Session, path: str, *, empty: bool = False) -> LoadedModel:
+    """Load the model in a folder (or the base model) in the run's dtype, or only find its weights if ``empty``."""
     settings = session.prepared.settings
     model, dtype = settings.model.model_copy(update={"path": path}), getattr(torch, settings.compute.dtype)
-    return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed)
+    return load_model(model, dtype=dtype, device=compute_device(), seed=settings.seed, empty=empty)
+
+
+def is_split(session: Session) -> bool:
+    """Return whether each rank has only a shard of a policy."""
+    return session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2"
 
 
 def make_policy(session: Session, path: str, stage: StageSettings | None = None) -> Policy:
     """Make a policy from a folder, sharded or replicated over the ranks, in which what the stage trains has gradients
-    (if there is no stage, everything)."""
-    compute = session.prepared.settings.compute
-    loaded = open_model(session, path)
-    if stage is not None:
+    (if there is no stage, nothing). A rank reads only its shard."""
+    compute, sharded = session.prepared.settings.compute, is_split(session)
+    loaded = open_model(session, path, empty=sharded)
+    if stage is None:
+        loaded.model.requires_grad_(False)
+    else:
         choose_trained(loaded.model, stage, session.prepared.settings.seed)
-    loaded = replace(loaded, shape=without_frozen(loaded.model, model_shape(loaded.model)))
+    loaded = replace(loaded, shape=model_shape(loaded.model))
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
+    if loaded.weights is not None:
+        shard(policy, decoder_layers(policy.model))
+        fill(policy.model, loaded.weights, compute_device())
+        session.ranks.barrier()  # a model is read from the disk
+        policy.prove()
+        reshard(policy)
+    else:
+        replicate(policy, session.ranks)
     for note in policy.notes:
         session.reporter.say(note)
     if compute.dtype == "bfloat16":  # slow on processors without AMX or AVX-512
@@ -91,10 +105,6 @@ def make_policy(session: Session, path: str, stage: StageSettings | None = None)
                 f"bfloat16 takes {plain / rate:.1f} times as long as float32 on this processor "
                 f'({rate / 1e9:.1f} against {plain / 1e9:.1f} GFLOP/s); set compute.dtype = "float32"'
             )
-    if session.ranks.world_size > 1:
-        replicate(policy, session.ranks)
-        if compute.parallel == "fsdp2":
-            shard(policy, decoder_layers(policy.model), next(policy.parameters()).dtype)
     return policy
 
 
@@ -102,8 +112,7 @@ def make_engine(
     session: Session, policy: Policy | None, path: str, max_running: int, stage: StageSettings | None = None
 ) -> TorchEngine:
     """Make an engine on the policy's module, or on a separate model if ``policy`` is None or sharded."""
-    sharded = session.ranks.world_size > 1 and session.prepared.settings.compute.parallel == "fsdp2"
-    if policy is None or sharded:
+    if policy is None or is_split(session):
         loaded = open_model(session, path)
         if stage is not None:  # with the same adapters, which are then published like all weights
             choose_trained(loaded.model, stage, session.prepared.settings.seed)

@@ -17,18 +17,19 @@ from truestep import rundir
 from truestep.checkpoint.export import NOT_EVALUATED, export_hf, model_card
 from truestep.checkpoint.manifest import newest_state
 from truestep.checkpoint.store import latest_step
+from truestep.checkpoint.tensors import Streamed
 from truestep.device import keep_free_memory, make_deterministic, set_threads
 from truestep.errors import UserError, count, verb
 from truestep.evaluate.compare import compare
 from truestep.evaluate.files import ended, read_results, read_samples, results_file, samples_file, score_row
 from truestep.flops import Ledger
 from truestep.grade.score import Grader
-from truestep.model.lora import merged_weights, save_adapter, with_weights
+from truestep.model.lora import save_adapter
 from truestep.pipeline import shown
 from truestep.pipeline.code import with_absolute_paths
 from truestep.pipeline.evaluation import evaluate_checkpoint
 from truestep.pipeline.history import difference, stage_folder, write_history
-from truestep.pipeline.models import Session, base_identity, earlier_identities, open_model, stage_identity
+from truestep.pipeline.models import Session, base_identity, earlier_identities, stage_identity
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.sizes import num_steps
 from truestep.pipeline.stages import make_stage, strict_reason
@@ -39,8 +40,9 @@ from truestep.settings import RlSettings, Settings, SftSettings, load_settings, 
 from truestep.signals import Interrupted
 from truestep.train.checkpoints import load_best, summed
 from truestep.train.loop import StageSpec, run_stage
-from truestep.train.parallel import Ranks, full, is_sharded
+from truestep.train.parallel import Ranks
 from truestep.train.watch import WorthlessError
+from truestep.train.weight_sync import Gathered
 
 # What is read again of done.json, with its type.
 DONE: dict[str, Any] = {
@@ -279,23 +281,24 @@ def _cost(spec: StageSpec) -> dict[str, float]:
 
 @torch.no_grad()
 def _export(session: Session, index: int, spec: StageSpec, done: Mapping[str, Any], path: str) -> None:
-    """Export the stage's model as a Hugging Face folder. A sharded model is gathered in rank 0's memory. Adapters are
-    merged into it, and exported beside it."""
-    parameters = spec.policy.named_parameters()
-    weights = {name.removeprefix("model."): full(p.detach()).cpu() for name, p in parameters}
-    if session.ranks.rank != 0:
-        return
-    model, settings = spec.policy.model, session.prepared.settings
-    lora = spec.settings.lora
+    """Export the stage's model as a Hugging Face folder. The tensors of a sharded model are gathered one at a time.
+    Adapters are merged into it, and exported beside it."""
+    model, settings, lora = spec.policy.model, session.prepared.settings, spec.settings.lora
+    weights = Gathered(spec.policy, merges=True)
     if lora.rank:
-        save_adapter(spec.folder / "adapter", model, weights, lora, rundir.redact(path))
-        weights = merged_weights(model, weights)
-    if lora.rank or is_sharded(spec.policy):
-        model = with_weights(open_model(session, settings.model.path).model, weights)
+        own = Gathered(spec.policy)
+        trained = {name: own[name].cpu() for name in own if own.data[name].requires_grad}
+        if session.ranks.rank == 0:
+            save_adapter(spec.folder / "adapter", model, trained, lora, rundir.redact(path))
+    if session.ranks.rank != 0:
+        for name in weights:
+            weights[name]  # a collective, if it is sharded
+        return
     problems = (p for name in spec.settings.data_names for p in session.prepared.problems[name])
     export_hf(
         spec.folder / "export", model, session.prepared.tokenizer, card=_card(session, index, done),
         special_tokens=settings.chat.special_tokens, system=system_of(problems, settings.chat.system),
+        weights=Streamed({name: weights.empty(name) for name in weights}, weights.__getitem__),
     )  # fmt: skip
 
 

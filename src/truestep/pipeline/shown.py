@@ -9,6 +9,7 @@ from typing import Any
 
 from truestep.device import peak_memory_bytes
 from truestep.progress import Measured, Note
+from truestep.train.layout import compute_dtype
 from truestep.train.loop import StageSpec
 from truestep.train.policy import Policy
 
@@ -58,7 +59,7 @@ def stage_line(spec: StageSpec) -> str:
     trained = sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
     share = "all trained" if trained == 1 else f"{100 * trained:.1f} % trained"
     ranks = f", {spec.ranks.world_size} ranks" if spec.ranks.world_size > 1 else ""
-    kind = str(parameters[0].dtype).removeprefix("torch.")
+    kind = str(compute_dtype(policy, parameters[0])).removeprefix("torch.")
     return (
         f"{spec.name}: method {spec.updater.method.name}, {total:,} parameters ({share}), {kind} on "
         f"{parameters[0].device}{ranks}"

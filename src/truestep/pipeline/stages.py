@@ -112,7 +112,7 @@ def _reference(session: Session, stage: StageSettings, policy: Policy, path: str
     """Return the policy that the stage starts from. If only adapters are trained, it has the same weights."""
     if stage.lora.rank and not stage.lora.train_also:
         return policy
-    return make_policy(session, path).requires_grad_(False)
+    return make_policy(session, path)
 
 
 def _validation_loss(session: Session, stage: StageSettings, policy: Policy) -> ValidationLoss | None:

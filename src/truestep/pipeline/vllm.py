@@ -31,7 +31,8 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     The first rank makes a model folder with the policy's weights, and starts servers from it or, with
     ``vllm.attach``, asks running ones what they can do. Raises UserError if they cannot be used."""
     own, ranks, is_first = session.prepared.settings.vllm, session.ranks, session.ranks.rank == 0
-    weights = Gathered(policy.model, merges=True)
+    weights = Gathered(policy, merges=True)
+    forms = {name: weights.empty(name) for name in weights}
     device = next(policy.parameters()).device
     copies, told = {t: h for t, h in tied(policy.model).items() if h not in weights}, dict[str, Any]()
     hosts = set(ranks.exchange(socket.gethostname()))
@@ -42,7 +43,7 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
         )
     folder, servers = Path(), None
     if is_first:
-        sizes = {name: p.numel() * p.element_size() for name, p in weights.data.items()}
+        sizes = {name: tensor.nbytes for name, tensor in forms.items()}
         total = sum(sizes.values()) + sum(sizes[name] for name in copies)
         folder = stack.enter_context(weights_folder(own.folder, total, max(sizes.values())))
         untied_config(policy.model).save_pretrained(folder)
@@ -71,9 +72,7 @@ def open_vllm(session: Session, stage: RlSettings, policy: Policy, stack: ExitSt
     abilities = {url: Abilities(**found) for url, found in told["servers"].items()}
     delivery, broadcast = FileDelivery(told["folder"], abilities), None
     if own.transfer == "broadcast":
-        broadcast = Broadcast(
-            delivery, device, {n: (p.dtype, p.shape) for n, p in weights.data.items()}, copies
-        )
+        broadcast = Broadcast(delivery, device, {n: (t.dtype, t.shape) for n, t in forms.items()}, copies)
     publisher = Publisher(
         delivery, folder, servers=servers, is_first=is_first, gather=ranks.exchange, sleeps=own.sleep, copies=copies,
         broadcast=broadcast,

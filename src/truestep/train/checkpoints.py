@@ -17,7 +17,7 @@ from truestep.checkpoint.store import load_latest, save_checkpoint
 from truestep.errors import UserError
 from truestep.flops import Ledger
 from truestep.records import RecordError
-from truestep.train.layout import needed_rows, saved_weights, share_of
+from truestep.train.layout import computed, needed_rows, saved_weights, share_of
 from truestep.train.memory import Memory, first_memory
 from truestep.train.parallel import Ranks, is_sharded, local
 from truestep.train.policy import Policy
@@ -83,7 +83,8 @@ def _save(
     waiting = None if state.waiting is None else gathered(state.waiting, spec.ranks)
     if waiting is not None:
         tensors = {**tensors, "waiting": waiting.tensors()}
-    groups = {"parameters": saved_weights(spec.policy), **tensors}
+    own = {name: computed(spec.policy, t) for name, t in spec.policy.named_parameters()}
+    groups = {"parameters": {**saved_weights(spec.policy), **own}, **tensors}
     parts = {group: {n: local(t.detach()) for n, t in found.items()} for group, found in groups.items()}
     shares = {
         group: {name: share for name, t in found.items() if (share := share_of(t)) is not None}

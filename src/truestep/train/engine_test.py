@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from truestep.records import Origin, TrainSequence
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters, StaleWeightsError
 from truestep.seeding import Purpose, generator
+from truestep.train.layout import compute_dtype
 from truestep.train.parallel import Ranks, local
 from truestep.train.policy import Policy
 from truestep.train.scoring import Scorer
@@ -181,7 +182,7 @@ class SelfTest:
     def __init__(self, policy: Policy, engine: Engine, scorer: Scorer, version: int) -> None:
         self.policy, self.engine, self.version = policy, engine, version
         self.scorer, self.plain = scorer, replace(scorer, temperature=1.0)  # engines score at temperature 1
-        self.dtype, self.ranks = next(policy.parameters()).dtype, scorer.ranks
+        self.dtype, self.ranks = compute_dtype(policy, next(policy.parameters())), scorer.ranks
         self.vocabulary = int(policy.model.config.vocab_size)
         self.prompts = probe_prompts(self.vocabulary, policy.context_length)
         self.updates = 0

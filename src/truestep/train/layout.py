@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from truestep.checkpoint.layout import Rows, RowsOf, Share, every_row
+
+COMPUTE_DTYPE = "compute_dtype"  # attribute of a module whose shards have a wider dtype than its forward pass
 
 
 def rows_of(tensor: DTensor) -> Rows:
@@ -35,6 +38,16 @@ def saved_weights(module: nn.Module) -> dict[str, Tensor]:
     kept = module.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
     return {**dict(module.named_parameters()), **buffers}
+
+
+def computed(module: nn.Module, parameter: Tensor) -> Tensor:
+    """Return a parameter of a module as its forward pass uses it: a shard may have a wider dtype."""
+    return parameter.detach().to(compute_dtype(module, parameter))
+
+
+def compute_dtype(module: nn.Module, parameter: Tensor) -> torch.dtype:
+    found: torch.dtype = getattr(module, COMPUTE_DTYPE, parameter.dtype)
+    return found
 
 
 def needed_rows(module: nn.Module) -> RowsOf:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from truestep.model.select import chosen
 from truestep.settings import OptimizerSettings
+from truestep.train.layout import COMPUTE_DTYPE
 from truestep.train.parallel import Ranks, local
 from truestep.train.policy import Policy
 
@@ -19,10 +20,10 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 class MasterOptimizer:
     """AdamW or SGD on master copies of the parameters.
 
-    A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. A
-    bfloat16 parameter has a float32 master and a float32 gradient that every backward pass is added to, so
-    that neither small updates nor small gradients are lost to rounding. A frozen parameter (without
-    ``requires_grad``) has no master, gradient or moments. An optimizer created with ``beside``
+    A float32 or float64 parameter is its own master and its ``.grad`` accumulates in its own dtype. So do the float32
+    shards of a model that computes in bfloat16. Another bfloat16 parameter has a float32 master and a float32 gradient
+    that every backward pass is added to, so that neither small updates nor small gradients are lost to rounding. A
+    frozen parameter (without ``requires_grad``) has no master, gradient or moments. An optimizer created with ``beside``
     shares the masters and gradient sums of that other optimizer of the same module, but has separate moments.
 
     With ``offload``, masters and moments are in host memory. Gradients are summed where the parameters are, and their
@@ -38,6 +39,7 @@ class MasterOptimizer:
         offload: bool = False,
     ) -> None:
         self.settings = settings
+        self.compute_dtype: torch.dtype | None = getattr(module, COMPUTE_DTYPE, None)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         self._wide_grads: dict[str, Tensor] = {}
@@ -113,7 +115,9 @@ class MasterOptimizer:
         like the parameters."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            if master.dtype != self.parameters[name].dtype:  # otherwise they are equal
+            if master.dtype != (
+                self.compute_dtype or self.parameters[name].dtype
+            ):  # otherwise they are equal
                 tensors[f"master/{name}"] = master
             for key, value in self._inner.state.get(master, {}).items():
                 tensors[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)

@@ -13,21 +13,27 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from truestep import signals
 from truestep.device import collective_backend, compute_device, world
 from truestep.errors import UserError
+from truestep.model.lora import ADAPTER, LoraLinear
+from truestep.model.stored import Weights, WholeWeights, fill_buffers
 from truestep.signals import Interrupted
 from truestep.train import wire
 from truestep.train.channel import LIMIT, Channel
+from truestep.train.layout import COMPUTE_DTYPE, rows_of
 from truestep.train.members import Member, this_process
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Item = TypeVar("Item")
 # No collective takes as long: before each that follows uneven work (sampling, saving), the ranks meet.
@@ -170,14 +176,19 @@ def replicate(module: nn.Module, ranks: Ranks) -> None:
             dist.broadcast(parameter.detach(), src=0)
 
 
-def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.dtype) -> None:
-    """Apply FSDP2 over all ranks. Parameters are sharded in their (master) dtype, computation is in
-    ``compute_dtype``, and gradients are reduced in at least float32 and never divided."""
-    parameter_dtype = next(module.parameters()).dtype
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == parameter_dtype else compute_dtype,
-        reduce_dtype=torch.promote_types(parameter_dtype, torch.float32),
-    )
+def shard(module: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Apply FSDP2 over all ranks. Computation is in the parameters' dtype. Trained parameters are sharded in at least
+    float32, in which gradients are reduced and summed, too, and never divided; the shards are then the masters. The
+    module may be on the meta device. Its method ``prove`` can be called like ``forward``."""
+    compute_dtype = next(module.parameters()).dtype
+    wide = torch.promote_types(compute_dtype, torch.float32)
+    for parameter in (p for p in module.parameters() if p.requires_grad):
+        parameter.data = parameter.data.to(wide)
+    if wide != compute_dtype:
+        setattr(module, COMPUTE_DTYPE, compute_dtype)
+    # Inputs keep their dtype, as in a model that is not sharded.
+    given: dict[str, Any] = {"reduce_dtype": wide, "cast_forward_inputs": False}
+    policy = MixedPrecisionPolicy(param_dtype=None if wide == compute_dtype else compute_dtype, **given)
     for layer in layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(module, mp_policy=policy)
@@ -185,6 +196,29 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], compute_dtype: torch.d
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)  # the only divider is objective.normalise
             part.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(module, "prove")
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:
+    """Give the parameters and buffers of a model on the meta device their values. Of a sharded parameter, this rank reads
+    only its rows. New adapters are the same on every rank."""
+    filled: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # by the identity of the first, which is kept
+    for name, owner in model.named_modules():
+        for leaf, old in [(leaf, p) for leaf, p in owner._parameters.items() if p is not None]:
+            if id(old) not in filled:
+                if isinstance(owner, LoraLinear) and leaf in ADAPTER:
+                    source, path = WholeWeights({leaf: owner.initial(leaf)}), leaf
+                else:
+                    source, path = weights, f"{name}.{leaf}".lstrip(".")
+                rows = rows_of(old) if isinstance(old, DTensor) else (0, old.shape[0] if old.ndim else 1)
+                own = source.read(path, *rows).to(device, old.dtype)
+                if isinstance(old, DTensor):
+                    place = {"run_check": False, "shape": old.shape, "stride": old.stride()}
+                    own = DTensor.from_local(own, old.device_mesh, old.placements, **place)
+                filled[id(old)] = old, nn.Parameter(own, requires_grad=old.requires_grad)
+            owner._parameters[leaf] = filled[id(old)][1]
+    fill_buffers(model, weights, device)
 
 
 def reshard(module: nn.Module) -> None:

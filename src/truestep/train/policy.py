@@ -16,6 +16,7 @@ from truestep.model import forward
 from truestep.model.attention import PackedLayout
 from truestep.model.load import LoadedModel
 from truestep.model.lora import head_adapter
+from truestep.model.select import without_frozen
 from truestep.objective.logprobs import chunked_logprobs, logprobs_from_logits
 from truestep.records import Segment, TokenBatch
 
@@ -54,18 +55,11 @@ class Policy(nn.Module):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.shape, self.context_length = loaded.shape, loaded.context_length
         self.notes: list[str] = []
-        differs = "" if is_empty else self._head_differs()
-        self.plain_head = not differs
-        reason = ""
+        self.packs = self.plain_head = is_empty
         if is_empty:
             self.model.set_attn_implementation(forward.IMPLEMENTATION)
-        else:
-            reason = forward.install_packing(self.model, whole_logits=not self.plain_head)
-        if reason:
-            self.notes.append(f"sequences are run one by one, not packed: {reason}")
-        self.packs = not reason
-        if differs:
-            self.notes.append(f"all logits are computed at once, not in chunks: {differs}")
+        elif loaded.weights is None:
+            self.prove()
         self.saves_memory = bool(gradient_checkpointing)
         if gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,6 +68,19 @@ class Policy(nn.Module):
         if compile:
             for layer in forward.decoder_layers(self.model):
                 layer.compile(dynamic=True)
+
+    def prove(self) -> None:
+        """Find the fast paths that do not change the result, and the work that frozen parameters save. For a model that was
+        on the meta device, this is called after it has been filled (a collective if it is sharded)."""
+        if any(p.requires_grad for p in self.parameters()):
+            self.shape = without_frozen(self.model, self.shape)
+        differs = self._head_differs()
+        self.plain_head = not differs
+        if reason := forward.install_packing(self.model, whole_logits=not self.plain_head):
+            self.notes.append(f"sequences are run one by one, not packed: {reason}")
+        self.packs = not reason
+        if differs:
+            self.notes.append(f"all logits are computed at once, not in chunks: {differs}")
 
     def forward(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         if not self.plain_head:

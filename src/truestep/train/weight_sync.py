@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from truestep.model.lora import is_adapter, layers_of, merged
 from truestep.rollout.engine import Engine, Receipt, StaleWeightsError
 from truestep.rollout.fingerprints import PRIME, fingerprint
-from truestep.train.layout import share_of
+from truestep.train.layout import compute_dtype, computed, share_of
 from truestep.train.parallel import Ranks, full, local
 from truestep.train.policy import Policy
 
@@ -23,22 +23,30 @@ class Gathered(UserDict[str, Tensor]):
     """Parameters by name, gathered one at a time if they are sharded. For an engine without adapters, the matrices of
     layers with an adapter are merged."""
 
-    def __init__(self, model: nn.Module, *, merges: bool = False) -> None:
-        parameters = dict(model.named_parameters())
-        self.layers = {f"{n}.weight": layer for n, layer in layers_of(model).items()} if merges else {}
+    def __init__(self, policy: Policy, *, merges: bool = False) -> None:
+        self.policy = policy
+        parameters = dict(policy.model.named_parameters())
+        self.layers = {f"{n}.weight": layer for n, layer in layers_of(policy.model).items()} if merges else {}
         if self.layers:
             parameters = {name: p for name, p in parameters.items() if not is_adapter(name)}
         super().__init__(parameters | {name: layer.weight for name, layer in self.layers.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        whole = full(self.data[name].detach())
         if (layer := self.layers.get(name)) is None:
-            return whole
-        return merged(layer.scale, whole, full(layer.lora_A.detach()), full(layer.lora_B.detach()))
+            return self._whole(self.data[name])
+        return merged(layer.scale, *map(self._whole, (self.data[name], layer.lora_A, layer.lora_B)))
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        return full(computed(self.policy, parameter))
+
+    def empty(self, name: str) -> Tensor:
+        """Return the whole tensor on the meta device, without gathering it."""
+        dtype = compute_dtype(self.policy, self.data[name])
+        return torch.empty(self.data[name].shape, dtype=dtype, device="meta")
 
     def part(self, name: str) -> Tensor:
         """Return what this rank has of the tensor: its shard, or the whole if it is not sharded or is merged."""
-        return self[name] if name in self.layers else self.data[name].detach()
+        return self[name] if name in self.layers else computed(self.policy, self.data[name])
 
 
 def publish(policy: Policy, engine: Engine, version: int, ranks: Ranks | None = None) -> Receipt:
@@ -47,7 +55,7 @@ def publish(policy: Policy, engine: Engine, version: int, ranks: Ranks | None = 
     Raises StaleWeightsError on all ranks, naming the tensor, if on any rank a bit of a tensor, or the version,
     is not the trainer's. Held by: tests/contract/test_publish.py"""
     ranks = ranks or Ranks()
-    weights = Gathered(policy.model, merges=not engine.has_adapters)
+    weights = Gathered(policy, merges=not engine.has_adapters)
     receipt = engine.publish(weights, version)
     mine = [] if receipt.version == engine.policy_version == version else ["the version"]
     mine += different(weights, receipt, ranks)

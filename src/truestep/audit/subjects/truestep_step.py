@@ -63,7 +63,7 @@ def run(spec: harness.Spec) -> None:
     ignored = bytes(dummy_batch(torch.float32, "cpu").input_ids.tolist())
     recorder.watch(model.base_model, needles, ignored=ignored)
     if sharded:
-        shard(policy, decoder_layers(model), spec.dtype)
+        shard(policy, decoder_layers(model))
         own = harness.parameters_of(model)
     settings = OptimizerSettings(lr=spec.lr, kind="sgd", weight_decay=0.0, max_grad_norm=spec.max_grad_norm)
     optimizer = MasterOptimizer(policy, settings, offload=spec.options.get("offload", False))
