@@ -33,7 +33,7 @@ from truestep.settings import (
     settings_hash,
 )
 from truestep.train.checkpoints import Earlier
-from truestep.train.parallel import Ranks, fill, replicate, reshard, shard
+from truestep.train.parallel import Ranks, build, replicate
 from truestep.train.policy import Policy
 
 
@@ -89,11 +89,7 @@ def make_policy(session: Session, path: str, stage: StageSettings | None = None)
     loaded = replace(loaded, shape=model_shape(loaded.model))
     policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
     if loaded.weights is not None:
-        shard(policy, decoder_layers(policy.model))
-        fill(policy.model, loaded.weights, compute_device())
-        session.ranks.barrier()  # a model is read from the disk
-        policy.prove()
-        reshard(policy)
+        build(policy, decoder_layers(policy.model), loaded.weights, session.ranks)
     else:
         replicate(policy, session.ranks)
     for note in policy.notes:

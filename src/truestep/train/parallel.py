@@ -35,6 +35,8 @@ from truestep.train.members import Member, this_process
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from truestep.train.policy import Policy
+
 Item = TypeVar("Item")
 # No collective takes as long: before each that follows uneven work (sampling, saving), the ranks meet.
 COLLECTIVE_MINUTES = 30
@@ -197,6 +199,15 @@ def shard(module: nn.Module, layers: Iterable[nn.Module]) -> None:
             part.set_gradient_divide_factor(1.0)  # the only divider is objective.normalise
             part.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(module, "prove")
+
+
+def build(policy: Policy, layers: Iterable[nn.Module], weights: Weights, ranks: Ranks) -> None:
+    """Shard a policy whose model is on the meta device, and read this rank's part of its weights (a collective)."""
+    shard(policy, layers)
+    fill(policy.model, weights, compute_device())
+    ranks.barrier()  # a model is read from the disk
+    policy.prove()
+    reshard(policy)
 
 
 @torch.no_grad()
