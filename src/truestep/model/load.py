@@ -186,7 +186,8 @@ def load_model(
         else:
             model = _with_all_weights(AutoModelForCausalLM, source, config=config, dtype=dtype)
     if empty and weights is None:
-        weights, generation = WholeWeights(model.state_dict()), model.generation_config
+        weights = WholeWeights({**model.state_dict(), **dict(model.named_buffers())})
+        generation = model.generation_config
         model = hollow(model.config, dtype)
         model.generation_config = generation
     prepare(model, torch.device("meta") if empty else device)

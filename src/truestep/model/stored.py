@@ -35,6 +35,9 @@ class Weights(Protocol):
     def read(self, name: str, first: int, stop: int) -> Tensor:
         """Return rows of a tensor, or all of a tensor without dimensions."""
 
+    def holds(self, name: str) -> bool:
+        """Return whether a buffer is among them, or else is computed."""
+
 
 @dataclass(frozen=True)
 class WholeWeights:
@@ -45,6 +48,9 @@ class WholeWeights:
     def read(self, name: str, first: int, stop: int) -> Tensor:
         whole = self.tensors[name].detach()
         return whole[first:stop].clone() if whole.ndim else whole.clone()
+
+    def holds(self, name: str) -> bool:
+        return name in self.tensors
 
 
 @dataclass
@@ -134,6 +140,9 @@ class StoredWeights:
         if recipe.splits_rows:
             return self._made(recipe, name, range(first, stop))
         return self._made(recipe, name)[first:stop].clone()
+
+    def holds(self, name: str) -> bool:
+        return name in self.expected
 
     def _recipes(self) -> dict[str, _Recipe]:
         """Return how each tensor of the model is made, as transformers' loading does."""
@@ -259,19 +268,19 @@ class StoredWeights:
 
 @torch.no_grad()
 def fill_buffers(model: PreTrainedModel, weights: Weights, device: torch.device) -> None:
-    """Give the buffers on the meta device their values: those that are saved are read, and all others are computed, by
-    the function with which transformers computes them after it has read the weights."""
+    """Give the buffers on the meta device their values: those that the weights have are read, and all others are computed,
+    by the function with which transformers computes them after it has read the weights."""
     for tensor in model.parameters():
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # they keep their values
     for name, owner in model.named_modules():
         computed = False
         for leaf, buffer in [(leaf, b) for leaf, b in owner._buffers.items() if b is not None and b.is_meta]:
-            if leaf in owner._non_persistent_buffers_set:
-                owner._buffers[leaf], computed = torch.empty_like(buffer, device=device), True
-            else:
-                rows = (0, buffer.shape[0] if buffer.ndim else 1)
-                saved = weights.read(f"{name}.{leaf}".lstrip("."), *rows).to(device, buffer.dtype)
+            path = f"{name}.{leaf}".lstrip(".")
+            if weights.holds(path):
+                saved = weights.read(path, 0, buffer.shape[0] if buffer.ndim else 1).to(device)
                 saved._is_hf_initialized = True  # type: ignore[attr-defined]
                 owner._buffers[leaf] = saved
+            else:
+                owner._buffers[leaf], computed = torch.empty_like(buffer, device=device), True
         if computed:
             model._init_weights(owner)
