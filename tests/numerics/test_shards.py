@@ -4,7 +4,6 @@ shards leave no error of their own in the gradient."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
