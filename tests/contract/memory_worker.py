@@ -57,7 +57,9 @@ def main(folder: Path, dtype: str) -> None:
     found: dict[str, int] = {}
     settings = ModelSettings(path=str(folder / "model"))
     ranks.gather(0)  # the first collective starts threads
-    load_model(settings, dtype=getattr(torch, dtype), device=compute_device(), seed=0, empty=True)  # imports modules
+    load_model(
+        settings, dtype=getattr(torch, dtype), device=compute_device(), seed=0, empty=True
+    )  # imports modules
     with watched(found, "load"):
         loaded = load_model(
             settings, dtype=getattr(torch, dtype), device=compute_device(), seed=0, empty=True

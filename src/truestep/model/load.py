@@ -202,11 +202,10 @@ def _generation_config(source: str) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(source)
+        return GenerationConfig.from_pretrained(source, trust_remote_code=False)
     except OSError:
-        return GenerationConfig.from_pretrained(
-            source, config_file_name="config.json", _from_model_config=True
-        )
+        given = {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(source, trust_remote_code=False, **given)
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:
