@@ -202,10 +202,12 @@ def _generation_config(source: str) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(source, trust_remote_code=False)
+        found = GenerationConfig.from_pretrained(source, trust_remote_code=False)
     except OSError:
         given = {"config_file_name": "config.json", "_from_model_config": True}
-        return GenerationConfig.from_pretrained(source, trust_remote_code=False, **given)
+        found = GenerationConfig.from_pretrained(source, trust_remote_code=False, **given)
+    vars(found).pop("trust_remote_code", None)  # which it takes for a setting of its own
+    return found
 
 
 def prepare(model: PreTrainedModel, device: torch.device) -> None:

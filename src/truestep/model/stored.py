@@ -271,7 +271,7 @@ def fill_buffers(model: PreTrainedModel, weights: Weights, device: torch.device)
     """Give the buffers on the meta device their values: those that the weights have are read, and all others are computed,
     by the function with which transformers computes them after it has read the weights."""
     for tensor in model.parameters():
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # they keep their values
+        tensor._is_hf_initialized = True  # they keep their values
     for name, owner in model.named_modules():
         computed = False
         for leaf, buffer in [(leaf, b) for leaf, b in owner._buffers.items() if b is not None and b.is_meta]:

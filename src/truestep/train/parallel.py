@@ -219,13 +219,14 @@ def fill(model: PreTrainedModel, weights: Weights, device: torch.device) -> None
         for leaf, old in [(leaf, p) for leaf, p in owner._parameters.items() if p is not None]:
             if id(old) not in filled:
                 if isinstance(owner, LoraLinear) and leaf in ADAPTER:
-                    source, path = WholeWeights({leaf: owner.initial(leaf)}), leaf
+                    source: Weights = WholeWeights({leaf: owner.initial(leaf)})
+                    path = leaf
                 else:
                     source, path = weights, f"{name}.{leaf}".lstrip(".")
                 rows = rows_of(old) if isinstance(old, DTensor) else (0, old.shape[0] if old.ndim else 1)
                 own = source.read(path, *rows).to(device, old.dtype)
                 if isinstance(old, DTensor):
-                    place = {"run_check": False, "shape": old.shape, "stride": old.stride()}
+                    place: dict[str, Any] = {"run_check": False, "shape": old.shape, "stride": old.stride()}
                     own = DTensor.from_local(own, old.device_mesh, old.placements, **place)
                 filled[id(old)] = old, nn.Parameter(own, requires_grad=old.requires_grad)
             owner._parameters[leaf] = filled[id(old)][1]
