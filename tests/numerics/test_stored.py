@@ -30,6 +30,11 @@ SAVED_BUFFER = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1,
     "head_dim": 8,
 }  # fmt: skip
+KEPT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8, "q_lora_rank": 8,
+    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 1,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 LONG = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
 # Kind, sizes, and the size at which files are split.
 MODELS = {
@@ -37,6 +42,7 @@ MODELS = {
     "untied, several files": ("qwen2", {}, "10KB"),
     "experts, several files": ("mixtral", EXPERTS, "10KB"),
     "saved buffer": ("glm4_moe", SAVED_BUFFER, "50GB"),
+    "kept in float32": ("deepseek_v3", KEPT, "50GB"),
     "transposed": ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2}, "50GB"),
 }
 
