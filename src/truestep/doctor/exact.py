@@ -124,11 +124,11 @@ def precision(bench: Bench) -> Iterator[Number]:
         expected = {n: g.cpu() for n, g in gradient(wide, optimizer, batches).items()}
         del wide, optimizer
         errors = {}
-        for kind, dtype in (("bfloat16 weights", torch.bfloat16), ("float32 shards", torch.float32)):
-            policy = random_policy(bench, dtype=dtype, num_hidden_layers=2, **width)
+        for kind in ("bfloat16 weights", "float32 shards"):
+            policy = random_policy(bench, dtype=torch.bfloat16, num_hidden_layers=2, **width)
             _set(policy, rounded)
-            if dtype is torch.float32:
-                shard(policy, decoder_layers(policy.model), torch.bfloat16)
+            if kind == "float32 shards":
+                shard(policy, decoder_layers(policy.model))
             optimizer = MasterOptimizer(policy, PLAIN)
             found = gradient(policy, optimizer, batches_of(policy, sequences, tokens))
             whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}

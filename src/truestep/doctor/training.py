@@ -96,7 +96,7 @@ def sharding(bench: Bench) -> Iterator[Number]:
         whole, parts = (random_policy(bench, dtype=torch.float32, num_hidden_layers=2) for _ in range(2))
         rows = documents(whole.model.config.vocab_size, (16,) * 4 if bench.is_small else (512,) * 4)
         expected = gradient(whole, MasterOptimizer(whole, PLAIN), batches_of(whole, rows, 4096))
-        shard(parts, decoder_layers(parts.model), torch.float32)
+        shard(parts, decoder_layers(parts.model))
         found = gradient(parts, MasterOptimizer(parts, PLAIN), batches_of(parts, rows, 4096))
         away = sum(local(t).device.type != bench.device.type for t in (*parts.parameters(), *found.values()))
         yield Number(name="tensors on another device", value=away, at_most=0)

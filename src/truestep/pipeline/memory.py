@@ -108,8 +108,10 @@ def training_bytes(model: Sizes, how: Training) -> tuple[dict[str, float], dict[
     """Return the bytes at the peak of a training step, by kind: on the device, and on the host."""
     c, w, n = how.compute, how.wide, how.tokens
     low = c < 4
-    optimizer = model.trained * (2 * w + (w if low or how.offload else 0)) / how.shards
-    device = {"weights": model.parameters * c / how.shards, "gradients": model.trained * w / how.shards}
+    own_masters = low and how.shards > 1  # trained shards are float32, and only what is gathered is bfloat16
+    optimizer = model.trained * (2 * w + (w if (low and not own_masters) or how.offload else 0)) / how.shards
+    weights = model.parameters * c + (model.trained * (w - c) if own_masters else 0)
+    device = {"weights": weights / how.shards, "gradients": model.trained * w / how.shards}
     host = {}
     if how.offload:
         host = {"masters and moments": optimizer, "gradients": model.trained * w / how.shards}

@@ -7,7 +7,7 @@ from collections import UserDict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from truestep.model.lora import is_adapter, layers_of, merged
 from truestep.rollout.engine import Engine, Receipt, StaleWeightsError
