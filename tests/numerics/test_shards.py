@@ -28,6 +28,7 @@ MODELS = {
     "gemma2": ("gemma2", {"head_dim": 8, "attn_logit_softcapping": 1.0}),
 }
 SECONDS = 240
+pytestmark = pytest.mark.slow
 
 
 def launched(folder: Path, part: str) -> list[Any]:
@@ -72,7 +73,6 @@ def test_only_what_is_trained_has_wide_shards(case: str, found: list[dict[str, A
         assert stored == str(wide), name
 
 
-@pytest.mark.slow
 def test_float32_shards_add_no_error(tmp_path: Path) -> None:
     """What the sum of micro-batches over the ranks adds to the error of the bfloat16 gradients is nearly nothing (measured
     2e-9 at most); with bfloat16 shards, it was their rounding (1.3e-3 at least), and the whole error was larger, too."""
