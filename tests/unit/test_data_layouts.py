@@ -361,7 +361,7 @@ def test_the_same_rows_from_every_kind_of_file(name: str, tmp_path: Path) -> Non
     assert [p.row for p in problems] == [f"{path}:{i}" for i in (1, 2, 3)]
     assert problems[0].id == f"{name.partition('.')[0]}-1"
     path.write_bytes(KINDS[name](lines(1) + '{"problem": "x"}\n' + lines(1)))
-    with pytest.raises(UserError, match=rf"{name}:2: answer: expected an answer, got none"):
+    with pytest.raises(UserError, match=rf"{name}:2: answer: the row has problem, but no answer"):
         load(path, ("answer",))
 
 

@@ -82,7 +82,7 @@ BROKEN = {
     "a dash of another encoding": (row(problem="x \x80\x94 y", answer="2"), "problem", "U+0080 at character 3; remove"),
     "a thought beside the content": (
         row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "reasoning_content": "z"}]),
-        "answer", "got none",
+        "answer", "the row has messages, but no answer",
     ),
     "a turn's weight": (
         row(messages=[*turns(("user", "x")), {"role": "assistant", "content": "y", "weight": 0.5}], answer="2"),
@@ -117,7 +117,7 @@ BROKEN = {
     "a number beyond the choices": (
         row(problem="x", answer=0, choices=["1", "2"], checker="choice"), "answer", "from 1",
     ),
-    "no answer": (row(problem="x"), "answer", "got none"),
+    "no answer": (row(problem="x"), "answer", "the row has problem, but no answer"),
     "turns under another name": (
         row(msgs=1), "problem", 'the row has "msgs"; did you mean "messages"? Set columns = { messages = "msgs" }',
     ),

@@ -66,6 +66,7 @@ _LAYOUTS = (
     _Layout("question-answer", ("question", "solution"), {"problem": "question"}),
     _Layout("AIME", ("Problem", "Answer"), {"problem": "Problem", "answer": "Answer", "solution": "Solution", "id": "ID"}),
     _Layout("text (TRL)", ("text",)),
+    _Layout("question-answer", ("question",), {"problem": "question"}),  # its answer is named, or is missing
 )  # fmt: skip
 # Texts that Alpaca and Dolly write after the instruction, after an empty line.
 _AFTER = {"Alpaca": "input", "Dolly": "context"}

@@ -78,7 +78,10 @@ def _problem(reading: Reading, data: DataSettings, *, id: str, where: str, needs
     solution = dialogue[-1].content if dialogue else ""
     has_solution = bool(dialogue)
     if "answer" in needs and not answer:
-        raise RowError("answer", "expected an answer, got none" + _remedy(reading, "answer"))
+        asked = ", ".join(name for ours in PROMPTS for name in reading.sources.get(ours, ()))
+        is_empty = "answer" in {**reading.sources, **reading.given}
+        fault = "expected an answer, got none" if is_empty else f"the row has {asked}, but no answer"
+        raise RowError("answer", fault + _remedy(reading, "answer"))
     wants_turn = "messages" in row and not has_solution  # of the assistant
     if "solution" in needs and wants_turn:
         raise RowError(
@@ -296,6 +299,7 @@ def _remedy(reading: Reading, *wanted: str) -> str:
         key, name = found
         hint = f'; the row has {shown(key)}; did you mean "{name}"?'
         return f"{hint} Set columns = {{ {name} = {shown(key)} }} for the data set, or rename it"
-    others = [name for name in reading.given if name not in COLUMNS]
+    known = {*COLUMNS, *(name for of in reading.sources.values() for name in of)}
+    others = [name for name in reading.given if name not in known]
     example = f'set columns = {{ {wanted[0]} = "..." }} for the data set to name one of them'
     return f"; the row also has {listed(dict.fromkeys(others))}: {example}" if others else ""

@@ -31,7 +31,7 @@ def lettered(rows: Sequence[Numbered]) -> tuple[list[Numbered], str]:
         elif n in numbers:
             value, size = numbers[n]
             is_known = has_zero != has_last and first <= value < first + size
-            letter = {_key(row): LETTERS[value - first]} if is_known else {}
+            letter = {key_of(row): LETTERS[value - first]} if is_known else {}
             made.append((n, {**row, **letter} if is_known else _refused(value, size, has_zero, has_last)))
         elif (place := _place_of_text(row)) is not None:
             num_texts += 1
@@ -45,12 +45,12 @@ def lettered(rows: Sequence[Numbered]) -> tuple[list[Numbered], str]:
 
 def _of_text(row: Row, place: int) -> Row | RowError:
     """Return the row with the letter of the choice whose text is the answer, unless that can be another's number."""
-    text, size = str(row[_key(row)]), len(_choices_of(row))
+    text, size = str(row[key_of(row)]), len(_choices_of(row))
     number = int(text) if text.strip().isdecimal() else -1
     if {n for n in (number, number - 1) if 0 <= n < size} - {place}:
         also = f"got {shown(text)}, which is the text of choice {LETTERS[place]} and can be the number of another"
         return RowError("answer", f"expected the letter of one choice, {also}")
-    return {**row, _key(row): LETTERS[place]}
+    return {**row, key_of(row): LETTERS[place]}
 
 
 def _refused(value: int, size: int, has_zero: bool, has_last: bool) -> RowError:
@@ -69,7 +69,7 @@ def _refused(value: int, size: int, has_zero: bool, has_last: bool) -> RowError:
     return RowError("answer", f"{fault}, or its letter, got {value}")
 
 
-def _key(row: Row) -> str:
+def key_of(row: Row) -> str:
     return "answerKey" if "answerKey" in row else "answer"
 
 
@@ -85,7 +85,7 @@ def _choices_of(row: Row) -> list[str]:
 def _number(row: Row) -> tuple[int, int] | None:
     """Return the number that is the answer, and how many choices there are; None if it is not a number, or a text
     that is also the text of a choice."""
-    value, choices = row.get(_key(row)), _choices_of(row)
+    value, choices = row.get(key_of(row)), _choices_of(row)
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if not choices or not (is_number or (isinstance(value, str) and value.strip().isdecimal())):
         return None
@@ -96,7 +96,7 @@ def _number(row: Row) -> tuple[int, int] | None:
 
 def _place_of_text(row: Row) -> int | None:
     """Return the place of the only choice whose text is the answer, unless the answer is a letter of a choice."""
-    value, choices = row.get(_key(row)), [choice.strip() for choice in _choices_of(row)]
+    value, choices = row.get(key_of(row)), [choice.strip() for choice in _choices_of(row)]
     if (
         not isinstance(value, str)
         or value.strip() in LETTERS[: len(choices)]

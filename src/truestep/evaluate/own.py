@@ -10,17 +10,21 @@ pinned ones is. Held by: tests/evaluate/test_own_benchmark.py
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from truestep.data.describe import describe
 from truestep.data.layouts import column_of, read
 from truestep.data.problems import load_problems
 from truestep.data.rows import READ, Row, RowError, kind_of, read_rows
-from truestep.errors import UserError, did_you_mean
+from truestep.errors import UserError, count, did_you_mean
 from truestep.evaluate.benchmarks import BY_ID, Benchmark, problem_of
-from truestep.evaluate.choice_rows import lettered
+from truestep.evaluate.choice_columns import gathered
+from truestep.evaluate.choice_rows import Numbered, lettered
 from truestep.evaluate.sources import Item, content_hash, items_of
 from truestep.records import Problem
 from truestep.settings import DataSettings, parse
@@ -116,17 +120,30 @@ def _load(path: Path, name: str, checker: str, columns: Mapping[str, str]) -> tu
     items: Sequence[Item] = ()
     table = {"source": str(path), "checker": checker, "columns": dict(columns)}
     settings = parse(DataSettings, table, where="benchmarks")
-    if "choices" in columns or any(isinstance(row, dict) and _OF_ITEMS & row.keys() for _, row in rows):
-        renamed, note = lettered([(n, _renamed(row, columns)) for n, row in rows])
+    renamed, places = [(n, _renamed(row, columns)) for n, row in rows], list[str]()
+    if not _has_items(renamed):
+        renamed, places = gathered(renamed, columns)
+    if "choices" in columns or _has_items(renamed):
+        numbered, note = lettered(renamed)
+        notes = [f"{', '.join(places)} are read as the choices"] if places else []
+        given = [(n, _Read(row) if isinstance(row, dict) else row) for n, row in numbered]
         with _hinted(rows, columns):
-            items = items_of(str(path), name, renamed)
+            items = items_of(str(path), name, given)
+        unused = Counter(
+            key
+            for (_, row), (_, read_row) in zip(rows, given, strict=True)
+            if isinstance(row, dict) and isinstance(read_row, _Read)
+            for key, value in row.items()
+            if value is not None and key not in {*read_row.used, *places, *_heads(columns)}
+        )
         is_choice = all(item.choices for item in items)
         if not is_choice and (mixed := [n for n, item in enumerate(items, start=1) if item.choices]):
             raise UserError(
                 f"{path}:{mixed[0]}: choices: some rows have choices and some have none; use two files"
             )
         scorer = ("exact" if is_choice else "math") if checker == "auto" else checker
-        own = replace(_benchmark(name, items, "choice" if is_choice else "math", scorer), mind=note)
+        own = _benchmark(name, items, "choice" if is_choice else "math", scorer)
+        own = replace(own, mind="; ".join([*notes, *filter(None, [note]), *_not_used(unused)]))
         problems = [
             replace(problem_of(own, item, f"{path}:{number}"), columns=row)
             for item, (number, row) in zip(items, rows, strict=True)
@@ -137,7 +154,40 @@ def _load(path: Path, name: str, checker: str, columns: Mapping[str, str]) -> tu
             problems = load_problems(name, settings, seed=0, base_dir=Path())
         items = [Item(id=p.id, question=p.question, answer=p.answer) for p in problems]
         own = _benchmark(name, items, "math", ",".join(sorted({p.checker for p in problems})))
+        unused = Counter(describe(problems, {"answer"})["unused_columns"])
+        own = replace(own, mind="; ".join(_not_used(unused)))
     return own, problems
+
+
+class _Read(dict[str, Any]):
+    """A row that remembers which of its columns were read."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        return super().get(key, default)
+
+
+def _has_items(rows: Sequence[Numbered]) -> bool:
+    return any(isinstance(row, dict) and _OF_ITEMS & row.keys() for _, row in rows)
+
+
+def _heads(columns: Mapping[str, str]) -> set[str]:
+    return {*columns.values(), *(name.partition(".")[0] for name in columns.values())}
+
+
+def _not_used(columns: Mapping[str, int]) -> list[str]:
+    """Return a sentence about columns that are not read, by the number of rows that have them; [] without any."""
+    names = [f"{name} ({count(num, 'row')})" for name, num in list(columns.items())[:10]]
+    more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+    return [f"not used (only your own scorers get them): {', '.join(names)}{more}"] if names else []
 
 
 def _renamed(row: Row | RowError, columns: Mapping[str, str]) -> Row | RowError:
