@@ -356,9 +356,9 @@ def test_a_scorer_that_fails_is_named_with_its_first_failure(
     assert (score["n"], score["unscored"]) == (4, 0)
     fails, some = score["rewards"]["fails"], score["rewards"]["some"]
     assert (fails["value"], fails["low"], fails["scored"], fails["missing"]) == (None, None, 0, 4)
-    assert fails["first_missing"] == f"ValueError: boom {place}"
+    assert fails["first_missing"] == f"sums-1: ValueError: boom {place}"
     assert (some["value"], some["scored"], some["missing"]) == (3.0, 3, 1)
-    assert some["first_missing"].startswith("returned nan")
+    assert ": returned nan" in some["first_missing"]
     warning, note = found["notes"][-2:]
     assert warning.startswith(
         "warning: sums · question: the scorer fails scored 0 of 4 samples; the first without"

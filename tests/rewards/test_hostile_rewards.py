@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_a_function_that_fails_on_all_is_said_to_fail_on_all(tmp_path: Path) -> 
         scorer.score([sample(n) for n in range(48)])
     told = "failed on every sample that was tried (3 of 48 samples, step 1)"
     assert told in str(caught.value)
-    assert "so the run stops; the first failure: ValueError: boom" in str(caught.value)
+    assert "so the run stops; the first failure (p0): ValueError: boom" in str(caught.value)
     assert "reward.py, line 2, in score)" in str(caught.value)
 
 
@@ -223,8 +224,14 @@ def test_rounds_of_a_step_are_counted_together(tmp_path: Path) -> None:
     with opened(tmp_path) as scorer:
         scorer.score([sample(n) for n in range(100, 160)])
         assert sum(r.failed for r in scorer.score([sample(BAD)] * 3)) == 3  # 3 of 63
-        with pytest.raises(UserError, match="failed on 4 of 64"):
-            scorer.score([sample(BAD)])
+        row = f"{tmp_path}/rows.jsonl:7"
+        bad = sample(BAD)
+        bad = replace(bad, problem=replace(bad.problem, row=row))
+        with pytest.raises(UserError, match=rf"failed on 4 of 64 .* first failure \(p{BAD}\): ValueError"):
+            scorer.score([bad])
+    with opened(tmp_path, max_failure_share=0.0) as scorer:
+        with pytest.raises(UserError, match=rf"first failure \({row}\): ValueError: boom"):
+            scorer.score([sample(n) for n in range(100, 140)] + [bad])
 
 
 def test_a_worker_that_ends_between_two_calls_is_no_failure(tmp_path: Path) -> None:
@@ -327,6 +334,7 @@ def test_workers_end_with_the_program_that_started_them(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dataclasses import replace
 from pathlib import Path
 from test_hostile_rewards import opened, sample, BAD
 with opened(Path({str(tmp_path)!r}), timeout_seconds=600) as scorer:

@@ -165,7 +165,7 @@ def reward_names(rows: Iterable[Row]) -> list[str]:
 def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     """Return the mean of every reward over problems (None if no sample has it), with its standard error (None for one
     problem) and 95 % interval, the number of samples with it, and of those without it, which are in no mean, with the
-    first reason. Rewards may have any size, so the interval is the mean ± 1.96 standard errors. Means that are all the same
+    first one's problem and reason. Rewards may have any size, so the interval is the mean ± 1.96 standard errors. Means that are all the same
     say nothing about their spread, so they have no interval."""
     groups = by_problem(rows)
     samples = [row for group in groups.values() for row in group]
@@ -183,7 +183,7 @@ def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
             "high": None if width is None or mean is None else mean + width, "num_problems": len(means),
             "scored": scored, "missing": len(samples) - scored,
         }  # fmt: skip
-        reasons = (row["unrewarded"][name] for row in samples if name in (row.get("unrewarded") or {}))
-        if reason := next(reasons, ""):
-            found[name]["first_missing"] = reason
+        lost = [row for row in samples if name in (row.get("unrewarded") or {})]
+        if lost and (reason := lost[0]["unrewarded"][name]):
+            found[name]["first_missing"] = f"{lost[0]['problem_id']}: {reason}"
     return found

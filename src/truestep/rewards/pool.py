@@ -175,6 +175,11 @@ class Worker:
             thing.close()
 
 
+def row_of(sample: RewardInput) -> str:
+    """Return the file and line of a sample's problem, or its id."""
+    return sample.problem.row or sample.problem.id
+
+
 class FunctionPool:
     """All workers of one reward function, for use from one thread."""
 
@@ -186,7 +191,10 @@ class FunctionPool:
             "folder": str(folder.resolve()),
         }  # fmt: skip
         self._threads = concurrent.futures.ThreadPoolExecutor(max_workers=entry.workers)
-        self._step, self._samples, self._passed, self._failures = -1, 0, 0, list[Answer]()
+        self._step, self._samples, self._passed = -1, 0, 0
+        self._failures = list[
+            tuple[str, Answer]
+        ]()  # each with the row of its problem, if one sample caused it
 
     def start(self) -> None:
         """Load the function once, before anything is sampled. Raises UserError if that fails."""
@@ -203,7 +211,7 @@ class FunctionPool:
                 return
             failures.append(found)
         if failures and self.entry.max_failure_share < 1:
-            tried = f"failed on a trial with {trials[0].problem.row or trials[0].problem.id}, before anything was sampled"
+            tried = f"failed on a trial with {row_of(trials[0])}, before anything was sampled"
             remedy = "correct it, or return None for a completion that it cannot score"
             first = failures[0]
             raise UserError(
@@ -232,7 +240,8 @@ class FunctionPool:
         """Raise UserError with the first failure's traceback if more than ``max_failure_share`` failed."""
         allowed = self.entry.max_failure_share * self._samples + 1e-9
         if self._samples >= MIN_SAMPLES and len(self._failures) > allowed:
-            first, num = self._failures[0], len(self._failures)
+            (row, first), num = self._failures[0], len(self._failures)
+            at = f" ({row})" if row else ""
             share = f"max_failure_share = {self.entry.max_failure_share:g}"
             bad = f"{num} of {self._samples} samples"
             told = f"{bad} (step {self._step + 1})"
@@ -240,25 +249,25 @@ class FunctionPool:
                 told = f"every sample that was tried ({bad}, step {self._step + 1})"
             raise UserError(
                 f'reward "{self.entry.name}" failed on {told}, more than {share}, so the run stops; '
-                f"the first failure: {first.reason}\n{first.detail}".rstrip()
+                f"the first failure{at}: {first.reason}\n{first.detail}".rstrip()
             )
 
     def _batch(self, samples: Sequence[RewardInput]) -> list[Answer]:
         reply = self._ask(samples)
         if isinstance(reply, list):
-            failures = [a for a in reply if a.failed]
+            failures = [(row_of(s), a) for s, a in zip(samples, reply, strict=True) if a.failed]
             self._failures += failures
             self._passed += len(reply) - len(failures)
             return reply
         if len(samples) == 1 or reply.fault:
-            self._failures += [reply] * len(samples)
+            self._failures += [("" if reply.fault else row_of(samples[0]), reply)] * len(samples)
             return [reply] * len(samples)
         answers, until = list[Answer](), time.monotonic() + RETRY_TIME * self.entry.timeout_seconds
         for number, sample in enumerate(samples):
             self.check_failures()
             if time.monotonic() > until:
                 rest = [replace(reply, reason=f"its batch failed: {reply.reason}")] * (len(samples) - number)
-                self._failures += rest
+                self._failures += [("", one) for one in rest]
                 return answers + rest
             answers += self._batch([sample])
         return answers
