@@ -56,6 +56,9 @@ class Problem:
     text: str = ""  # trained on as it is, without a template; there are no messages
     layout: str = "truestep"  # the name of the row's layout, and the row's columns by our names
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    num_left_turns: int = (
+        0  # turns at the end of a demonstration's dialogue that no trained turn follows, left out
+    )
 
     def __post_init__(self) -> None:
         _require(bool(self.id), "a problem needs an id")

@@ -369,7 +369,8 @@ def test_a_scorer_that_fails_is_named_with_its_first_failure(
     assert "– (4 samples without it)" in page
     told = str(terminal_table(score_table(tmp_path / "out"), width=300).caption)
     assert (
-        f"mean fails, sums · question: – (4 samples without it; the first: ValueError: boom {place})" in told
+        f"mean fails, sums · question: – (4 samples without it; the first: sums-1: ValueError: boom {place})"
+        in told
     )
     assert "some/a" not in told, "the parts are in the page"
 

@@ -220,7 +220,8 @@ def test_check_says_what_is_not_used(recipe: Path) -> None:
     assert found["rl"]["unused_columns"] == {}
     text = run("check", recipe).stdout
     assert "train: not used (only your own reward functions get them): " in text
-    assert 'train: 2 assistant turns of 1 dialogue are trained on (train_turns = "all")' in text
+    several = "is a dialogue with several assistant turns that are trained on, 2 in all"
+    assert f'train: 1 of 2 rows {several} (train_turns = "all")' in text
     last = "data.train.train_turns=last"
     found = document(run("check", recipe, "--json", "--set", last))["data"]
     assert [found["train"][key] for key in counts] == [0, 0, 1]
@@ -228,6 +229,27 @@ def test_check_says_what_is_not_used(recipe: Path) -> None:
     assert context in run("check", recipe, "--set", last).stdout
     alone = document(run("check", recipe.parent / "train.jsonl", "--json"))["data"]["train"]
     assert alone["unused_columns"] == {"level": 1, "messages[].id": 1}
+
+
+def test_a_turn_that_nobody_answers_is_said_to_be_left_out(tmp_path: Path) -> None:
+    """Only at the end of a dialogue that is trained on; an added system turn and a separate solution are none."""
+    turns = [{"role": role, "content": c} for role, c in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    whole = [
+        {"messages": turns},
+        {"messages": turns[:2], "system": "x"},
+        {"messages": turns[:3], "solution": "y"},
+    ]
+    asked = [{"messages": turns[:3]}, {"messages": turns[:3], "system": "x"}]
+    said = "with a turn that no assistant's turn follows; it is left out (the first:"
+    path = tmp_path / "rows.jsonl"
+    for rows, expected in ((whole, ""), (whole + asked, f"2 dialogues end {said} {path}:4)")):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        for command in ("check", "show"):
+            text = run(command, path).stdout
+            assert (said in text) == bool(expected)
+            assert expected in text
+    path.write_text(json.dumps({"messages": turns[:3], "answer": "2"}))  # a prompt
+    assert said not in run("check", path).stdout
 
 
 def test_a_validation_set_is_measured_and_compared_with_the_training_sets(recipe: Path) -> None:
@@ -238,14 +260,15 @@ def test_a_validation_set_is_measured_and_compared_with_the_training_sets(recipe
     words = [word for item in held for word in ("--set", item)]
     text = run("check", recipe, *words).stdout
     for name, use in (("train", "trained on"), ("held", "measured (validation loss)")):
-        assert f'{name}: 2 assistant turns of 1 dialogue are {use} (train_turns = "all")' in text
+        several = f"{name}: 1 of 1 row is a dialogue with several assistant turns that are {use}, 2 in all"
+        assert several in text
     assert "overlap of train with held: 1 of 1 has the same text" in text
     assert "overlap of train with test: 0 of 2 have the same text" in text
     pytest.importorskip("torch", reason="the tokenizer comes with the training extra")
     shown = run("show", recipe, *words).stdout
     for name, use in (("train", "trained on"), ("held", "measured (validation loss)")):
         assert re.search(rf"{name} \S+ \(\S+\): \d+ of \d+ tokens are {re.escape(use)}\n", shown)
-        assert f"{name}: 2 assistant turns of 1 dialogue are {use}" in shown
+        assert f"dialogue with several assistant turns that are {use}, 2 in all" in shown
 
 
 def test_a_named_column_that_is_not_used_has_our_name(recipe: Path) -> None:
@@ -257,7 +280,13 @@ def test_a_named_column_that_is_not_used_has_our_name(recipe: Path) -> None:
 def test_answers_that_no_checker_reads_are_said_to_be_unused() -> None:
     columns = {"number": 2, "level": 1}
     read = {"own": {"answer": ["number"], "problem": ["problem"]}}
-    described = {"columns": read, "unused_columns": columns, "num_dialogues": 0, "num_context_turns": 0}
+    described = {
+        "columns": read,
+        "unused_columns": columns,
+        "num_dialogues": 0,
+        "num_context_turns": 0,
+        "num_left_turns": 0,
+    }
     others = "not used (only your own reward functions get them): level (1 row)"
     assert not_used(described, needs={"problem", "solution"}) == [
         "the answers (number, 2 rows) are not graded, because no stage's reward has the checker; your own reward "

@@ -39,6 +39,7 @@ class Description:
         self.sources: dict[str, Mapping[str, tuple[str, ...]]] = {}  # by layout, the columns of its first row
         self.num_context_turns = 0  # rows with assistant turns that are not trained on
         self.num_dialogues, self.num_trained_turns = 0, 0
+        self.num_left, self.first_left = 0, ""  # rows whose last turns are left out
 
     def add(self, problem: Problem) -> None:
         turns, row = problem.messages, problem.columns
@@ -54,6 +55,9 @@ class Description:
         self.places.append(self.files.setdefault(file if is_row else problem.row, len(self.files)))
         self.numbers.append(int(number) if is_row else -1)
         self.checkers[problem.checker] += 1
+        if problem.num_left_turns and (not self.needs or "solution" in self.needs):
+            self.num_left += 1
+            self.first_left = self.first_left or problem.row or problem.id
         trained = [m.is_trained for m in problem.dialogue or turns if m.role == "assistant"]
         if len(turns) > 1 and trained:
             is_used = bool(problem.dialogue) and (not self.needs or "solution" in self.needs)
@@ -97,6 +101,8 @@ class Description:
             "num_context_turns": self.num_context_turns,
             "num_dialogues": self.num_dialogues,
             "num_trained_turns": self.num_trained_turns,
+            "num_left_turns": self.num_left,
+            "first_left_turn": self.first_left,
         }
 
     def _repeated(self) -> list[Any]:
@@ -181,9 +187,15 @@ def not_used(described: Mapping[str, Any], use: str = TRAINED_ON, needs: Collect
         more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
         found.append(f"not used (only your own reward functions get them): {names}{more}")
     if num := described["num_dialogues"]:
-        turns = described["num_trained_turns"]
+        turns, rows = described["num_trained_turns"], described["num_problems"]
         found.append(
-            f'{count(turns, "assistant turn")} of {count(num, "dialogue")} {verb(turns, "are")} {use} (train_turns = "all")'
+            f"{count(num, 'row', rows)} {verb(num, 'are')} {'a dialogue' if num == 1 else 'dialogues'} with several assistant "
+            f'turns that are {use}, {turns} in all (train_turns = "all")'
+        )
+    if num := described["num_left_turns"]:
+        found.append(
+            f"{count(num, 'dialogue')} {verb(num, 'end')} with a turn that no assistant's turn follows; it is left out (the "
+            f"first: {described['first_left_turn']})"
         )
     if num := described["num_context_turns"]:
         found.append(f"earlier assistant turns of {count(num, 'row')} are context and are not {use}")

@@ -73,7 +73,7 @@ def _problem(reading: Reading, data: DataSettings, *, id: str, where: str, needs
                 "expected a problem, got text, which only SFT can train on" + _remedy(reading, "problem"),
             )
         return Problem(id=id, messages=(), answer="", text=text_of(row["text"], "text"), **made)
-    messages, dialogue, given = _turns(reading, data, needs)
+    messages, dialogue, given, num_left = _turns(reading, data, needs)
     answer = _answer(row)
     solution = dialogue[-1].content if dialogue else ""
     has_solution = bool(dialogue)
@@ -110,7 +110,8 @@ def _problem(reading: Reading, data: DataSettings, *, id: str, where: str, needs
     is_plain = num_spoken < 2 and not any(turn.more for turn in dialogue)
     return Problem(
         id=id, messages=messages, answer=answer, checker=checker, solution=solution, meta=meta,
-        dialogue=() if is_plain else tuple(dialogue), tools=read_tools(row.get("tools"), "tools"), **made,
+        dialogue=() if is_plain else tuple(dialogue), tools=read_tools(row.get("tools"), "tools"),
+        num_left_turns=num_left, **made,
     )  # fmt: skip
 
 
@@ -165,9 +166,9 @@ def choice_answer(value: Any, answer: str, field: str = "answer") -> tuple[list[
 
 def _turns(
     reading: Reading, data: DataSettings, needs: Collection[str]
-) -> tuple[tuple[Message, ...], list[Message], bool]:
-    """Return the prompt's turns, the whole dialogue if it ends with a solution (otherwise []), and whether the row
-    has turns instead of bare text."""
+) -> tuple[tuple[Message, ...], list[Message], bool, int]:
+    """Return the prompt's turns, the whole dialogue if it ends with a solution (otherwise []), whether the row has
+    turns instead of bare text, and how many turns after the dialogue's end are left out."""
     row = reading.row
     present = [name for name in PROMPTS if row.get(name) is not None]
     expected = "expected one of problem, prompt and messages"
@@ -182,6 +183,7 @@ def _turns(
         turns, given = read_turns(value, column), True
     if row.get("system") not in BARE and turns[0].role != "system":
         turns.insert(0, Message(role="system", content=text_of(row["system"], "system")))
+    num_turns = len(turns)
     reply, spoken = None, any(turn.role == "assistant" for turn in turns)
     is_shown = "solution" in needs or (not needs and not {"answer", "reward_model"} & row.keys())
     if column == "messages" and is_shown and row.get("solution") is None:
@@ -196,12 +198,13 @@ def _turns(
         raise RowError(column, f"expected the user's turn {place}, got {found}")
     reply = _solution(reading, reply)
     if reply is None:
-        return tuple(turns), [], given
+        return tuple(turns), [], given, 0
     dialogue = [*turns, reply]
     if column == "messages" or any(t.role == "assistant" for t in turns):
         dialogue = trained_part(dialogue, column, data.train_turns)
     *prompt, _ = dialogue
-    return tuple(replace(turn, is_trained=True) for turn in prompt), dialogue, given
+    num_left = max(0, num_turns - len(dialogue))
+    return tuple(replace(turn, is_trained=True) for turn in prompt), dialogue, given, num_left
 
 
 def _solution(reading: Reading, from_turns: Message | None) -> Message | None:
