@@ -23,6 +23,7 @@ from truestep.errors import UserError
 from truestep.pipeline.history import changed, continued, read_history
 from truestep.pipeline.models import stage_identity
 from truestep.pipeline.prepare import Prepared, prepare
+from truestep.pipeline.run import check_begun_stages, lost_steps, open_run_folder
 from truestep.settings import load_settings
 from truestep.signals import Interrupted
 
@@ -416,3 +417,28 @@ def test_a_checkpoint_from_before_a_change_is_not_continued_at_another_step(
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"the newest intact checkpoint \(step 6\) has different settings"):
         go(prepared, folder, resume=True)
+
+
+def test_a_stage_without_a_checkpoint_is_not_changed_in_silence(recipe: Path, tmp_path: Path) -> None:
+    """A stage that failed before its first checkpoint has logged steps, which belong to the settings that it had."""
+    folder, stage = tmp_path / "run", tmp_path / "run/stages/01-sft"
+    open_run_folder(made(recipe, folder), folder, resume=False, rank=0)
+    other = made(recipe, folder, overrides=['chat.system="Be brief."'])
+    check_begun_stages(other, folder)  # nothing has been done
+    assert lost_steps(other, folder) == []
+    stage.mkdir(parents=True)
+    rundir.append_jsonl(stage / "metrics.jsonl", [{"step": step, "sft/loss": 1.0} for step in (1, 1, 2)])
+    same = made(recipe, folder)
+    check_begun_stages(same, folder)
+    (said,) = lost_steps(same, folder)
+    assert said == "sft ended before its first checkpoint and starts again; its 2 finished steps are lost"
+    check_begun_stages(made(recipe, folder, overrides=["compute.threads=2"]), folder)
+    with pytest.raises(UserError, match=r"01-sft was begun with chat\.system = .* delete .*01-sft to train"):
+        check_begun_stages(other, folder)
+    with pytest.raises(
+        UserError, match=r"begun with stages\.sft\.steps.*pass --change stages\.sft\.steps=17"
+    ):
+        check_begun_stages(made(recipe, folder, overrides=["stages.sft.steps=17"]), folder)
+    named = made(recipe, folder, ["stages.sft.steps=17"])
+    check_begun_stages(named, folder)
+    assert [change.values["stages.sft.steps"][1] for change in named.history.changes] == [17]

@@ -229,9 +229,9 @@ def test_rounds_of_a_step_are_counted_together(tmp_path: Path) -> None:
         bad = replace(bad, problem=replace(bad.problem, row=row))
         with pytest.raises(UserError, match=rf"failed on 4 of 64 .* first failure \(p{BAD}\): ValueError"):
             scorer.score([bad])
-    with opened(tmp_path, max_failure_share=0.0) as scorer:
-        with pytest.raises(UserError, match=rf"first failure \({row}\): ValueError: boom"):
-            scorer.score([sample(n) for n in range(100, 140)] + [bad])
+    named = pytest.raises(UserError, match=rf"first failure \({row}\): ValueError: boom")
+    with opened(tmp_path, max_failure_share=0.0) as scorer, named:
+        scorer.score([sample(n) for n in range(100, 140)] + [bad])
 
 
 def test_a_worker_that_ends_between_two_calls_is_no_failure(tmp_path: Path) -> None:

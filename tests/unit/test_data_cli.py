@@ -422,7 +422,9 @@ def test_check_refuses_what_the_tokenizer_refuses(recipe: Path) -> None:
     )
     assert "train.jsonl:3: messages: turn 1 (system): the tokenizer does not know the character 'é'" in third
     assert "(and 1 more bad row)" in str(result.exception)
-    with pytest.raises(UserError, match=r"turn 2 \(assistant\).*\(and 1 more bad row\)"):
+    with pytest.raises(
+        UserError, match=r"turn 2 \(assistant\).*\(and 1 more bad row; truestep data check lists them\)"
+    ):
         prepare(load_settings(recipe), base_dir=recipe.parent)
     assert run("check", recipe.parent / "train.jsonl").exit_code == 0, "a file has no tokenizer"
     (recipe.parent / "train.jsonl").write_text('{"question": "é", "solution": "y"}\n')

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from truestep.data.describe import describe
-from truestep.data.overlap import NGRAM_WORDS, ngram_hashes, overlap_report
+from truestep.data.overlap import NGRAM_WORDS, ngram_hashes, overlap_report, trained_on_too
 from truestep.records import Message, Problem
 
 
@@ -157,3 +157,10 @@ def test_description_counts_duplicates_and_contradictions() -> None:
     assert described["duplicate_examples"] == [["p:1", "p:2"]]
     assert described["problem_characters"] == {"min": 6, "median": 7, "mean": 7.6, "max": 10}
     assert described["checkers"] == {"math": 5}
+
+
+def test_shared_problems_are_a_warning_with_both_rows() -> None:
+    train, judged = problems("t", "one", "two"), problems("e", "three", "two")
+    (said,) = trained_on_too({"t": train}, {"e": judged, "t": train, "f": judged[:1]})
+    assert said.startswith("warning: data.e: 1 of 2 problems is also in data.t")
+    assert said.endswith("(the first: e:2 is t:2); remove them from one of the two")

@@ -332,7 +332,8 @@ def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + row(problem="x" * 3 * 2**20, answer="2") + b"\n" + b"nonsense\n")
     with pytest.raises(
-        UserError, match=r"data\.jsonl:2: row: expected a row of at most 1 MB.*and 1 more bad row\)"
+        UserError,
+        match=r"data\.jsonl:2: row: expected a row of at most 1 MB.*and 1 more bad row; truestep data check lists them\)",
     ):
         load(path)
     path.write_bytes(row(problem="x" * 2**19, answer="2") + b"\n" + GOOD)
@@ -342,7 +343,9 @@ def test_row_over_the_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_other_bad_rows_are_counted_and_nothing_is_returned(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + row(problem="x") + b"\n" + b"{\n" + GOOD + row(answer="1") + b"\n")
-    with pytest.raises(UserError, match=r"data\.jsonl:2: answer: .*\(and 2 more bad rows\)$"):
+    with pytest.raises(
+        UserError, match=r"data\.jsonl:2: answer: .*\(and 2 more bad rows; truestep data check lists them\)$"
+    ):
         load(path)
 
 
@@ -458,7 +461,10 @@ def test_broken_parquet_rows_are_named(tmp_path: Path) -> None:
     path = write_parquet(
         tmp_path / "a.parquet", {"problem": ["x", "y", None], "answer": [1.5, float("nan"), 2.0]}
     )
-    with pytest.raises(UserError, match=r"a\.parquet:2: answer: .*finite.*and 1 more bad row\)"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.parquet:2: answer: .*finite.*and 1 more bad row; truestep data check lists them\)",
+    ):
         load(path)
     not_text = pa.Array.from_buffers(pa.binary(), 2, pa.array([b"ok", b"\xff"]).buffers()).view(pa.string())
     path = write_parquet(tmp_path / "b.parquet", {"problem": not_text, "answer": ["1", "2"]})

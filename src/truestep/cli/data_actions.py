@@ -147,7 +147,7 @@ def check(
     else:
         _print_check(PlainConsole(soft_wrap=True), checks, described, pairs)
     if bad := [made.bad for made in checks.values() if made.bad]:
-        raise BadRows(sum(error.count for error in bad), bad[0].first)
+        raise BadRows(sum(error.count for error in bad), bad[0].first, remedy="")
     if num_refused:
         raise typer.Exit(1)
 

@@ -181,7 +181,7 @@ def trained(
     finished work is saved."""
     from truestep import signals
     from truestep.errors import UserError
-    from truestep.pipeline.run import open_run_folder
+    from truestep.pipeline.run import lost_steps, open_run_folder
     from truestep.pipeline.run import run as run_pipeline
     from truestep.report.html import write_report
     from truestep.rundir import locked
@@ -192,6 +192,8 @@ def trained(
         reporter.say(f"nothing to resume in {folder}; starting a new run there")
     with locked(folder) if is_first else contextlib.nullcontext():
         open_run_folder(prepared, folder, resume=how.continues, rank=ranks.rank)
+        for said in lost_steps(prepared, folder) if is_first else ():
+            reporter.say(said)
         try:
             with signals.deferred(partial(reporter.place, "stage"), is_alone=ranks.world_size == 1):
                 summary = run_pipeline(prepared, folder, ranks=ranks, reporter=reporter, is_strict=how.strict)

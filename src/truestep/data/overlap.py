@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from truestep.errors import verb
+from truestep.errors import count, verb
 from truestep.records import Problem
 
 NGRAM_WORDS = 13
@@ -60,6 +60,23 @@ def same_problems(
     for problem in evaluation:
         if (key := text_key(problem_text(problem))) and key in first:
             yield problem, first[key]
+
+
+def trained_on_too(
+    train: Mapping[str, Sequence[Problem]], evaluation: Mapping[str, Sequence[Problem]]
+) -> list[str]:
+    """Return a warning for each pair of different sets that share problems, with the first one's rows."""
+    found = []
+    for name, judged in evaluation.items():
+        for other in (other for other in train if other != name):
+            if pairs := list(same_problems(judged, train[other])):
+                mine, theirs = pairs[0]
+                found.append(
+                    f"warning: data.{name}: {count(len(pairs), 'problem', len(judged))} {verb(len(pairs), 'are')} also in "
+                    f"data.{other}, which is trained on, so what they measure is too good (the first: {mine.row or mine.id} "
+                    f"is {theirs.row or theirs.id}); remove them from one of the two"
+                )
+    return found
 
 
 def ngram_hashes(text: str) -> set[bytes]:

@@ -21,8 +21,10 @@ SHOWN_FAULTS = 10  # different faults that are shown; all bad rows are counted
 class BadRows(UserError):
     """Error for rows that cannot be used. ``count`` is their number, and ``first`` has the first faults."""
 
-    def __init__(self, count: int, first: Sequence[str]) -> None:
-        more = f" (and {count - 1} more bad row{'s' if count > 2 else ''})" if count > 1 else ""
+    def __init__(
+        self, count: int, first: Sequence[str], remedy: str = "; truestep data check lists them"
+    ) -> None:
+        more = f" (and {count - 1} more bad row{'s' if count > 2 else ''}{remedy})" if count > 1 else ""
         super().__init__(first[0] + more)
         self.count, self.first = count, list(first)
 

@@ -165,8 +165,8 @@ def reward_names(rows: Iterable[Row]) -> list[str]:
 def mean_rewards(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     """Return the mean of every reward over problems (None if no sample has it), with its standard error (None for one
     problem) and 95 % interval, the number of samples with it, and of those without it, which are in no mean, with the
-    first one's problem and reason. Rewards may have any size, so the interval is the mean ± 1.96 standard errors. Means that are all the same
-    say nothing about their spread, so they have no interval."""
+    first one's problem and reason. Rewards may have any size, so the interval is the mean ± 1.96 standard errors. Means
+    that are all the same say nothing about their spread, so they have no interval."""
     groups = by_problem(rows)
     samples = [row for group in groups.values() for row in group]
     found: dict[str, dict[str, Any]] = {}

@@ -244,19 +244,31 @@ def said(history: History, since: int = 0) -> list[str]:
     ]
 
 
+def differing(prepared: Prepared, index: int, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Return the values, in the run and now, of the settings on which stage ``index`` depends and which differ."""
+    settings = prepared.settings
+    old, new = flat(load_settings(folder / "resolved.toml")), flat(settings)
+    absolute = flat(with_absolute_paths(settings, prepared.base_dir))  # as in resolved.toml
+    other = [key for key in {**new, **old} if old.get(key) not in (new.get(key), absolute.get(key))]
+    return {key: (old.get(key), new.get(key)) for key in other if _counts(key, settings, index)}
+
+
+def num_lost_steps(stage: Path) -> int:
+    """Return the number of steps that a stage has logged but not saved in any checkpoint; 0 if it has one."""
+    logged = stage / "metrics.jsonl"
+    if has_begun(stage) or not logged.exists():
+        return 0
+    return len({row["step"] for row in rundir.read_jsonl(logged) if row.get("step")})
+
+
 def difference(prepared: Prepared, index: int, folder: Path) -> str:
     """Say what differs between the begun stage ``index`` in ``folder`` and the recipe, and what to do."""
     settings, stage = prepared.settings, prepared.settings.stages[index]
     where = stage_folder(folder, index, stage)
     again = f"{rundir.ELSEWHERE}, or delete {where} to train the stage again"
-    old, new = flat(load_settings(folder / "resolved.toml")), flat(settings)
-    absolute = flat(with_absolute_paths(settings, prepared.base_dir))  # as in resolved.toml
-    other = [key for key in {**new, **old} if old.get(key) not in (new.get(key), absolute.get(key))]
-    for key in (key for key in other if _counts(key, settings, index)):
-        remedy = (
-            f"pass --change {key}={json.dumps(new.get(key))} to change it from here on, " if _may(key) else ""
-        )
-        return f"{where} was begun with {key} = {old.get(key)!r}, but the recipe has {new.get(key)!r}; {remedy}{again}"
+    for key, (old, new) in differing(prepared, index, folder).items():
+        remedy = f"pass --change {key}={json.dumps(new)} to change it from here on, " if _may(key) else ""
+        return f"{where} was begun with {key} = {old!r}, but the recipe has {new!r}; {remedy}{again}"
     history = read_history(folder)
     for earlier in settings.stages[: index + 1]:
         for name in (*earlier.data_names, *earlier.watched_data.values()):

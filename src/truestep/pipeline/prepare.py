@@ -13,7 +13,7 @@ from truestep.data.chat import check_special_tokens, encode_prompt, stop_token_i
 from truestep.data.demonstrations import Encoded, encode_demonstrations
 from truestep.data.describe import describe, needs_of, not_used, read_as, use_of
 from truestep.data.files import files_of
-from truestep.data.overlap import overlap_report
+from truestep.data.overlap import overlap_report, trained_on_too
 from truestep.data.problems import BadRows, each_row, load_problems
 from truestep.data.templates import choose_template
 from truestep.device import world
@@ -128,6 +128,7 @@ def prepare(
     watched = [name for stage in settings.stages for name in stage.watched_data.values()]
     tested |= {name: found[name] for name in watched if name in found}
     prepared.overlap = overlap_report(trained, tested) if trained and tested else {}
+    prepared.notes += trained_on_too(trained, tested)
     return prepared
 
 

@@ -28,7 +28,7 @@ from truestep.model.lora import save_adapter
 from truestep.pipeline import shown
 from truestep.pipeline.code import with_absolute_paths
 from truestep.pipeline.evaluation import evaluate_checkpoint
-from truestep.pipeline.history import difference, stage_folder, write_history
+from truestep.pipeline.history import difference, differing, num_lost_steps, stage_folder, write_history
 from truestep.pipeline.models import Session, base_identity, earlier_identities, stage_identity
 from truestep.pipeline.prepare import Prepared
 from truestep.pipeline.sizes import num_steps
@@ -97,6 +97,20 @@ def _require_identity(prepared: Prepared, index: int, folder: Path) -> None:
     for other, step in found:
         if other != identity and (other not in earlier or earlier[other].step != step):
             raise UserError(difference(prepared, index, folder))
+    if num_lost_steps(stage):  # without a checkpoint, only the run's settings say how it was begun
+        changed = prepared.history.last()
+        if any(changed.get(key) != new for key, (_, new) in differing(prepared, index, folder).items()):
+            raise UserError(difference(prepared, index, folder))
+
+
+def lost_steps(prepared: Prepared, folder: Path) -> list[str]:
+    """Return a sentence for each stage that ended before its first checkpoint, and so starts again."""
+    found = []
+    for index, stage in enumerate(prepared.settings.stages):
+        if num := num_lost_steps(stage_folder(folder, index, stage)):
+            steps = f"its {count(num, 'finished step')} {verb(num, 'are')} lost"
+            found.append(f"{stage.name} ended before its first checkpoint and starts again; {steps}")
+    return found
 
 
 def _require_steps(prepared: Prepared, index: int, folder: Path) -> None:
