@@ -494,7 +494,7 @@ def test_a_dry_run_says_what_is_not_used_or_not_read(
     assert call(monkeypatch, *words) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert any(note.startswith("data.train: not used") and "level (1 row)" in note for note in notes)
-    assert any(note.startswith("data.train: 1 of 3 gold answers is read by no rule") for note in notes)
+    assert any(note.startswith("data.train: 1 of 3 gold answers is not a number, formula") for note in notes)
 
 
 @pytest.mark.usefixtures("no_model")

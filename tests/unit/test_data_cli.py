@@ -169,7 +169,7 @@ def test_check_counts_golds_that_only_the_same_text_matches(tmp_path: Path) -> N
     assert [found["answer"] for found in gold["text_only_examples"]] == [g for g in JUNK if g not in refused][
         :10
     ]
-    assert "17 of 39 gold answers are read by no rule" in run("check", path).stdout
+    assert "17 of 39 gold answers are not a number, formula" in run("check", path).stdout
 
 
 def test_check_refuses_a_letter_beyond_the_choices_in_any_spelling(tmp_path: Path) -> None:
@@ -229,6 +229,15 @@ def test_check_says_what_is_not_used(recipe: Path) -> None:
     assert context in run("check", recipe, "--set", last).stdout
     alone = document(run("check", recipe.parent / "train.jsonl", "--json"))["data"]["train"]
     assert alone["unused_columns"] == {"level": 1, "messages[].id": 1}
+
+
+def test_show_of_one_set_or_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"p{n}", "answer": "1"}) + "\n" for n in range(12)))
+    assert re.findall(r"p\d+", run("show", path, "--row", "1", "--data", "rows").stdout) == ["p0"]
+    assert re.findall(r"p\d+", run("show", path, "--row", "12").stdout) == ["p11"]
+    assert "rows has no row with this number" in str(run("show", path, "--row", "13").exception)
+    assert "--data row: expected one of rows" in str(run("show", path, "--data", "row").exception)
 
 
 def test_a_turn_that_nobody_answers_is_said_to_be_left_out(tmp_path: Path) -> None:

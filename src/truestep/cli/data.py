@@ -28,6 +28,13 @@ _GOLD = "Grade every gold answer against itself, and report those that the grade
 Source = Annotated[str, typer.Argument(help=_SOURCE, show_default=False)]
 Model = Annotated[str, typer.Option("--model", help=_MODEL, show_default=False)]
 Num = Annotated[int, typer.Option("--num", min=1, help="How many examples of each data set to print.")]
+ShownData = Annotated[
+    str | None, typer.Option("--data", metavar="NAME", help="The only data set of the recipe to show.")
+]
+RowNumber = Annotated[
+    int | None,
+    typer.Option("--row", metavar="N", min=1, help="Show only the row with this number in its file."),
+]
 Gold = Annotated[bool, typer.Option(help=_GOLD)]
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="OURS=THEIRS", help=_COLUMN)]
 To = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="trl, verl, openai or truestep.")]
@@ -58,6 +65,8 @@ def check(
 def show(
     source: Source,
     num: Num = 2,
+    data: ShownData = None,
+    row: RowNumber = None,
     overrides: Set = None,
     columns: Columns = None,
     model: Model = "",
@@ -67,7 +76,9 @@ def show(
     file are shown as texts or, with --model, as tokens."""
     from truestep.cli import data_show_actions
 
-    data_show_actions.show(source, overrides or (), columns or (), model, num=num, as_json=as_json)
+    data_show_actions.show(
+        source, overrides or (), columns or (), model, num=num, data=data, row=row, as_json=as_json
+    )
 
 
 @app.command()

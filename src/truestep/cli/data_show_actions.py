@@ -27,14 +27,21 @@ if TYPE_CHECKING:
 
 
 def show(
-    source: str, overrides: Sequence[str], columns: Sequence[str], model: str, *, num: int, as_json: bool
-) -> None:
+    source: str, overrides: Sequence[str], columns: Sequence[str], model: str, *, num: int, data: str | None,
+    row: int | None, as_json: bool,
+) -> None:  # fmt: skip
     """Print the first examples of every data set as the model sees them. A solution is shown only if a stage trains
     on it or measures its validation loss on it. A file without a model is shown as texts."""
     announce(f"truestep data show: reading {source}")
     from rich.text import Text
 
     settings, sets, needs = _sets(source, overrides, columns, model)
+    if data is not None and data not in sets:
+        raise UserError(f"--data {data}: expected one of {', '.join(sets)}")
+    sets = sets if data is None else {data: sets[data]}
+    chosen = {name: [p for p in of if row is None or p.row.endswith(f":{row}")] for name, of in sets.items()}
+    if not any(chosen.values()):
+        raise UserError(f"--row {row}: {', '.join(sets)} has no row with this number")
     make = _maker(settings) if settings else _texts
     console = PlainConsole(soft_wrap=True)
     documents = []
@@ -45,7 +52,7 @@ def show(
         has_solutions = not wanted or "solution" in wanted
         for said in () if as_json else (*read_as(described), *not_used(described, use, wanted)):
             console.print(f"{name}: {said}", markup=False)
-        for problem in problems[:num]:
+        for problem in chosen[name][:num]:
             problem = problem if has_solutions else replace(problem, solution="", dialogue=())
             for spans, document in make(problem):
                 documents.append({"data": name, "layout": problem.layout, **document})
@@ -53,8 +60,8 @@ def show(
                     continue
                 title = f"{name} {problem.id} ({problem.row})"
                 if "num_tokens" in document:
-                    chosen, total = document["num_trained"], document["num_tokens"]
-                    counts = f"{counted(chosen, 'token', total)} {verb(chosen, 'are')} {use}"
+                    num_trained, total = document["num_trained"], document["num_tokens"]
+                    counts = f"{counted(num_trained, 'token', total)} {verb(num_trained, 'are')} {use}"
                     prompt = f"a prompt of {counted(total, 'token')}"
                     title += f": {counts if has_solutions else prompt}"
                 answer = f"; answer {problem.answer}" if problem.answer else ""

@@ -283,7 +283,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], reporter: Any) -> None:
     from rich.table import Table
 
     if rows and not reporter.quiet:
-        table = Table(title="values that follow from the settings")
+        table = Table(title="what will be trained")
         for column in ("", *[str(row["stage"]) for row in rows]):
             table.add_column(column)
         for key in [k for k in rows[0] if k != "stage"]:

@@ -182,7 +182,7 @@ def _parsed(line: bytes) -> Row | RowError:
             else ""
         )
         hint = r"; write \\ for every \ of a text" if "escape" in error.msg else hint
-        return RowError("JSON", f"expected a JSON object on one line, got {found}{hint}")
+        return RowError("JSON", f"expected a JSON object on one line, but reading it failed: {found}{hint}")
     except RecursionError:
         return RowError("JSON", "expected a flat JSON object, got one nested too deeply to read")
     except ValueError:

@@ -76,8 +76,9 @@ def _turn(turn: Any, field: str, *, is_first: bool) -> Message:
     given, names = role, _SHAREGPT if is_sharegpt else _SAME_ROLE
     role = names.get(str(role), role)
     if role not in ROLES:
-        found = shown(role) + did_you_mean(str(role), ROLES)
-        raise RowError(f"{field}.{role_key}", f"expected system, user, assistant or tool, got {found}")
+        found, meant = shown(role) + did_you_mean(str(role), ROLES), _SHAREGPT.get(str(role))
+        hint = f'; write "{meant}", or "from" and "value" as the keys' if meant else "; rename the role"
+        raise RowError(f"{field}.{role_key}", f"expected system, user, assistant or tool, got {found}{hint}")
     if role == "system" and not is_first:
         raise RowError(f"{field}.{role_key}", "expected the system's turn first, got it later; move it")
     passed = {key: turn[key] for key in _PASSED if turn.get(key) not in BARE}
@@ -186,7 +187,7 @@ def text_of(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise RowError(field, f"expected text, got {shown(value)}")
     if not value.strip():
-        raise RowError(field, "expected text, got an empty string")
+        raise RowError(field, "expected text, got an empty string; write the text, or remove the row")
     return value
 
 

@@ -74,7 +74,11 @@ def said_of(unread: Sequence[Gold], num_unread: int, num: int) -> str:
     first = unread[0].problem
     example = f"e.g. {first.row or first.id}: {first.answer[:60]!r}"
     amount = f"{count(num_unread, 'gold answer', num)} {verb(num_unread, 'are')}"
-    return f"{amount} read by no rule, so only the same text is correct, {example}"
+    what = "not a number, formula, unit or choice that the grader reads, so only the same text is correct"
+    remedy = (
+        "have models end with just this text, add choices, or score samples with your own reward or scorer"
+    )
+    return f"{amount} {what} ({example}); {remedy}"
 
 
 def _is_plain(answer: str) -> bool:
