@@ -19,8 +19,7 @@ _NAME = re.compile(
 _FIRST = ("a", "0", "1")  # labels with which columns of choices begin
 
 
-class _NoChoice(RowError):
-    """Error for an answer that is not the label or the text of a choice."""
+NO_CHOICE = "expected the label or the text of one of the choices in "
 
 
 def gathered(rows: Sequence[Numbered], named: Collection[str] = ()) -> tuple[list[Numbered], list[str]]:
@@ -30,10 +29,8 @@ def gathered(rows: Sequence[Numbered], named: Collection[str] = ()) -> tuple[lis
     names = {key: None for _, row in rows if isinstance(row, dict) for key in row if key not in named}
     for columns in _runs(list(names)):
         made = [(n, _with_choices(row, columns) if isinstance(row, dict) else row) for n, row in rows]
-        if any(
-            not isinstance(new, _NoChoice) and isinstance(row, dict)
-            for (_, new), (_, row) in zip(made, rows, strict=True)
-        ):
+        old = {n for n, row in rows if isinstance(row, dict)}
+        if any(n in old and not (isinstance(new, RowError) and NO_CHOICE in new.message) for n, new in made):
             return made, list(columns.values())
     return list(rows), []
 
@@ -66,8 +63,8 @@ def _with_choices(row: Row, columns: dict[str, str]) -> Row | RowError:
     same = texts.index(answer) if answer and answer in texts else None
     is_number = "a" in columns and answer.isdecimal() and int(answer) <= len(texts)
     if place is None and same is None and not is_number:
-        fault = f"expected the label or the text of one of the choices in {', '.join(columns.values())}, got"
-        return _NoChoice(key, f"{fault} {shown(row.get(key))}; if they are not choices, rename these columns")
+        fault = f"{NO_CHOICE}{', '.join(columns.values())}, got"
+        return RowError(key, f"{fault} {shown(row.get(key))}; if they are not choices, rename these columns")
     if "" in texts:
         empty = [*columns.values()][texts.index("")]
         return RowError(empty, "expected the text of a choice, got nothing before the last choice")

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from truestep.data.describe import describe
 from truestep.data.layouts import column_of, read
@@ -31,6 +30,10 @@ from truestep.settings import DataSettings, parse
 
 # Columns of rows with choices, or in two parts (sources.item_of); other rows are problems as for training.
 _OF_ITEMS = {"choices", "options", "Correct Answer", "Body"}
+_READ_OF_ITEMS = {
+    *_OF_ITEMS, *(f"Incorrect Answer {n}" for n in (1, 2, 3)), "Question", "Answer", "question", "problem", "answer",
+    "answerKey", "id", "Record ID", "question_id",
+}  # fmt: skip
 # Columns that items_of reads before the named one.
 _SAME = {"problem": ("question", "Body"), "answer": ("answerKey",), "choices": ("options",)}
 COLUMN = "--column OURS=THEIRS, such as --column problem=prompt_text --column answer=label"
@@ -126,16 +129,11 @@ def _load(path: Path, name: str, checker: str, columns: Mapping[str, str]) -> tu
     if "choices" in columns or _has_items(renamed):
         numbered, note = lettered(renamed)
         notes = [f"{', '.join(places)} are read as the choices"] if places else []
-        given = [(n, _Read(row) if isinstance(row, dict) else row) for n, row in numbered]
         with _hinted(rows, columns):
-            items = items_of(str(path), name, given)
-        unused = Counter(
-            key
-            for (_, row), (_, read_row) in zip(rows, given, strict=True)
-            if isinstance(row, dict) and isinstance(read_row, _Read)
-            for key, value in row.items()
-            if value is not None and key not in {*read_row.used, *places, *_heads(columns)}
-        )
+            items = items_of(str(path), name, numbered)
+        used = {*_READ_OF_ITEMS, *places, *_heads(columns)}
+        given = [row for _, row in rows if isinstance(row, dict)]
+        unused = Counter(key for row in given for key in row if row[key] is not None and key not in used)
         is_choice = all(item.choices for item in items)
         if not is_choice and (mixed := [n for n, item in enumerate(items, start=1) if item.choices]):
             raise UserError(
@@ -157,22 +155,6 @@ def _load(path: Path, name: str, checker: str, columns: Mapping[str, str]) -> tu
         unused = Counter(describe(problems, {"answer"})["unused_columns"])
         own = replace(own, mind="; ".join(_not_used(unused)))
     return own, problems
-
-
-class _Read(dict[str, Any]):
-    """A row that remembers which of its columns were read."""
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.used: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.used.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.used.add(key)
-        return super().get(key, default)
 
 
 def _has_items(rows: Sequence[Numbered]) -> bool:
