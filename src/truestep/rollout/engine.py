@@ -110,7 +110,7 @@ class Receipt:
         if self.unread:
             return f"by the version that the engine reports and the reset of its cache ({self.unread})"
         if not self.fingerprints:
-            return "the engine samples with the trainer's own weights, so nothing is copied"
+            return "engine and trainer have the same weights; none is copied"
         held = "received and loaded" if self.is_received else "holds"
         return f"every bit that the engine {held} is compared"
 
