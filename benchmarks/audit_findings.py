@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +77,13 @@ def run(name: str, words: tuple[str, ...]) -> None:
     if not done.stdout:
         print(f"{name}: exit code {done.returncode}, nothing to keep", file=sys.stderr)
         return
-    write_json(
-        FOLDER / f"{name}.json", {"command": " ".join(["truestep audit", *words]), **json.loads(done.stdout)}
-    )
+    found = json.loads(portable(done.stdout))
+    write_json(FOLDER / f"{name}.json", {"command": " ".join(["truestep audit", *words]), **found})
+
+
+def portable(text: str) -> str:
+    """Return a JSON text in which places in packages do not begin with the folder of their environment."""
+    return re.sub(r'"/[^"]*/(site-packages/[^"]*)"', r'"\1"', text)
 
 
 def page() -> str:
