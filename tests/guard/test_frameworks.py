@@ -66,6 +66,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     return results(tmp_path_factory.mktemp("pair"), PAIR, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_alone(name: str, alone: dict[str, list[dict[str, Any]]]) -> None:
     check(alone[name])

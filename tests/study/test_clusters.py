@@ -238,6 +238,7 @@ def test_ranks_that_end_because_of_another_one_do_not_decide(codes: list[int], c
     assert code_of_ranks(codes) == code
 
 
+@pytest.mark.slow
 def test_a_killed_cell_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
     """Two cells at once, each with a GPU; one of them is killed twice in the middle of its steps."""
     text = cells.STUDY.replace("seeds = [1]", GPU) + cells.SECOND_ARM
