@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRAIN := $(VENV)/.train
 DEV := $(VENV)/.dev
+DOCS := .bench/docs/.docs
 # Let Python save byte code; without it, every process would compile torch's source files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm test-trackers engine-proof guard-bench architectures notebooks mutate study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm test-trackers engine-proof guard-bench architectures notebooks docs mutate study smollm clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +81,15 @@ architectures: $(DEV) ## train a small model of each of sixteen architectures, o
 
 notebooks: $(TRAIN) ## execute the notebooks in a separate environment, and write their outputs into them
 	@$(BIN)/python benchmarks/notebooks.py
+
+$(DOCS): pyproject.toml constraints/docs.txt .ci/environment
+	@mkdir -p .bench
+	@CONSTRAINTS=docs PYTHON=$(PYTHON) sh .ci/environment .bench/docs docs
+	@touch $@
+
+docs: $(DOCS) ## build the documentation site into build/site, in a separate environment; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 .bench/docs/bin/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 mutate: $(DEV) ## make random one-place changes to the code that decides numbers, and report the share that no test detects (hours; resumable)
 	@$(BIN)/python benchmarks/mutate.py $(MUTATE)
