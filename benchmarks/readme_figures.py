@@ -83,9 +83,14 @@ def stacks_table(findings: Sequence[Finding]) -> str:
         found = sorted((f for f in findings if stack.holds(f)), key=lambda f: _release(f, stack.package))
         bad = [f for f in found if f["verdict"] == "FAULT"]
         right = [f for f in found if f["verdict"] == "RIGHT"]
+        right = right or [f for f in found if f["verdict"] == "DEFAULT"]  # another objective is not a fault
         assert bad or right, stack.name
-        what = min(bad[0]["fault"].split("; "), key=len) if bad else ""
-        weights = _weights(bad[0]) if bad else _weights(right[0])
+        shown = (bad or right)[0]
+        parts = shown["fault"].split("; ")
+        what = next((part for part in parts if part.startswith("data is lost")), parts[0])
+        weights = _weights(shown)
+        if shown["verdict"] == "DEFAULT":
+            what = f"default: {what.split(', ')[0]}"
         faulty, sound = _releases(bad, stack.package) or "–", _releases(right, stack.package) or "not tested"
         cells = [stack.name, faulty, what or "–", weights, sound]
         lines.append(f"| {' | '.join(cells)} |")

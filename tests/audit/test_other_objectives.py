@@ -377,3 +377,18 @@ def test_a_count_before_the_shift_differs_only_where_every_token_is_trained() ->
     finding = audit_function(step, names=(*CASES, "whole"))
     assert (finding.verdict, finding.codes) == ("DEFAULT", ("other_count",))
     assert "the first token of a row is counted" in row_of(finding)["fault"]
+
+
+def test_means_weighted_by_counts_before_the_shift_are_named() -> None:
+    def step(model: Any, optimizer: Any, batches: list[Any]) -> None:
+        counts = [int((m["labels"] != -100).sum()) for m in batches]
+        for m, before_shift in zip(batches, counts, strict=True):
+            _, on, own = forward(model, m)
+            (own.sum() / on.sum() * before_shift / sum(counts)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert judged(step).verdict == "RIGHT"
+    finding = audit_function(step, names=(*CASES, "whole"))
+    assert (finding.verdict, finding.codes) == ("FAULT", ("count_of_firsts",))
+    assert "weighted by a number of tokens that includes the first" in row_of(finding)["fault"]

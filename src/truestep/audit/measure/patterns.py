@@ -146,7 +146,9 @@ def by_ranks(values: np.ndarray, counts: Sequence[Sequence[int]]) -> list[np.nda
 
 def without_pattern(step: Step, found: Recovered) -> Cause:
     """Describe weights that no pattern fits."""
-    named = _clipped_parts(step, found) or _decaying(found) or _by_slots(step, found)
+    named = (
+        _clipped_parts(step, found) or _decaying(found) or _by_slots(step, found) or _by_firsts(step, found)
+    )
     return named or unknown("unknown_weights", found.weights)
 
 
@@ -178,6 +180,15 @@ def _by_slots(step: Step, found: Recovered) -> Cause | None:
         slots = [m.slots(shift) for m in step.microbatches if m.num_trained]
         if all(slots) and len(set(slots)) > 1 and alike(found.weights * np.array(slots)):
             return cause("padding", "padding_counted")
+    return None
+
+
+def _by_firsts(step: Step, found: Recovered) -> Cause | None:
+    """Find means over the trained tokens that are weighted by counts in which first tokens are included."""
+    used = [m for m in step.microbatches if m.num_trained]
+    factors = np.array([1 + m.num_first / m.num_trained for m in used])
+    if not alike(factors) and alike(found.weights / factors):
+        return cause("count_of_firsts", "weighted_with_first")
     return None
 
 

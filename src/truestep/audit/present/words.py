@@ -83,6 +83,8 @@ SENTENCES: dict[str, Form] = {
     "rows_weighted": lambda v: f"rows have weights that do not depend on the split [{_few(v['weights'])}]",
     "divided_by_rows": "the sum over all trained tokens, divided by the number of rows",
     "first_counted": "the first token of a row is counted, although nothing predicts it",
+    "weighted_with_first": "micro-batches are weighted by a number of tokens that includes the first token of a "
+    "row, although nothing predicts it",
     "masked_counted": "tokens that are not trained on are counted in the denominator",
     "decaying_weights": "each micro-batch is multiplied by {ratio:.3g} for every one that follows",
     "stepped_twice": "the optimizer steps twice on the same gradient",
