@@ -550,6 +550,7 @@ _NEWER: tuple[tuple[str, Any], ...] = (
     ("validation", ValidationSettings().model_dump(mode="json")),
     ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""),
     ("lora", LoraSettings().model_dump(mode="json")), ("offload", "none"),
+    ("demonstrations", []),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))
 

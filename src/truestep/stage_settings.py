@@ -362,14 +362,25 @@ class RlSettings(StageSettings):
     """A built-in RL method (truestep method list), or FILE.py:ROW. Example: ``method = "dapo"``"""
     method_options: dict[str, float | str | bool] = Field(default_factory=dict)
     """Options of the method. Example: ``method_options = { clip_high = 0.3 }``"""
+    demonstrations: tuple[str, ...] = ()
+    """The data sets of the stage whose demonstrations the method uses; all, if empty. The prompts of the others
+    have samples of the policy only. Example: ``demonstrations = ["train"]``"""
 
     @property
     def reward_entries(self) -> tuple[RewardSettings, ...]:
         """The rewards in force."""
         return reward_entries(self.reward, self.rewards)
 
+    @property
+    def guided(self) -> tuple[str, ...]:
+        """The data sets whose demonstrations a method uses that needs them."""
+        return self.demonstrations or self.data_names
+
     @model_validator(mode="after")
     def _arithmetic(self) -> Self:
+        if unknown := [name for name in self.demonstrations if name not in self.data_names]:
+            known = ", ".join(self.data_names)
+            raise ValueError(f"demonstrations: {unknown[0]} is not a data set of the stage; use {known}")
         _ = self.reward_entries  # raises for a reward that does not exist
         p, u = self.prompts_per_step, self.updates_per_rollout
         if p % u:

@@ -42,7 +42,7 @@ stage.faults.sequences_per_microbatch
 sft.sequences_per_step sft.epochs sft.epochs_of sft.steps sft.method sft.method_options
 
 rl.steps rl.prompts_per_step rl.samples_per_prompt rl.updates_per_rollout rl.method rl.method_options rl.reward
-rl.engine rl.rollout_ahead
+rl.engine rl.rollout_ahead rl.demonstrations
 rl.solved_at rl.rewards.function rl.rewards.weight rl.rewards.name rl.rewards.options rl.rewards.timeout_seconds
 rl.rewards.memory_mb rl.rewards.workers rl.rewards.batch_size rl.rewards.max_failure_share
 rl.sampling.temperature rl.sampling.top_p rl.sampling.top_k rl.sampling.max_new_tokens rl.sampling.max_running

@@ -139,7 +139,7 @@ def _guided(settings: Settings, base_dir: Path) -> list[str]:
     from truestep.pipeline.prepare import method_of
 
     sampled = [s for s in settings.stages if s.kind == "rl" and method_of(s, base_dir).needs_demonstrations]
-    return [name for stage in sampled for name in stage.data_names]
+    return [name for stage in sampled for name in stage.guided]
 
 
 def _example(

@@ -43,13 +43,13 @@ def drop_degenerate(group: GroupView) -> GateDecision:
 def imitate_where_unsolved(most_correct: int) -> Gate:
     """Return a gate that keeps only the demonstration if at most ``most_correct`` of the policy's samples are
     correct, and otherwise only the samples. With −1 it never keeps the demonstration; with the number of
-    samples it always keeps only the demonstration.
+    samples it always keeps only the demonstration. A group without a demonstration keeps its samples.
     Source: arXiv:2509.04419 (HPT), 2506.01096 (SuperRL)."""
 
     def gate(group: GroupView) -> GateDecision:
         if not group.own_solved:  # no own sample is scored, which does not mean that all are incorrect
             return _kept((False,) * len(group.origins))
-        imitate = sum(group.own_solved) <= most_correct
+        imitate = Origin.EXPERT in group.origins and sum(group.own_solved) <= most_correct
         pairs = zip(keep_scored(group).keep, group.origins, strict=True)
         return _kept(tuple(kept and (origin is Origin.EXPERT) == imitate for kept, origin in pairs))
 

@@ -190,8 +190,8 @@ def _of_set(name: str, error: UserError) -> UserError:
 
 def _guided(settings: Settings, methods: Mapping[str, Method]) -> dict[str, str]:
     """Return the data sets whose solutions a stage that samples trains on, with the stage's name."""
-    sampled = [s for s in settings.stages if s.kind != "sft" and s.name in methods]
-    return {name: s.name for s in sampled if methods[s.name].needs_demonstrations for name in s.data_names}
+    sampled = [s for s in settings.stages if isinstance(s, RlSettings) and s.name in methods]
+    return {name: s.name for s in sampled if methods[s.name].needs_demonstrations for name in s.guided}
 
 
 def _check_engines(settings: Settings) -> None:

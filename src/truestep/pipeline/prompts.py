@@ -34,8 +34,9 @@ def prompts_of_stage(prepared: Prepared, stage: RlSettings | RejectionSettings) 
     limit, plan = stage.sampling.max_new_tokens, prepared.methods[stage.name].plan
     shown, found = plan.most_shown if plan else 0.0, []
     for name in stage.data_names:
-        prompts = _short_prompts(prepared, stage, name, shown)
-        if prepared.methods[stage.name].needs_demonstrations:
+        is_guided = isinstance(stage, RlSettings) and name in stage.guided
+        prompts = _short_prompts(prepared, stage, name, shown if is_guided else 0.0)
+        if is_guided and prepared.methods[stage.name].needs_demonstrations:
             whole = prepared.demonstrations[name]
             fit = {d.problem_id for d in whole if len(d.token_ids) - d.num_prompt_tokens <= limit}
             kept = [p for p in prompts if p.problem.id in fit]

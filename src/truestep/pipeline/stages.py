@@ -214,14 +214,14 @@ def _rollout_source(
     prompts = prepared.stage_prompts[stage.name]
     named = [
         (f"{name}/{d.problem_id}" if len(prompts) > 1 else d.problem_id, d.token_ids[d.num_prompt_tokens :])
-        for name in (stage.data_names if method.needs_demonstrations else ())
+        for name in (stage.guided if method.needs_demonstrations else ())
         for d in prepared.demonstrations[name]
     ]
     sampler = Sampler(
         engine=engine, plan=method.plan, sampling=sampling_parameters(stage.sampling, prepared.stop_ids),
         samples_per_prompt=stage.samples_per_prompt, decode=session.decode, score=score,
         seed=prepared.settings.seed, solved_at=stage.solved_at, check_stop=session.check_stop,
-        demonstrations=dict(named),
+        demonstrations=dict(named), unguided=frozenset(stage.data_names) - {*stage.guided},
         hinted=partial(hinted_prompt, prepared),
     )  # fmt: skip
     return RolloutSource(

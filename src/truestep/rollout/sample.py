@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from truestep import records
+from truestep.objective import plan as plans
 from truestep.objective.plan import Done, Plan, PlanState, RoundResult
 from truestep.records import Group, Message, Origin, Prompt, RewardInput, Rollout, Round, Score, Stop
 from truestep.rollout.engine import Engine, SampleRequest, SamplingParameters, StaleWeightsError
@@ -23,7 +24,8 @@ class Sampler:
     """Samples graded groups. With given weights, a sample depends only on (seed, step, prompt, number).
 
     ``demonstrations`` has the expert's completions (with stop token) by problem id. ``hinted`` makes a prompt
-    that shows the first part of the problem's solution. A sample without a verdict solves its problem if its
+    that shows the first part of the problem's solution. Problems of the data sets ``unguided`` have no
+    demonstration: a plan that needs one is replaced by ordinary samples. A sample without a verdict solves its problem if its
     reward is at least ``solved_at``."""
 
     engine: Engine
@@ -37,6 +39,7 @@ class Sampler:
     check_stop: Callable[[], None] = lambda: None
     demonstrations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     hinted: Hint | None = None
+    unguided: frozenset[str] = frozenset()
 
     def groups(
         self,
@@ -63,6 +66,10 @@ class Sampler:
                 return [_merge(place) for place in places]
             self._sample(asking, step)
 
+    def is_guided(self, prompt: Prompt) -> bool:
+        """Return whether the method may use a demonstration of this prompt."""
+        return prompt.data not in self.unguided
+
     def _wants_more(self, place: _Place, step: int, controls: Mapping[str, float]) -> bool:
         """Return whether the plan has further rounds for this prompt, which are then added to the place."""
         state = PlanState(
@@ -76,7 +83,8 @@ class Sampler:
             controls=controls,
             has_stored=place.stored is not None,
         )
-        answer = self.plan(state)
+        plan = plans.own if self.plan.needs_demonstrations and not self.is_guided(place.prompt) else self.plan
+        answer = plan(state)
         if isinstance(answer, Done):
             place.kept = answer.rounds or tuple(range(len(place.done)))
             return False

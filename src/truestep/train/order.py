@@ -7,7 +7,7 @@ Held by: tests/unit/test_order.py
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -112,6 +112,12 @@ class Order(Generic[Item]):
     sets: Sequence[Sequence[Item]]
     weights: tuple[float, ...] = (1.0,)
     names: tuple[str, ...] = ("",)
+
+    def without(self, names: Collection[str]) -> Order[Item]:
+        """Return the order of the other data sets."""
+        kept = [part for part in zip(self.sets, self.weights, self.names, strict=True) if part[2] not in names]
+        sets, weights, kept_names = zip(*kept, strict=True)
+        return Order(sets, weights, kept_names)
 
     def at(self, step: int, size: int, seed: int, *, limit: int = 0, item: str = "") -> list[Item]:
         """Return the ``size`` items of a step (fewer at the end, if there is a ``limit`` for a single set). Every set

@@ -338,7 +338,8 @@ class RolloutSource:
             return []
         sampled = self.prompts_per_step // self.updates_per_step * self.sampler.samples_per_prompt
         count = max(1, round(sampled * share / (1 - share)))
-        prompts = self.order.at(update, count, self.sampler.seed, item="stream")
+        guided = self.order.without(self.sampler.unguided)
+        prompts = guided.at(update, count, self.sampler.seed, item="stream")
         return self._demonstrations([p.problem.id for p in prompts])
 
     def _demonstrations(self, names: Sequence[str]) -> list[TrainSequence]:
@@ -356,7 +357,8 @@ class RolloutSource:
         buffered = None
         buffer, replay = self.method.part(DemonstrationBuffer), self.method.part(Replay)
         if buffer is not None:
-            mine = [g.group.prompt.problem.id for g in groups if g.decision.push_demonstration]
+            pushed = [g.group.prompt for g in groups if g.decision.push_demonstration]
+            mine = [prompt.problem.id for prompt in pushed if self.sampler.is_guided(prompt)]
             waiting = with_waiting(memory.waiting, sorted(self._gathered(mine)))
             if len(waiting) >= buffer.size:
                 buffered = self._demonstrations(waiting[: buffer.size])
