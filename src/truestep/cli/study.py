@@ -185,24 +185,19 @@ def show_plan(study: Any, checked: Any, path: Path, folder: Path, as_json: bool)
     if as_json:
         echo(json.dumps(plan))
         return
-    heads = [
-        "arm",
-        "stages",
-        "cells",
-        "trials",
-        "FLOPs per cell (fuller)",
-        "CPU s per cell",
-        "GiB",
-        "equal FLOPs",
-    ]
+    heads = ["arm", "stages", "cells", "trials", "FLOPs\n(fuller)", "CPU\nseconds", "GiB"]
     rows = [
         [r["arm"], " ".join(r["stages"]), str(r["cells"]), str(r["trials"]), f"{r['flops_full']:.2e}",
-         str(r["cpu_seconds_per_cell"]), f"{r['gib']:.2f}", r["matched"]]
+         str(r["cpu_seconds_per_cell"]), f"{r['gib']:.2f}"]
         for r in plan["arms"]
     ]  # fmt: skip
-    if not any(row[-1] for row in rows):
-        heads, rows = heads[:-1], [row[:-1] for row in rows]
-    _print_table(f"{study.name}: estimated cost", heads, rows, left=(0, 1, 7))
+    _print_table(f"{study.name}: estimated cost of each cell", heads, rows, left=(0, 1))
+    matched: dict[str, list[str]] = {}
+    for r in plan["arms"]:
+        matched.setdefault(r["matched"], []).append(r["arm"])
+    for what, arms in matched.items():
+        if what:
+            echo(f"{what}: {', '.join(arms)}")
     for line in left_out(plan):
         echo(line)
     seconds = sum(row["cpu_seconds"] for row in plan["arms"])
