@@ -392,3 +392,53 @@ def test_means_weighted_by_counts_before_the_shift_are_named() -> None:
     finding = audit_function(step, names=(*CASES, "whole"))
     assert (finding.verdict, finding.codes) == ("FAULT", ("count_of_firsts",))
     assert "weighted by a number of tokens that includes the first" in row_of(finding)["fault"]
+
+
+@pytest.mark.parametrize("block", [7, 16])
+def test_rows_that_are_cut_into_blocks_are_lost_data(block: int) -> None:
+    def step(model: Any, optimizer: Any, batches: list[Any]) -> None:
+        whole = [m["attention_mask"].bool() for m in batches]
+        ids, labels = (
+            torch.cat([m[key][on] for m, on in zip(batches, whole, strict=True)])
+            for key in ("input_ids", "labels")
+        )
+        num = len(ids) // block * block
+        m = {"input_ids": ids[:num].view(-1, block), "labels": labels[:num].view(-1, block)}
+        (forward(model, m)[2].sum() / count([m])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    finding = judged(step)
+    assert (finding.verdict, finding.codes) == ("FAULT", ("data_lost",))
+    assert "rows are cut in two" in row_of(finding)["fault"]
+
+
+def test_a_step_without_the_last_token_of_a_line_cuts_no_row() -> None:
+    """The last token predicts nothing, so many loops leave it out. The audit does not find such rows."""
+
+    def step(model: Any, optimizer: Any, batches: list[Any]) -> None:
+        for m in batches:
+            z, y = model(input_ids=m["input_ids"][:, :-1]), m["labels"][:, 1:]
+            (cross_entropy(z.transpose(1, 2), y, reduction="sum") / count(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert judged(step).verdict != "FAULT"
+
+
+def test_gradients_of_single_rows_by_vmap_are_the_same_step() -> None:
+    def step(model: Any, optimizer: Any, batches: list[Any]) -> None:
+        named = {name: p.detach() for name, p in model.named_parameters()}
+
+        def summed(named: Any, ids: Any, labels: Any) -> Any:
+            z = torch.func.functional_call(model, named, (), {"input_ids": ids[None]})[0, :-1]
+            return cross_entropy(z, labels[1:], reduction="sum")
+
+        each = torch.func.vmap(torch.func.grad(summed), in_dims=(None, 0, 0))
+        parts = [each(named, m["input_ids"], m["labels"]) for m in batches]
+        for name, p in model.named_parameters():
+            p.grad = torch.stack([part[name].sum(0) for part in parts]).sum(0) / count(batches)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert judged(step).verdict == "RIGHT"

@@ -22,12 +22,8 @@ from truestep.train.source import RolloutSource
 
 GUIDED = [name for name in METHODS if build(name, {}).plan and build(name, {}).needs_demonstrations]
 OPTIONS: dict[str, dict[str, Any]] = {"relift": {"buffer_size": 2}}
-POOL = [
-    replace(p, data="pool", problem=replace(p.problem, id=f"pool/{p.problem.id}")) for p in prompts(6)
-]
-TRAIN = [
-    replace(p, data="train", problem=replace(p.problem, id=f"train/{p.problem.id}")) for p in prompts(3)
-]
+POOL = [replace(p, data="pool", problem=replace(p.problem, id=f"pool/{p.problem.id}")) for p in prompts(6)]
+TRAIN = [replace(p, data="train", problem=replace(p.problem, id=f"train/{p.problem.id}")) for p in prompts(3)]
 
 
 def source(method: str, engine: ScriptedEngine) -> RolloutSource:

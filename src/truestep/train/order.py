@@ -115,7 +115,9 @@ class Order(Generic[Item]):
 
     def without(self, names: Collection[str]) -> Order[Item]:
         """Return the order of the other data sets."""
-        kept = [part for part in zip(self.sets, self.weights, self.names, strict=True) if part[2] not in names]
+        kept = [
+            part for part in zip(self.sets, self.weights, self.names, strict=True) if part[2] not in names
+        ]
         sets, weights, kept_names = zip(*kept, strict=True)
         return Order(sets, weights, kept_names)
 

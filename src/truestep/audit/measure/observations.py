@@ -158,6 +158,9 @@ class Observation:
     ranks_differ: float = 0.0  # largest difference of a parameter between two ranks after any step
     forwards_without_step: int = 0
     unmatched: int = 0
+    num_cut: int = (
+        0  # rows that no line has whole, but one line ends inside of the row and another one goes on there
+    )
     parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape, in the order of the vectors
     location: str = ""  # FILE:LINE where the audited code runs the model
     autocast: str = ""  # the dtype that the model was run in, if different from its parameters'
@@ -210,6 +213,9 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
     ranks = [json.loads(read_plain(p)) for p in paths]
     if any(r["schema"] != SCHEMA for r in ranks) or len(ranks) != ranks[0]["world_size"]:
         raise ObservationError("ranks_missing", ranks=len(ranks), of=ranks[0]["world_size"], schema=SCHEMA)
+    num_cut = len({row for r in ranks for row in r.get("cut_rows", ())})
+    if num_cut and any(part["gradients"] is None for r in ranks for part in r["steps"]):
+        return Observation(asked=case, num_cut=num_cut)
     num_steps = {len(r["steps"]) for r in ranks}
     if len(num_steps) > 1:
         raise ObservationError("ranks_disagree", steps=sorted(num_steps))
@@ -262,6 +268,7 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
         ranks_differ=worst,
         forwards_without_step=max(r["forwards_without_step"] for r in ranks),
         unmatched=sum(r["unmatched_lines"] for r in ranks),
+        num_cut=num_cut,
         parameters=tuple((name, tuple(shape)) for name, shape in ranks[0]["parameters"]),
         num_calls=ranks[0].get("about", {}).get("calls"),
         **{key: ranks[0][key] for key in ("versions", "location", "autocast", "dtype", "seconds")},

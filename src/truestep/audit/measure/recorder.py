@@ -32,6 +32,9 @@ EXPLAINED = 1e-4  # relative; the part of a correct step that weights of the row
 MOST_NUMBERS = 8_000_000  # of the gradients of single tokens
 FOCAL = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)  # exponents of a focal loss
 Row = dict[str, list[int]]
+PIECE = (
+    3  # tokens of a row at each side of a cut, of which there are six at least: chance does not give these
+)
 FILLER = 0  # what follows a padded row
 
 
@@ -116,6 +119,8 @@ class Recorder:
         self.microbatches: Lines = []
         self.steps: list[tuple[Tensor, Tensor, Lines]] = []
         self.unmatched = 0
+        self.ends: set[tuple[int, int]] = set()  # (row, place): a line ends there
+        self.starts: set[tuple[int, int]] = set()  # (row, place): a line starts there
         self.autocast: torch.dtype | None = None  # the autocast dtype in which the model was run
         self.logged: dict[str, list[float]] = {"loss": [], "learning_rate": []}
         self.about: dict[str, Any] = {}  # what a subject adds to the observation
@@ -156,6 +161,8 @@ class Recorder:
         rows = ids.reshape(-1, ids.shape[-1]).tolist()
         lines = [self._rows_in(bytes(t % 256 for t in row)) for row in rows]
         self.unmatched += sum(not rows for rows in lines)
+        for line in rows:
+            self._find_pieces(bytes(t % 256 for t in line))
         self.microbatches.append(lines)
         frames = traceback.walk_stack(sys._getframe())
         self.stack = self.stack or [(frame.f_code.co_filename, line) for frame, line in frames]
@@ -164,6 +171,16 @@ class Recorder:
         """Return the rows in this line, in order. Rows are random, so no row contains a different one."""
         hits = [(line.find(needle), number) for number, needle in enumerate(self.needles)]
         return [number for place, number in sorted(hits) if place >= 0]
+
+    def _find_pieces(self, line: bytes) -> None:
+        """Remember the places in rows, a few tokens from their ends, at which this line ends or starts."""
+        for number, needle in enumerate(self.needles):
+            for place in range(PIECE, len(needle) - PIECE + 1):
+                head, tail = needle[:place], needle[place:]
+                if line.endswith(head[-len(line) :]):
+                    self.ends.add((number, place))
+                if line.startswith(tail[: len(line)]):
+                    self.starts.add((number, place))
 
     def _close_step(self) -> None:
         now = self.snapshot()
@@ -186,6 +203,7 @@ class Recorder:
             "steps": steps,
             "forwards_without_step": len(self.microbatches),
             "unmatched_lines": self.unmatched,
+            "cut_rows": sorted({row for row, _ in self.ends & self.starts} - self._whole()),
             "autocast": str(self.autocast).removeprefix("torch.") if self.autocast else "",
             "logged": {k: [None if not math.isfinite(x) else x for x in v] for k, v in self.logged.items()},
             "location": self._location(versions),
@@ -197,6 +215,11 @@ class Recorder:
         path = folder / f"rank-{rank}.json"
         path.with_suffix(".tmp").write_text(json.dumps(observed), encoding="utf-8")
         path.with_suffix(".tmp").replace(path)
+
+    def _whole(self) -> set[int]:
+        """Return the rows that were found whole."""
+        batches = [batch for _, _, seen in self.steps for batch in seen] + self.microbatches
+        return {row for batch in batches for line in batch for row in line}
 
     def _location(self, versions: Iterable[str]) -> str:
         """Return FILE:LINE where the audited package, or the user's own loop, runs the model."""

@@ -120,6 +120,8 @@ def _unusable(run: Observation, some_moved: bool) -> Causes:
     be. ``some_moved`` says whether any case took a step."""
     if run.not_run:
         return (cause("", "case_not_run", why=run.not_run),)
+    if run.num_cut:
+        return (cause("data_lost", "rows_cut", rows=run.num_cut),)
     if not run.steps and not run.forwards_without_step:
         return (cause("", "never_trained"),)
     if not run.steps and run.num_calls == 0:

@@ -182,6 +182,7 @@ SENTENCES: dict[str, Form] = {
     "times the configured one",
     # the whole run
     "step_sizes": lambda v: f"steps were taken after {_some(v['rows'])} rows; expected {_some(v['asked'])}",
+    "rows_cut": "data is lost: {rows} rows are cut in two by the ends of input lines",
     "rows_lost": "data is lost: {rows} rows never reached an optimizer step",
     "window_over_end": "a step continues over the end of an epoch: steps were taken after "
     "{rows} rows; expected {asked}",

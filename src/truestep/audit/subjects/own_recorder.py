@@ -118,6 +118,13 @@ class OwnRecorder(harness.Recorder):
             last = {row for batch in self.steps[-1][2] for line in batch for row in line}
             self.microbatches = [b for b in self.microbatches if not {r for line in b for r in line} <= last]
 
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Look below torch.func's transforms, such as vmap, in which a tensor has no values."""
+        ids, wrapped = kwargs.get("input_ids", args[0] if args else None), torch._C._functorch
+        while ids is not None and wrapped.is_functorch_wrapped_tensor(ids):
+            ids = wrapped.get_unwrapped(ids)
+        super()._before(module, (), {"input_ids": ids})
+
     def _close_step(self) -> None:
         now = self.snapshot()
         moved = self.before is not None and not torch.equal(now, self.before)
@@ -208,7 +215,7 @@ class OwnRecorder(harness.Recorder):
         self._close_step()
         self.spec.dtype = next(iter(self.named.values())).dtype
         self.autocast = self.autocast or self.narrow
-        seen = {row for _, _, batches in self.steps for batch in batches for line in batch for row in line}
+        seen = self._whole()
         if seen and all(row in seen for row, r in enumerate(self.spec.rows) if any(r["trained"][1:])):
             self.unmatched = 0  # other inputs are extra passes of the function
         self.about |= {"calls": self.num_calls}
