@@ -50,7 +50,9 @@ def variants(subject: Subject) -> Iterator[Configuration]:
             for dtype in ("bfloat16", "float64"):
                 yield replace(configuration, options={**configuration.options, "dtype": dtype})
             yield replace(configuration, options={**configuration.options, "arch": "llama"})
-        elif configuration.options.get("arch") == "llama" and "packing" not in configuration.options:
+        elif configuration.options.get("arch") == "llama" and not {"packing", "adapter"} & {
+            *configuration.options
+        }:
             yield replace(configuration, options={**configuration.options, "arch": "qwen2"})
 
 
