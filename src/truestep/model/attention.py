@@ -105,18 +105,13 @@ class PackedLayout:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         del layer
-        repeats = query.shape[0] // key.shape[0]
-        if repeats > 1:
-            key, value = key.repeat_interleave(repeats, dim=0), value.repeat_interleave(repeats, dim=0)
         buckets, order = self._plan(window)
         query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)  # N H D
         pieces = []
         for bucket in buckets:
             q = query[bucket.queries].transpose(1, 2)  # S H L D
             k, v = key[bucket.keys].transpose(1, 2), value[bucket.keys].transpose(1, 2)
-            mask, is_causal = bucket.mask, bucket.mask is None
-            out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scaling)
-            pieces.append(out.transpose(1, 2).flatten(0, 1))
+            pieces.append(grouped_attention(q, k, v, bucket.mask, scaling).transpose(1, 2).flatten(0, 1))
         return torch.cat(pieces)[order]
 
     def _plan(self, window: int | None) -> tuple[list[_Bucket], Tensor]:
@@ -159,16 +154,36 @@ class PackedLayout:
         queries = torch.zeros(len(group), longest, dtype=torch.int64, device=device)
         keys = torch.zeros(len(group), widest, dtype=torch.int64, device=device)
         plain = all(s.prefix_stop == s.prefix_start for s in group) and (window is None or longest <= window)
-        mask = torch.zeros(len(group), longest, widest, dtype=torch.bool, device=device)
-        mask[:, :, 0] = True  # a padded query sees one token; otherwise its softmax would be NaN
+        mask = None if plain else torch.zeros(len(group), longest, widest, dtype=torch.bool, device=device)
+        if mask is not None:
+            mask[:, :, 0] = True  # a padded query sees one token; otherwise its softmax would be NaN
         for row, s in enumerate(group):
             length, num_keys = s.stop - s.start, _num_keys(s)
             own = torch.arange(s.start, s.stop, device=device)
             seen = torch.cat([torch.arange(s.prefix_start, s.prefix_stop, device=device), own])
             queries[row, :length] = own
             keys[row, :num_keys] = seen
-            mask[row, :length, :num_keys] = visible(self.position_ids[own], self.position_ids[seen], window)
-        return _Bucket(queries, keys, None if plain else mask.unsqueeze(1))
+            if mask is not None:
+                places = self.position_ids[own], self.position_ids[seen]
+                mask[row, :length, :num_keys] = visible(*places, window)
+        return _Bucket(queries, keys, None if mask is None else mask.unsqueeze(1))
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Return the attention of a padded batch, purely causal without a mask. The query heads of a key-value head
+    become a batch entry with views of the same keys, so keys are not repeated. ``enable_gqa`` is not used: PyTorch's
+    kernel for CPUs adds up the keys' gradients over these heads in bfloat16.
+    Shapes: query [S, H, L, D], key and value [S, K, W, D], mask [S, 1, L, W] → [S, H, L, D]."""
+    (num, heads, length, size), (_, groups, width, _) = query.shape, key.shape
+    is_causal = mask is None
+    if groups < heads:
+        query = query.reshape(num * groups, -1, length, size)
+        key, value = (t.reshape(-1, 1, width, size).expand(-1, heads // groups, -1, -1) for t in (key, value))
+        mask = None if mask is None else mask.expand(-1, groups, -1, -1).reshape(-1, 1, length, width)
+    out = scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scaling)
+    return out.reshape(num, heads, length, size)
 
 
 def _num_keys(s: Segment) -> int:
