@@ -30,6 +30,7 @@ CASES = (
     ("RL, 16 ranks, torch", RL, ()),
     ("RL, 16 ranks, vLLM", RL, ('stages.rl.engine="vllm"',)),
     ("SFT, one GPU", SFT, (ONE, OFFLOAD)),
+    ("SFT, one GPU", SFT, (ONE, OFFLOAD, "compute.offload_activations=true")),
     ("RL, one GPU, torch", RL, (ONE, OFFLOAD)),
     ("RL, one GPU and one of vLLM", RL, (ONE, OFFLOAD, 'stages.rl.engine="vllm"')),
     ("SFT, one GPU", SFT, (ONE, f"stages.sft.{LORA}", f"stages.sft.{SHORT}")),

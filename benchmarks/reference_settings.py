@@ -120,6 +120,7 @@ def surroundings(kind: str) -> Iterator[dict[str, Any]]:
         return
     base = tomllib.loads(RECIPE) | tomllib.loads(BESIDE)
     base["data"] |= {"held": base["data"]["test"], "more": base["data"]["train"]}
+    base.setdefault("compute", {})["gradient_checkpointing"] = True
     for stage in STAGES:
         for evaluation in EVALUATIONS:
             stages = [tomllib.loads(COMMON) | tomllib.loads(stage)]

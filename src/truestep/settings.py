@@ -103,6 +103,15 @@ class ComputeSettings(Frozen):
     """Compile the model's layers with torch.compile. Example: ``compile = true``"""
     offload: Literal["none", "optimizer"] = "none"
     """Keep the optimizer's float32 weights and moments in host memory. Example: ``offload = "optimizer"``"""
+    offload_activations: bool = False
+    """Keep what gradient_checkpointing = true saves between layers in host memory.
+    Example: ``offload_activations = true``"""
+
+    @model_validator(mode="after")
+    def _saves_inputs(self) -> Self:
+        if self.offload_activations and self.gradient_checkpointing is not True:
+            raise ValueError("offload_activations = true needs gradient_checkpointing = true; set it")
+        return self
 
 
 PINNED_DATE = "2024-07-26"
@@ -153,7 +162,7 @@ OUTSIDE_RESULTS = {
 }
 OUTSIDE_COMPUTE = {
     "threads": 1, "parallel": "auto", "gradient_checkpointing": False, "compile": False,
-    "offload": "none",
+    "offload": "none", "offload_activations": False,
 }  # fmt: skip
 
 
@@ -549,7 +558,7 @@ _NEWER: tuple[tuple[str, Any], ...] = (
     ("template", "model"), ("rope_scaling", "model"), ("freeze", []), ("no_decay", []), ("decay_fraction", 0.1),
     ("validation", ValidationSettings().model_dump(mode="json")),
     ("early_stopping", EarlyStoppingSettings().model_dump(mode="json")), ("group", ""),
-    ("lora", LoraSettings().model_dump(mode="json")), ("offload", "none"),
+    ("lora", LoraSettings().model_dump(mode="json")), ("offload", "none"), ("offload_activations", False),
     ("demonstrations", []),
 )  # fmt: skip
 _NEWER_OF_RL = (*_NEWER, ("engine", "torch"))

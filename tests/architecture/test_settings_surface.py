@@ -15,6 +15,7 @@ name seed trackers group declared
 model.path model.context_length model.rope_theta model.rope_scaling
 model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.intermediate_size
 compute.threads compute.dtype compute.parallel compute.gradient_checkpointing compute.compile compute.offload
+compute.offload_activations
 chat.system chat.user chat.generation_suffix chat.date chat.special_tokens chat.template
 data.*.source data.*.split data.*.seed data.*.skip data.*.limit data.*.checker data.*.options
 data.*.columns data.*.train_turns data.*.overlong_share

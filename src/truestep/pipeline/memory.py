@@ -78,6 +78,7 @@ class Training:
     checkpointing: bool | Literal["selective"] = False
     shards: int = 1
     offload: bool = False
+    offload_activations: bool = False
 
     @property
     def compute(self) -> int:
@@ -90,11 +91,11 @@ class Training:
 
 def saved_bytes(model: Sizes, dtype_bytes: int) -> int:
     """Return what a layer saves for its backward pass, for each token. Two norms save the float32 input, its normalized
-    form (for the gradient of the norm's weight) and their output; attention its three inputs after keys are repeated,
-    and its output before and after it is put in order; the MLP four tensors."""
+    form (for the gradient of the norm's weight) and their output; attention its three inputs, and its output before and
+    after it is put in order; the MLP four tensors."""
     c = dtype_bytes
     norms = 2 * (max(4, c) + (c if model.is_adapted else 2 * c)) * model.hidden
-    return norms + 5 * c * model.queries + 4 * c * model.inner
+    return norms + c * (3 * model.queries + 2 * model.keys + 4 * model.inner)
 
 
 def products_bytes(model: Sizes, dtype_bytes: int) -> int:
@@ -118,7 +119,8 @@ def training_bytes(model: Sizes, how: Training) -> tuple[dict[str, float], dict[
     else:
         device["masters and moments"] = optimizer
     kept = {False: saved_bytes(model, c), True: c * model.hidden, "selective": products_bytes(model, c)}
-    device["activations"] = float(n * model.layers * kept[how.checkpointing])
+    activations = float(n * model.layers * kept[how.checkpointing])
+    (host if how.offload_activations else device)["activations"] = activations
     # The peak is in the backward pass of the output layer, or in that of a layer that is computed again.
     logits = n * ((max(4, c) + 3 * c) * model.hidden) + CHUNK_BYTES * min(CHUNK, n * model.vocabulary)
     table = model.table * (w + c if low else w) if model.trains_head else 0

@@ -87,7 +87,10 @@ def make_policy(session: Session, path: str, stage: StageSettings | None = None)
     else:
         choose_trained(loaded.model, stage, session.prepared.settings.seed)
     loaded = replace(loaded, shape=model_shape(loaded.model))
-    policy = Policy(loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile)
+    policy = Policy(
+        loaded, gradient_checkpointing=compute.gradient_checkpointing, compile=compute.compile,
+        offload_activations=compute.offload_activations,
+    )  # fmt: skip
     if loaded.weights is not None:
         build(policy, decoder_layers(policy.model), loaded.weights, session.ranks)
     else:

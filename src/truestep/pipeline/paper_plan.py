@@ -204,6 +204,7 @@ def stage_needs(
     how = memory.Training(
         dtype=compute.dtype, tokens=stage.tokens_per_microbatch, checkpointing=compute.gradient_checkpointing,
         shards=declared.num_gpus if compute.parallel == "fsdp2" else 1, offload=compute.offload == "optimizer",
+        offload_activations=compute.offload_activations,
     )  # fmt: skip
     is_served = isinstance(stage, RlSettings) and stage.engine == "vllm"
     device, host = memory.training_bytes(sizes, how)

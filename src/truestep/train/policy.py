@@ -6,6 +6,7 @@ Shapes: N tokens in the forward pass, M trained tokens, D hidden size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from truestep.model import forward
 from truestep.model.attention import PackedLayout
+from truestep.model.host_copies import HostCopies
 from truestep.model.load import LoadedModel
 from truestep.model.lora import head_adapter
 from truestep.model.select import without_frozen
@@ -48,6 +50,7 @@ class Policy(nn.Module):
         loaded: LoadedModel,
         *,
         gradient_checkpointing: bool | Literal["selective"] = False,
+        offload_activations: bool = False,
         compile: bool = False,
         is_empty: bool = False,
     ) -> None:
@@ -61,6 +64,7 @@ class Policy(nn.Module):
         elif loaded.weights is None:
             self.prove()
         self.saves_memory = bool(gradient_checkpointing)
+        self.offloads = offload_activations
         if gradient_checkpointing is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         elif gradient_checkpointing and not compile:  # selective; compiled layers keep these results anyway
@@ -86,22 +90,27 @@ class Policy(nn.Module):
         if not self.plain_head:
             return self._from_whole_logits(batch, temperature)
         rows = (self.model, batch.input_ids, batch.position_ids)
-        if self.packs:
-            hidden = forward.hidden_states(*rows, PackedLayout(batch.segments, batch.position_ids))
-        else:
-            hidden = forward.hidden_states_by_segment(*rows, _passes(batch))
+        with self._saving():
+            if self.packs:
+                hidden = forward.hidden_states(*rows, PackedLayout(batch.segments, batch.position_ids))
+            else:
+                hidden = forward.hidden_states_by_segment(*rows, _passes(batch))
         hidden, head = hidden.index_select(0, batch.source_index), self.model.get_output_embeddings()
         adapter = head_adapter(head, hidden)
         return chunked_logprobs(hidden, head.weight, head.bias, batch.target_ids, temperature, adapter)
 
     def _from_whole_logits(self, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
         rows = (self.model, batch.input_ids, batch.position_ids)
-        if self.packs:
-            layout = PackedLayout(batch.segments, batch.position_ids)
-            logits = forward.whole_logits_of(*rows, layout, batch.source_index)
-        else:
-            logits = forward.whole_logits_by_segment(*rows, _passes(batch))[batch.source_index]
+        with self._saving():
+            if self.packs:
+                layout = PackedLayout(batch.segments, batch.position_ids)
+                logits = forward.whole_logits_of(*rows, layout, batch.source_index)
+            else:
+                logits = forward.whole_logits_by_segment(*rows, _passes(batch))[batch.source_index]
         return logprobs_from_logits(logits, batch.target_ids, temperature)
+
+    def _saving(self) -> AbstractContextManager[object]:
+        return HostCopies(self.parameters()) if self.offloads else nullcontext()
 
     @torch.no_grad()
     def _head_differs(self) -> str:
