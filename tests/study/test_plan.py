@@ -71,6 +71,7 @@ COIN = {"rl.reward": "random"}
         ("tuning/factors", [1.0, -2.0], "greater than 0"),
         ("tuning/data", "train", "data.train is used both for selection and for training"),
         ("run/evaluate/data", ["train"], "data.train is used both for testing and for training"),
+        ("stages/sft/dev", {"data": "dev", "every_steps": 1}, "'dev' also chooses a stage's checkpoint"),
         ("arms/2/stages", ["sft", "lr"], "no [stages.lr]"),
         ("reference", "best", "'best' is not an arm"),
         ("primary", [["sft-rl", "dpo"]], "'dpo' is not an arm"),

@@ -351,6 +351,12 @@ def _roles(draft: Draft, study: Study) -> Iterator[str]:
         yield 'run.evaluate.data is empty, but a study compares scores; set run.evaluate.data = ["..."]'
     if study.tuning and study.tuning.data not in sets:
         yield f"tuning.data = {study.tuning.data!r} is not in [run.data]{did_you_mean(study.tuning.data, list(sets))}"
+    watched = (data for stages in draft.stages.values() for s in stages for data in s.watched_data.values())
+    if study.tuning and study.tuning.data in watched:
+        yield (
+            f"tuning.data = {study.tuning.data!r} also chooses a stage's checkpoint or its end; use a separate data set: "
+            "the trials are compared by their scores on it"
+        )
     for name in study.allow_overlap:
         if name not in sets:
             yield f"allow_overlap.{name}: there is no [run.data.{name}]{did_you_mean(name, list(sets))}"
