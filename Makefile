@@ -8,7 +8,7 @@ DOCS := .bench/docs/.docs
 # Let Python save byte code; without it, every process would compile torch's source files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm test-trackers engine-proof guard-bench architectures notebooks docs mutate study smollm clean help
+.PHONY: env demo study-demo test test-slow bench grade-bench grade-meanings grade-fuzz kill elastic damage test-vllm test-trackers engine-proof guard-bench architectures notebooks docs package mutate study smollm clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -90,6 +90,14 @@ $(DOCS): pyproject.toml constraints/docs.txt .ci/environment
 docs: $(DOCS) ## build the documentation site into build/site, in a separate environment; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 .bench/docs/bin/mkdocs build --quiet
 	@echo "build/site/index.html"
+
+package: ## build the wheel and the source archive into build/dist, check them, and use the wheel from an empty environment (EXTRA=train: with torch)
+	@test -x .bench/package/bin/python || $(PYTHON) -m venv .bench/package
+	@.bench/package/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/package.txt build twine
+	@rm -rf build/dist
+	@.bench/package/bin/python -m build --outdir build/dist
+	@.bench/package/bin/python -m twine check --strict build/dist/*
+	@.bench/package/bin/python benchmarks/package.py build/dist --extra "$(EXTRA)"
 
 mutate: $(DEV) ## make random one-place changes to the code that decides numbers, and report the share that no test detects (hours; resumable)
 	@$(BIN)/python benchmarks/mutate.py $(MUTATE)

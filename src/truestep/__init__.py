@@ -9,7 +9,7 @@ import sys
 import types
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.0rc1"
 
 # OpenMP reads these when torch loads it. Threads that spin while they wait take the cores from other work and
 # from each other: next to busy processes, a step takes several times as long. Less than a millisecond of

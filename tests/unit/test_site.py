@@ -103,6 +103,7 @@ def test_links_are_moved_with_their_pages(tmp_path: Path) -> None:
     (tmp_path / "docs/audit.md").write_text("[r](../results/a.json)\n```\n[code](../README.md)\n```")
     (tmp_path / "AGENTS.md").write_text("")
     (tmp_path / "CHANGELOG.md").write_text("")
+    (tmp_path / "SECURITY.md").write_text("")
 
     def moved(text: str, page: str) -> str:
         return sources.with_site_links(text, page, tmp_path)
