@@ -43,7 +43,9 @@ PAIRS = '{"gold": "1/2", "pred": "The answer is \\\\boxed{0.5}"}\n{"gold": "3", 
 def wheel_faults(names: Iterable[str], sources: Iterable[str]) -> list[str]:
     """How the files of a wheel differ from the package's files. Both are paths such as truestep/py.typed."""
     found = {name for name in names if ".dist-info/" not in name}
-    wanted = {name for name in sources if not re.search(r"truestep/testing/(\w*mutant\w*|rl_trainer)\.py$", name)}
+    wanted = {
+        name for name in sources if not re.search(r"truestep/testing/(\w*mutant\w*|rl_trainer)\.py$", name)
+    }
     return [f"the wheel lacks {n}" for n in sorted(wanted - found)] + [
         f"the wheel has {n}, which is not a file of the package" for n in sorted(found - wanted)
     ]
