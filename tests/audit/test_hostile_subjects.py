@@ -69,7 +69,7 @@ def test_a_result_that_is_not_a_plain_file_of_json(
     assert caught.value.args[0] == "unreadable"
 
 
-def observed(folder: Path, **changed: Any) -> None:
+def observed(folder: Path, autocast: str = "", **changed: Any) -> None:
     """A correct observation of one step without micro-batches, with these fields of the step changed."""
     vector = {"file": "v.bin", "dtype": "<f8", "shape": [3]}
     (folder / "v.bin").write_bytes(np.zeros(3).tobytes())
@@ -99,13 +99,20 @@ def observed(folder: Path, **changed: Any) -> None:
         "location": "",
     }
     (folder / "rank-0.json").write_text(
-        json.dumps(rank | {"autocast": "", "dtype": "float32", "seconds": {}})
+        json.dumps(rank | {"autocast": autocast, "dtype": "float32", "seconds": {}})
     )
 
 
 def test_the_correct_observation_is_read(tmp_path: Path) -> None:
     observed(tmp_path)
     assert load(tmp_path, CASE, learning_rate=1.0).steps[0].after.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("autocast", ["", "bfloat16"])
+def test_a_model_under_autocast_has_the_noise_of_autocast(autocast: str, tmp_path: Path) -> None:
+    """Whether or not the gradient was seen that the optimizer used."""
+    observed(tmp_path, autocast)
+    assert load(tmp_path, CASE, learning_rate=1.0).steps[0].narrow == autocast
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,11 @@ def test_other_masks_are_these() -> None:
         "endless": [0, 0, 1, 1, 0, 0],
         "headless": [0, 0, 0, 1, 1, 0],
         "begun": [0, 1, 1, 1, 1, 0],
+        "around": [*ROW["trained"], ROW["trained"][0]],
     }
     assert set(found) == set(MASKS)
     assert found["late"]["ids"] == [*ROW["ids"], 0]
+    assert found["around"]["ids"] == [*ROW["ids"], ROW["ids"][0]]
 
 
 @pytest.mark.parametrize("times", [0.0, 1.0, 4.0])

@@ -442,3 +442,21 @@ def test_gradients_of_single_rows_by_vmap_are_the_same_step() -> None:
         optimizer.zero_grad()
 
     assert judged(step).verdict == "RIGHT"
+
+
+def test_labels_that_are_rolled_add_a_token() -> None:
+    """If every token is trained, the label of the last position is the first token of the row."""
+
+    def step(model: Any, optimizer: Any, batches: list[Any]) -> None:
+        total = sum(int((m["labels"] != -100).sum()) for m in batches)
+        for m in batches:
+            for ids, labels, on in zip(m["input_ids"], m["labels"], m["attention_mask"].bool(), strict=True):
+                z, y = model(input_ids=ids[on][None])[0], labels[on].roll(-1)
+                (cross_entropy(z, y, reduction="sum") / total).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert judged(step).verdict == "RIGHT"
+    finding = audit_function(step, names=(*CASES, "whole"))
+    assert (finding.verdict, finding.codes) == ("FAULT", ("start_predicted",))
+    assert "predict its first token" in row_of(finding)["fault"]

@@ -253,7 +253,7 @@ def _load(folder: Path, case: Case, learning_rate: float) -> Observation:
             logged_loss=_at(logged["loss"], index),
             used=_read(folder, used["gradient"]) if used else None,
             read_back=not (used and used["exact"]),
-            narrow=ranks[0]["autocast"] if used else "",
+            narrow=ranks[0]["autocast"],
             parts=_parts(folder, parts),
         )
         batches = [*micro, *(m for found in step.masks.values() for m in found)]

@@ -34,6 +34,7 @@ MASKS = {  # other mask → (code, kind)
     "headless": ("start_untrained", "mask_headless"),
     "all": ("prompt_trained", "mask_all"),
     "begun": ("prompt_trained", "mask_begun"),
+    "around": ("start_predicted", "mask_around"),
 }
 KINDS = {"prompt": "prompt_trained", "stop": "stop_untrained"}  # column → kind, if the names differ
 

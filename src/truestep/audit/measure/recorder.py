@@ -39,8 +39,8 @@ FILLER = 0  # what follows a padded row
 
 
 def other_masks(row: Row) -> dict[str, Row]:
-    """Return the row under masks that trainers use by mistake: one token early or late (which trains the
-    padding after the row), all tokens, without the first or last token of each part, or with one more."""
+    """Return the row under masks that trainers use by mistake: one token early or late (which trains the padding after the
+    row), all tokens, without the first or last token of each part, with one more, or with rolled labels."""
     ids, trained = row["ids"], row["trained"]
     before, after = [*trained[1:], 0], [0, *trained[:-1]]  # 1 if the next, or previous, token is trained
     masks = {
@@ -50,8 +50,9 @@ def other_masks(row: Row) -> dict[str, Row]:
         "headless": [on & other for on, other in zip(trained, after, strict=True)],
         "begun": [on | other for on, other in zip(trained, before, strict=True)],
     }
-    late = {"ids": [*ids, FILLER], "trained": [0, *trained]}
-    return {"late": late, **{name: {"ids": ids, "trained": mask} for name, mask in masks.items()}}
+    longer = {"late": ([*ids, FILLER], [0, *trained]), "around": ([*ids, ids[0]], [*trained, trained[0]])}
+    pairs = longer | {name: (ids, mask) for name, mask in masks.items()}
+    return {name: {"ids": own, "trained": mask} for name, (own, mask) in pairs.items()}
 
 
 def logits_of(out: Any) -> Tensor:
@@ -176,10 +177,9 @@ class Recorder:
         """Remember the places in rows, a few tokens from their ends, at which this line ends or starts."""
         for number, needle in enumerate(self.needles):
             for place in range(PIECE, len(needle) - PIECE + 1):
-                head, tail = needle[:place], needle[place:]
-                if line.endswith(head[-len(line) :]):
+                if line.endswith(needle[:place][-len(line) :]):
                     self.ends.add((number, place))
-                if line.startswith(tail[: len(line)]):
+                if line.startswith(needle[place:][: len(line)]):
                     self.starts.add((number, place))
 
     def _close_step(self) -> None:
