@@ -75,19 +75,23 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def test_grouped_heads_are_the_formula_and_are_not_repeated(
     heads: int, groups: int, is_causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Tensor] = []
+    asked: list[tuple[Tensor, Tensor | None]] = []
     kernel = attention.scaled_dot_product_attention
 
-    def watched(q: Tensor, k: Tensor, *args: Any, **how: Any) -> Tensor:
-        asked.append(k)
-        return kernel(q, k, *args, **how)
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
+        asked.append((k, mask))
+        return kernel(q, k, v, mask, **how)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
     q, k, v = tensors(heads, groups, torch.float64, is_causal)
     mask = causal(k.shape[2])
     out = grouped_attention(q, k, v, None if is_causal else mask, SCALE)
     expected = plain(q, k, v, mask)
-    assert asked[0].untyped_storage().nbytes() <= k.numel() * k.element_size()
+    keys, used = asked[0]
+    if used is None:
+        assert keys.untyped_storage().nbytes() <= k.numel() * k.element_size()
+    else:  # one mask for all heads
+        assert used.shape[:2] == (BATCH, 1)
     weight = torch.randn_like(out)
     gradients = (torch.autograd.grad(o, (q, k, v), weight) for o in (out, expected))
     for a, b in [(out, expected), *zip(*gradients, strict=True)]:

@@ -172,16 +172,18 @@ class PackedLayout:
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """Return the attention of a padded batch, purely causal without a mask. The query heads of a key-value head
-    become a batch entry with views of the same keys, so keys are not repeated. ``enable_gqa`` is not used: PyTorch's
-    kernel for CPUs adds up the keys' gradients over these heads in bfloat16.
+    """Return the attention of a padded batch, purely causal without a mask. Then the query heads of a key-value head
+    become a batch entry with views of the same keys, so keys are not repeated. A mask would be copied for each of these
+    entries, which takes more memory than the keys. ``enable_gqa`` is not used: PyTorch's kernel for CPUs adds up the
+    keys' gradients over these heads in bfloat16.
     Shapes: query [S, H, L, D], key and value [S, K, W, D], mask [S, 1, L, W] → [S, H, L, D]."""
     (num, heads, length, size), (_, groups, width, _) = query.shape, key.shape
     is_causal = mask is None
-    if groups < heads:
+    if groups < heads and mask is not None:
+        key, value = (t.repeat_interleave(heads // groups, dim=1) for t in (key, value))
+    elif groups < heads:
         query = query.reshape(num * groups, -1, length, size)
         key, value = (t.reshape(-1, 1, width, size).expand(-1, heads // groups, -1, -1) for t in (key, value))
-        mask = None if mask is None else mask.expand(-1, groups, -1, -1).reshape(-1, 1, length, width)
     out = scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scaling)
     return out.reshape(num, heads, length, size)
 
