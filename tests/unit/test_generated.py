@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import readme_figures  # noqa: E402
+import terminal  # noqa: E402
 
 
 @pytest.mark.parametrize("path", list(readme_figures.files()), ids=lambda p: p.name)
@@ -18,6 +19,14 @@ def test_a_made_document_is_up_to_date(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == readme_figures.files()[path], (
         "run benchmarks/readme_figures.py"
     )
+
+
+@pytest.mark.parametrize("path", list(terminal.files()), ids=lambda p: p.name)
+def test_a_session_is_drawn_as_it_was(path: Path) -> None:
+    made = terminal.files()[path]
+    assert path.read_text(encoding="utf-8") == made, "run benchmarks/terminal.py"
+    assert "url(" not in made
+    assert "href" not in made
 
 
 def test_the_readme_is_short() -> None:
