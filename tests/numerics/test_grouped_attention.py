@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from truestep.model import attention
-from truestep.model.attention import PackedLayout, grouped_attention
+from truestep.model.attention import PackedLayout, grouped_attention, visible
 from truestep.records import Segment
 
 SCALE = 0.3
@@ -29,6 +29,20 @@ class Largest(TorchDispatchMode):
         return made
 
 
+class Widest(TorchDispatchMode):
+    """Remembers the dtypes of the matrices that are made and take memory of their size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and min(made.shape, default=0) > 1:
+            self.dtypes.add(made.dtype)
+        return made
+
+
 def row(length: int, window: int | None, prefix: int = 0) -> int:
     """Return the size of the largest tensor of the plan of one row, after a shared prefix."""
     first = Segment(start=0, stop=prefix, prefix_start=0, prefix_stop=0)
@@ -44,6 +58,16 @@ def test_a_plain_row_needs_no_mask() -> None:
     assert row(512, 512) <= 512
     assert row(512, 100) >= 512 * 512  # a window does
     assert row(512, None, prefix=8) >= 512 * 520  # and a shared prefix
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_mask_is_made_without_wider_matrices(window: int | None) -> None:
+    queries, keys = torch.tensor([4, 0, 7]), torch.arange(9)
+    with Widest() as seen:
+        found = visible(queries, keys, window)
+    reach = 9 if window is None else window
+    assert found.tolist() == [[0 <= q - k < reach for k in range(9)] for q in (4, 0, 7)]
+    assert seen.dtypes == {torch.bool}
 
 
 def tensors(heads: int, groups: int, dtype: torch.dtype, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
