@@ -40,7 +40,25 @@ def result(path: str) -> Mapping[str, Any]:
     return found
 
 
+@functools.cache
+def source(path: str) -> str:
+    """Return the command and the commit behind a JSON file of results/, as far as they were recorded."""
+    found = result(path)
+    beside = f"{Path(path).parent.as_posix()}/provenance.json"
+    provenance = found.get("provenance") or (
+        result(beside) if (ROOT / "results" / beside).exists() else found
+    )
+    command = found.get("command") or provenance.get("command") or "command not recorded"
+    commit = provenance.get("commit", "")[:7] or "commit not recorded"
+    changed = ", with uncommitted changes" if provenance.get("uncommitted_changes") else ""
+    said = command if isinstance(command, str) else " ".join(command)
+    return f"{said if command == 'command not recorded' else f'`{said}`'} ({commit}{changed})"
+
+
 class Evidence(Protocol):
+    @property
+    def file(self) -> str: ...
+
     @property
     def verdict(self) -> str: ...
 
@@ -66,9 +84,13 @@ class Contrast:
     margin: float = 0.0
 
     @property
+    def file(self) -> str:
+        return f"study/{self.study}/results.json"
+
+    @property
     def row(self) -> tuple[Mapping[str, Any], int]:
         """The study's row, and the sign of its difference for the claim."""
-        for row in result(f"study/{self.study}/results.json")["contrasts"]:
+        for row in result(self.file)["contrasts"]:
             if (row["a"], row["b"]) in ((self.a, self.b), (self.b, self.a)):
                 return row, 1 if row["a"] == self.a else -1
         raise Incomplete(f"study {self.study} has no contrast of {self.a} and {self.b}")
@@ -115,8 +137,12 @@ class Stages:
     later: str
 
     @property
+    def file(self) -> str:
+        return f"{self.run}/summary.json"
+
+    @property
     def row(self) -> Mapping[str, Any]:
-        for row in result(f"{self.run}/summary.json")["comparisons"]:
+        for row in result(self.file)["comparisons"]:
             if (row["from"], row["to"]) == (self.earlier, self.later):
                 return dict(row)
         raise Incomplete(f"results/{self.run} does not compare {self.earlier} and {self.later}")
@@ -140,18 +166,22 @@ class Audited:
     """A finding of an audit. It bears on the claim that the release has a fault with ``fault`` in its words, or, if
     that is empty, that the release is right."""
 
-    file: str
+    release: str
     having: Mapping[str, Any]
     fault: str
 
     @property
+    def file(self) -> str:
+        return f"audit/{self.release}.json"
+
+    @property
     def finding(self) -> Mapping[str, Any]:
-        for found in result(f"audit/{self.file}.json")["findings"]:
+        for found in result(self.file)["findings"]:
             configuration = {"manual": False, "optimizer": "sgd", **found["configuration"]}
             wanted = {"manual": False, "optimizer": "sgd", **self.having}
             if all(configuration.get(key) == value for key, value in wanted.items()):
                 return dict(found)
-        raise Incomplete(f"results/audit/{self.file}.json has no finding with {self.having}")
+        raise Incomplete(f"results/{self.file} has no finding with {self.having}")
 
     @property
     def verdict(self) -> str:
@@ -166,7 +196,7 @@ class Audited:
         found = self.finding
         said = f" ({found['fault']})" if found["fault"] else ""
         how = ", ".join(f"{key} {value}" for key, value in self.having.items())
-        link = f"[{self.file}](../../results/audit/{self.file}.json)"
+        link = f"[{self.release}](../../results/{self.file})"
         return f"{link}, {how}: {found['verdict']}{said}: {self.verdict}"
 
 
@@ -275,14 +305,17 @@ def page(groups: Mapping[str, Sequence[Claim]]) -> str:
     text = [INTRO.format(counts=f"Of {len(every)} claims, {', '.join(parts[:-1])}, and {parts[-1]}.")]
     for title, claims in groups.items():
         rows = [
-            pages.table_row(("claim", "what would refute it", "what was run", "verdict")),
-            "|---|---|---|---|",
+            pages.table_row(
+                ("claim", "what would refute it", "what was run", "command and commit", "verdict")
+            ),
+            "|---|---|---|---|---|",
         ]
         for claim in claims:
             run = "<br>".join(one.words for one in claim.evidence) or claim.why
+            sources = "<br>".join(dict.fromkeys(source(one.file) for one in claim.evidence)) or "none"
             verdict = verdict_of(claim)
             shown = f"**{verdict}**" if verdict == REFUTED else verdict
-            rows.append(pages.table_row((claim.words, claim.refuted_if, run, shown)))
+            rows.append(pages.table_row((claim.words, claim.refuted_if, run, sources, shown)))
         text += [f"## {title}", "\n".join(rows)]
     return "\n\n".join(text) + "\n"
 

@@ -86,7 +86,7 @@ PAPER = (
         refuted_if="more than the first micro-batch reaches the optimizer",
         evidence=(
             Audited(
-                file="deepspeed-0.18.9",
+                release="deepspeed-0.18.9",
                 having={"stage": 2, "offload": True, "processes": 1},
                 fault="only the first micro-batch",
             ),
@@ -97,7 +97,7 @@ PAPER = (
         refuted_if="they reach the optimizer",
         evidence=tuple(
             Audited(
-                file="deepspeed-0.18.9",
+                release="deepspeed-0.18.9",
                 having={"stage": 2, "offload": True, "processes": n},
                 fault="the intermediate micro-batches are dropped",
             )
@@ -109,7 +109,7 @@ PAPER = (
         refuted_if="its step is right",
         evidence=(
             Audited(
-                file="deepspeed-0.18.9",
+                release="deepspeed-0.18.9",
                 having={"stage": 1, "offload": True, "processes": 1},
                 fault="micro-batches are dropped",
             ),
@@ -119,8 +119,12 @@ PAPER = (
         words="ZeRO-3, and ZeRO-2 without offload, are not affected.",
         refuted_if="one of their steps is wrong",
         evidence=(
-            Audited(file="deepspeed-0.18.9", having={"stage": 3, "offload": True, "processes": 1}, fault=""),
-            Audited(file="deepspeed-0.18.9", having={"stage": 2, "offload": False, "processes": 1}, fault=""),
+            Audited(
+                release="deepspeed-0.18.9", having={"stage": 3, "offload": True, "processes": 1}, fault=""
+            ),
+            Audited(
+                release="deepspeed-0.18.9", having={"stage": 2, "offload": False, "processes": 1}, fault=""
+            ),
         ),
     ),
     Claim(
@@ -135,19 +139,19 @@ PAPER = (
         refuted_if="the older release is right, or the later one is not",
         evidence=(
             Audited(
-                file="openrlhf-0.10.2",
+                release="openrlhf-0.10.2",
                 having={"offload": False, "processes": 1},
                 fault="mean of micro-batch means",
             ),
-            Audited(file="openrlhf-0.11.2", having={"offload": False, "processes": 1}, fault=""),
+            Audited(release="openrlhf-0.11.2", having={"offload": False, "processes": 1}, fault=""),
         ),
     ),
     Claim(
         words="Early verl took the mean of micro-batch means, and later releases do not.",
         refuted_if="the older release is right, or the later one is not",
         evidence=(
-            Audited(file="verl-0.6.0", having={"processes": 1}, fault="mean of micro-batch means"),
-            Audited(file="verl-0.9.1", having={"processes": 1}, fault=""),
+            Audited(release="verl-0.6.0", having={"processes": 1}, fault="mean of micro-batch means"),
+            Audited(release="verl-0.9.1", having={"processes": 1}, fault=""),
         ),
     ),
     Claim(
@@ -155,7 +159,7 @@ PAPER = (
         refuted_if="it divides by the tokens of the whole step",
         evidence=(
             Audited(
-                file="llamafactory-0.9.5",
+                release="llamafactory-0.9.5",
                 having={"arch": "llama", "processes": 1},
                 fault="mean of micro-batch means",
             ),

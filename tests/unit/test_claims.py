@@ -84,3 +84,17 @@ def test_results_against_the_expectation_are_on_the_page() -> None:
     refuted = {claim.words for claim in EVERY if verdict_of(claim) == REFUTED}
     assert any("SFT continued" in words for words in refuted)
     assert any("rejection sampling" in words for words in refuted)
+
+
+def test_a_result_says_its_command_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"a": {"command": "run a", "commit": "0123456789"}, "b": {"command": "run b"}, "c": {}}
+    found["d"] = {
+        "provenance": {"command": ["run", "d"], "commit": "0123456789", "uncommitted_changes": True}
+    }
+    monkeypatch.setattr(claims, "result", found.__getitem__)
+    assert [claims.source.__wrapped__(name) for name in "abcd"] == [
+        "`run a` (0123456)",
+        "`run b` (commit not recorded)",
+        "command not recorded (commit not recorded)",
+        "`run d` (0123456, with uncommitted changes)",
+    ]
