@@ -71,7 +71,6 @@ COIN = {"rl.reward": "random"}
         ("tuning/factors", [1.0, -2.0], "greater than 0"),
         ("tuning/data", "train", "data.train is used both for selection and for training"),
         ("run/evaluate/data", ["train"], "data.train is used both for testing and for training"),
-        ("stages/sft/dev", {"data": "dev", "every_steps": 1}, "'dev' also chooses a stage's checkpoint"),
         ("arms/2/stages", ["sft", "lr"], "no [stages.lr]"),
         ("reference", "best", "'best' is not an arm"),
         ("primary", [["sft-rl", "dpo"]], "'dpo' is not an arm"),
@@ -95,6 +94,16 @@ def test_what_is_refused(path: str, value: Any, said: str) -> None:
     assert said in str(caught.value)
     assert str(caught.value).startswith("micro.toml: ")
     assert "\n" not in str(caught.value)
+
+
+def test_trials_are_not_compared_on_a_set_that_chooses_checkpoints() -> None:
+    raw = changed("stages/sft/dev", {"data": "dev", "every_steps": 1})
+    raw["may_differ"].append("sft.dev.*")
+    with pytest.raises(UserError, match="tuning.data = 'dev' also chooses a stage's checkpoint"):
+        parse_study(raw, "micro.toml")
+    raw["run"]["data"]["other"] = raw["run"]["data"]["dev"]
+    raw["tuning"]["data"] = "other"
+    parse_study(raw, "micro.toml")
 
 
 def test_a_rate_of_a_trial_is_checked_too() -> None:
