@@ -459,4 +459,4 @@ def test_labels_that_are_rolled_add_a_token() -> None:
     assert judged(step).verdict == "RIGHT"
     finding = audit_function(step, names=(*CASES, "whole"))
     assert (finding.verdict, finding.codes) == ("FAULT", ("start_predicted",))
-    assert "predict its first token" in row_of(finding)["fault"]
+    assert "the last token is trained to predict it" in row_of(finding)["fault"]

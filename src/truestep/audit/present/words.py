@@ -122,7 +122,7 @@ SENTENCES: dict[str, Form] = {
     "it is",
     "mask_all": "all tokens are trained on",
     "mask_begun": "the token before each answer is trained on as well",
-    "mask_around": "the last token of a row is trained to predict its first token",
+    "mask_around": "if the first token of a row is in the loss, the last token is trained to predict it",
     "mask_headless": "the first token of each answer is not trained on",
     "mask_endless": "the last token of each answer is not trained on",
     "weight_decay": "weight decay" + _COEFFICIENT,
