@@ -99,7 +99,7 @@ def test_what_is_refused(path: str, value: Any, said: str) -> None:
 def test_trials_are_not_compared_on_a_set_that_chooses_checkpoints() -> None:
     raw = changed("stages/sft/dev", {"data": "dev", "every_steps": 1})
     raw["may_differ"].append("sft.dev.*")
-    with pytest.raises(UserError, match="tuning.data = 'dev' also chooses a stage's checkpoint"):
+    with pytest.raises(UserError, match=r"tuning\.data = 'dev' also chooses"):
         parse_study(raw, "micro.toml")
     raw["run"]["data"]["other"] = raw["run"]["data"]["dev"]
     raw["tuning"]["data"] = "other"
