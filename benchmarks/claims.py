@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pages
 
+from truestep.audit.measure.findings import Verdict
 from truestep.rundir import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/results/claims.md"
 SUPPORTED, REFUTED, NOT_SHOWN, NOT_TESTABLE = "supported", "refuted", "not shown", "not testable at this size"
 LEVEL = 0.05  # of a primary contrast, after Holm's correction
-OPEN_AUDIT = ("NOT RUN", "INCONCLUSIVE", "NOT AUDITABLE")
+OPEN_AUDIT = (Verdict.NOT_RUN, Verdict.NOT_OBSERVABLE)
 
 
 class Incomplete(Exception):
@@ -290,7 +291,7 @@ The rules were fixed for all claims together:
   Secondary contrasts are not corrected for their number.
 * **Two stages of one run** are judged by the same rule. Their interval is over problems only, because there is one seed.
 * **A finding of an audit.** It is supported if the release has the fault that the claim names (or is right, if the claim says
-  so), refuted if the audit finds something else, and not shown if the audit could not run.
+  so), refuted if the audit finds something else, and not shown if the audit could not run or see it.
 * **A count.** It is supported if none of the trials failed. One failure refutes it.
 * **A claim with several pieces of evidence** is meant to hold in all of them: it is refuted by one, and supported only by all.
 

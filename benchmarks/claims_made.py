@@ -135,7 +135,7 @@ PAPER = (
         ),
     ),
     Claim(
-        words="OpenRLHF took the mean of micro-batch means, and later releases do not.",
+        words="OpenRLHF 0.10.2 uses the mean of micro-batch means; 0.11.2 does not.",
         refuted_if="the older release is right, or the later one is not",
         evidence=(
             Audited(
@@ -147,7 +147,7 @@ PAPER = (
         ),
     ),
     Claim(
-        words="Early verl took the mean of micro-batch means, and later releases do not.",
+        words="The loss of verl 0.6.0 uses the mean of micro-batch means; that of 0.9.1 does not.",
         refuted_if="the older release is right, or the later one is not",
         evidence=(
             Audited(release="verl-0.6.0", having={"processes": 1}, fault="mean of micro-batch means"),
@@ -155,7 +155,7 @@ PAPER = (
         ),
     ),
     Claim(
-        words="LLaMA-Factory takes the mean of micro-batch means. (Tested: release 0.9.5.)",
+        words="LLaMA-Factory uses the mean of micro-batch means. (Tested: release 0.9.5.)",
         refuted_if="it divides by the tokens of the whole step",
         evidence=(
             Audited(

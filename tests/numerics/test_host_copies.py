@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from step_cases import FAMILIES, LLAMAS, batches_of, make_policy, sequences_of
 from torch import Tensor
 
 from truestep.errors import UserError
 from truestep.model import host_copies
+from truestep.model.forward import decoder_layers
 from truestep.model.host_copies import HostCopies
 from truestep.pipeline import memory
 from truestep.records import TokenBatch
 from truestep.settings import parse_settings
+from truestep.train.parallel import shard
 from truestep.train.policy import Policy
 
 LENGTHS = (9, 4, 14, 6)
@@ -71,6 +75,23 @@ def test_gradients_have_the_same_bits(
     assert all(c.nbytes for c in copies)
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_have_the_same_gradients(dtype: torch.dtype, copies: list[HostCopies], tmp_path: Path) -> None:
+    """Under FSDP2, the weights that layers save are gathered ones, and the parameters are shards."""
+    made = policies(dtype)
+    batches = batches_of(sequences_of(FAMILIES["sft"], LENGTHS), num_batches=2, dtype=torch.float32)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for policy in made:
+            shard(policy, decoder_layers(policy.model))
+        expected, found = (gradients(policy, batches) for policy in made)
+        assert [c.nbytes > 0 for c in copies] == [True] * len(batches)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n].to_local(), e.to_local()) for n, e in expected.items())  # type: ignore[attr-defined]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_inputs_of_all_layers_are_copied_and_weights_are_not(copies: list[HostCopies]) -> None:

@@ -16,12 +16,15 @@ from claims import (
     NOT_TESTABLE,
     REFUTED,
     SUPPORTED,
+    Audited,
     Claim,
     Contrast,
     Count,
     of_interval,
     verdict_of,
 )
+
+from truestep.audit.measure.findings import Verdict
 
 EVERY = [claim for group in claims_made.GROUPS.values() for claim in group]
 
@@ -72,6 +75,18 @@ def test_one_counterexample_refutes_and_all_evidence_is_needed(monkeypatch: pyte
         ((good, unknown, bad), REFUTED),
     ):
         assert verdict_of(Claim(words="", refuted_if="", evidence=evidence)) == verdict
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_an_audit_that_saw_nothing_shows_nothing(verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = {
+        "configuration": {},
+        "verdict": verdict.value,
+        "fault": "x" if verdict is Verdict.FAULT else "",
+    }
+    monkeypatch.setattr(claims, "result", lambda path: {"findings": [finding]})
+    wanted = {Verdict.RIGHT: SUPPORTED, Verdict.NOT_RUN: NOT_SHOWN, Verdict.NOT_OBSERVABLE: NOT_SHOWN}
+    assert Audited(release="a", having={}, fault="").verdict == wanted.get(verdict, REFUTED)
 
 
 def test_every_claim_has_evidence_or_says_why_not() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 SMALLEST = 1 << 10  # bytes; smaller tensors stay where they are
 
@@ -17,12 +18,16 @@ SMALLEST = 1 << 10  # bytes; smaller tensors stay where they are
 class HostCopies:
     """A context in which every tensor that is saved for the backward pass becomes a copy in host memory, which is copied
     back when it is needed. The copies have the same bits. ``kept`` (such as weights) stay where they are, and so do
-    integers. Copies to and from the device are in its own stream, so they are in order with its kernels.
+    integers. Shards among ``kept`` are ignored, because only gathered weights are saved. Copies to and from the device
+    are in its own stream, so they are in order with its kernels.
 
     ``nbytes`` counts what was copied, in all contexts so far."""
 
     def __init__(self, kept: Iterable[Tensor] = ()) -> None:
-        self.nbytes, self.kept = 0, {t.untyped_storage().data_ptr() for t in kept}
+        self.nbytes, self.kept = (
+            0,
+            {t.untyped_storage().data_ptr() for t in kept if not isinstance(t, DTensor)},
+        )
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> None:
