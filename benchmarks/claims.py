@@ -303,7 +303,7 @@ def page(groups: Mapping[str, Sequence[Claim]]) -> str:
     """Return the page."""
     every = [verdict_of(claim) for claims in groups.values() for claim in claims]
     parts = [f"{every.count(v)} {v}" for v in (SUPPORTED, REFUTED, NOT_SHOWN, NOT_TESTABLE)]
-    text = [INTRO.format(counts=f"Of {len(every)} claims, {', '.join(parts[:-1])}, and {parts[-1]}.")]
+    text = [INTRO.format(counts=f"Verdicts on {len(every)} claims: {', '.join(parts)}.")]
     for title, claims in groups.items():
         rows = [
             pages.table_row(
